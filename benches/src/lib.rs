@@ -1,0 +1,1 @@
+//! What the benchmarks share: parameters in a small and a full size, warm memory, raw copies to compare with.

@@ -1,0 +1,2 @@
+//! How file descriptors, guest RAM first among them, change process.
+#![forbid(unsafe_code)]

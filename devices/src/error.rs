@@ -1,0 +1,52 @@
+//! Why a device could not be saved or restored. Every variant names the device.
+
+use std::io;
+
+/// Why a device could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The saved state is damaged, or not of this device. The stream or the source is at fault; a retry meets the same state.
+    #[error("device {device}: saved state refused: {reason}")]
+    BadState {
+        /// Name of the device.
+        device: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The saved state has a schema or version that this build does not know. Upgrade the target.
+    #[error("device {device}: state is {schema} version {version}, this side loads {supported}")]
+    Version {
+        /// Name of the device.
+        device: String,
+        /// Schema of the state.
+        schema: String,
+        /// Version of the state.
+        version: u32,
+        /// What would have been accepted.
+        supported: String,
+    },
+    /// The stream has state for a device that this VM does not have. The two VMs are configured differently.
+    #[error("device {device}: this VM has no such device")]
+    Unknown {
+        /// Name in the stream.
+        device: String,
+    },
+    /// The stream has no state for a device of this VM. The two VMs are configured differently.
+    #[error("device {device}: the stream holds no state for it")]
+    Missing {
+        /// Name of the device.
+        device: String,
+    },
+    /// The kernel refused. The host is at fault.
+    #[error("device {device}: {op} failed")]
+    Kernel {
+        /// Name of the device.
+        device: String,
+        /// The call.
+        op: String,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+}

@@ -1,0 +1,13 @@
+//! What a virtual machine is made of: device state, KVM state, dirty logs, notifiers.
+//!
+//! A VMM author implements [`Device`] for each part that has state, and picks the dirty logs that see the VM's writers.
+//!
+//! - [`saved`]: rules for saved state, and its encoding
+//! - [`device`]: the trait of a part with state
+
+pub mod device;
+pub mod error;
+pub mod saved;
+
+pub use device::Device;
+pub use error::DeviceError;

@@ -1,0 +1,171 @@
+//! The built-in machine: memfd RAM, vCPU threads, a serial port, an exit port, and the `workload` guest.
+//!
+//! Two kinds behind one trait: a real KVM guest ([`Accel::Kvm`]), and the same workload on host threads where /dev/kvm is missing
+//! ([`Accel::Soft`]). The engine sees [`Machine`] only.
+
+pub mod workload;
+
+use std::fmt;
+
+use vmferry_devices::DeviceError;
+use vmferry_transport::memory::{DirtyLog, GuestRam};
+use vmferry_transport::wire::{DeviceSchema, Section};
+
+use workload::WorkloadStats;
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Accel {
+    /// A KVM virtual machine.
+    Kvm,
+    /// The workload on host threads; no KVM needed.
+    Soft,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Soft => "soft",
+        })
+    }
+}
+
+/// How to build a machine. Sizes in bytes.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// RAM size, a multiple of 4 KiB, at least [`workload::layout::RAM_MIN`].
+    pub mem_bytes: u64,
+    /// Number of vCPUs, 1 to [`workload::layout::VCPUS_MAX`].
+    pub vcpus: u32,
+    /// What the guest does.
+    pub workload: workload::WorkloadConfig,
+    /// Where the serial port's output goes.
+    pub serial: SerialSink,
+    /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
+    pub incoming: bool,
+}
+
+/// Where the serial port's output goes.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum SerialSink {
+    /// Nowhere.
+    #[default]
+    Null,
+    /// This process's standard output.
+    Stdio,
+    /// Appended to a file.
+    File(std::path::PathBuf),
+}
+
+/// Proof that every vCPU thread has left the guest and will not enter it again.
+///
+/// Made only by [`Machine::pause`]; not `Clone`. Ends in [`Machine::resume`], or is dropped: a dropped proof leaves the guest stopped
+/// for good, it never resumes anything.
+#[derive(Debug)]
+#[must_use = "resume the vCPUs with it; a dropped proof leaves the guest stopped"]
+pub struct VcpusStopped(());
+
+impl VcpusStopped {
+    /// For implementations of [`Machine`] in this module, once their last vCPU thread has parked.
+    pub(in crate::machine) fn assert_all_parked() -> Self {
+        Self(())
+    }
+}
+
+/// Something that happened in the machine without being asked for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum MachineEvent {
+    /// The guest wrote the exit port; all vCPUs are parked. The value is what it wrote.
+    GuestExit(u8),
+    /// A vCPU cannot go on: triple fault, internal error. All vCPUs are parked. The text says which and why.
+    VcpuFailed(String),
+}
+
+/// Why the machine could not be built, stopped or started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// The configuration makes no machine. The caller is at fault.
+    #[error("{0}")]
+    Config(String),
+    /// The host refused. The text says what was asked.
+    #[error("{op} failed")]
+    Host {
+        /// What was asked of the host.
+        op: String,
+        /// Its answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A device failed.
+    #[error("machine state")]
+    Device(#[from] DeviceError),
+    /// The guest ended by itself (exit port or a fatal vCPU error) and cannot be started again.
+    #[error("the guest has ended: {0}")]
+    Ended(String),
+}
+
+/// A machine could not resume. The proof comes back, so that the caller may try again.
+#[derive(Debug, thiserror::Error)]
+#[error("the vCPUs could not be resumed")]
+pub struct ResumeError {
+    /// The guest is still stopped.
+    pub proof: VcpusStopped,
+    /// Why.
+    #[source]
+    pub source: MachineError,
+}
+
+/// What the engine needs of a VM. All calls may block for milliseconds and come from one thread at a time, except
+/// [`workload_stats`](Self::workload_stats), which may come at any time from any thread.
+///
+/// A machine is built with its vCPUs parked; the first proof comes from [`pause`](Self::pause) like any other.
+pub trait Machine: Send + Sync {
+    /// What runs the guest.
+    fn accel(&self) -> Accel;
+
+    /// All RAM.
+    fn ram(&self) -> &GuestRam;
+
+    /// What this machine saves and loads, in the order it does so.
+    fn schemas(&self) -> Vec<DeviceSchema>;
+
+    /// Dirty logs that together see every write to RAM by anybody. Each call makes a fresh, unstarted one; only one may be
+    /// started at a time.
+    ///
+    /// # Errors
+    /// When the host lacks the interface.
+    fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError>;
+
+    /// Takes every vCPU out of the guest and keeps it out. On return no vCPU writes memory any more, and what the machine's own
+    /// devices write is done too. Calling it while paused gives a second proof and is a bug of the caller, but harmless.
+    ///
+    /// # Errors
+    /// [`MachineError::Host`]; the vCPUs then run as before.
+    fn pause(&self) -> Result<VcpusStopped, MachineError>;
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// The proof comes back with the reason: the guest has ended, or the host refused.
+    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError>;
+
+    /// State of every device, vCPUs included. Changes nothing.
+    ///
+    /// # Errors
+    /// The device that cannot be saved, by name.
+    fn save(&self, stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError>;
+
+    /// Loads the state of every device. Unknown, missing and doubled sections are errors that name the device.
+    ///
+    /// # Errors
+    /// The machine is then half-loaded and must not run; loading again may repair it.
+    fn load(&self, stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError>;
+
+    /// What the workload says of itself, read from guest memory; `None` if another guest runs, or none is loaded yet.
+    fn workload_stats(&self) -> Option<WorkloadStats>;
+
+    /// Asks the workload to forget the longest gap seen so far. This is a write of the VMM into guest memory, and is logged as such.
+    fn reset_workload_gap(&self);
+}

@@ -1,0 +1,2 @@
+//! The `vmferry` binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Deterministic simulation of two hosts, and what the integration tests share.

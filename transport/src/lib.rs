@@ -1,0 +1,8 @@
+//! How guest pages and device state move from one process to another.
+//!
+//! Reading order: [`units`] and [`memory`] say what is moved; the wire module is the format; the proto module decides; the data
+//! module moves pages on threads and rings of its own.
+
+pub mod memory;
+pub mod units;
+pub mod wire;

@@ -1,0 +1,102 @@
+//! Who reports writes to guest memory. Implementations live in `vmferry-devices`; several are united per round.
+
+use super::DirtyMap;
+
+/// A dirty log failed. The migration fails, the guest goes on: nothing was lost at the source.
+#[derive(Debug, thiserror::Error)]
+#[error("dirty log {log}: {op} failed")]
+pub struct DirtyLogError {
+    /// Which log, as [`DirtyLog::name`] says.
+    pub log: &'static str,
+    /// What was asked of it.
+    pub op: &'static str,
+    /// The kernel's answer.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// One source of dirty pages: KVM's log, the VMM's own writes, vhost, VFIO, or the page tables of the host.
+///
+/// Order of calls: `start`, then any number of `fetch`, then `stop`; and again from the start for a second migration. A log is
+/// driven by one thread at a time, never by the thread that runs a vCPU.
+pub trait DirtyLog: Send {
+    /// Short name for messages and statistics.
+    fn name(&self) -> &'static str;
+
+    /// Begins to log. Every write that happens after the return is reported by a later [`fetch`](Self::fetch); earlier ones may be.
+    ///
+    /// # Errors
+    /// When the kernel refuses; then nothing is logged, and `stop` need not be called.
+    fn start(&mut self) -> Result<(), DirtyLogError>;
+
+    /// Marks in `into` every page written since the last fetch (or since `start`) and forgets it. A page is forgotten *before* the
+    /// caller reads its content, so a write that comes later is reported again. Bits already set in `into` stay.
+    ///
+    /// # Errors
+    /// When the kernel refuses. Pages may then have been forgotten: the attempt must fail, and the next one starts with all pages.
+    fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError>;
+
+    /// Ends logging and frees what it cost the guest. Harmless when not started.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the guest is unharmed, but slower than it should be.
+    fn stop(&mut self) -> Result<(), DirtyLogError>;
+}
+
+/// Several logs as one: a page is dirty if any of them says so.
+pub struct UnitedLog {
+    logs: Vec<Box<dyn DirtyLog>>,
+}
+
+impl UnitedLog {
+    /// Unites `logs`.
+    pub fn new(logs: Vec<Box<dyn DirtyLog>>) -> Self {
+        Self { logs }
+    }
+}
+
+impl std::fmt::Debug for UnitedLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list()
+            .entries(self.logs.iter().map(|log| log.name()))
+            .finish()
+    }
+}
+
+impl DirtyLog for UnitedLog {
+    fn name(&self) -> &'static str {
+        "united"
+    }
+
+    fn start(&mut self) -> Result<(), DirtyLogError> {
+        for started in 0..self.logs.len() {
+            if let Err(error) = self.logs[started].start() {
+                for log in &mut self.logs[..started] {
+                    // The first error is the one to report; a log that cannot stop only slows the guest.
+                    if let Err(stop) = log.stop() {
+                        tracing::warn!(
+                            error = &stop as &dyn std::error::Error,
+                            "dirty log left running"
+                        );
+                    }
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError> {
+        self.logs.iter_mut().try_for_each(|log| log.fetch(into))
+    }
+
+    fn stop(&mut self) -> Result<(), DirtyLogError> {
+        let mut result = Ok(());
+        for log in &mut self.logs {
+            // Every log is stopped, whatever the others say; the first error is reported.
+            let stopped = log.stop();
+            result = result.and(stopped);
+        }
+        result
+    }
+}

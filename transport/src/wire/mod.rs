@@ -1,0 +1,5 @@
+//! The wire format.
+
+pub mod section;
+
+pub use section::{DeviceSchema, Section};
