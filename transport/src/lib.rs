@@ -3,6 +3,7 @@
 //! Reading order: [`units`] and [`memory`] say what is moved; the wire module is the format; the proto module decides; the data
 //! module moves pages on threads and rings of its own.
 
+pub mod limits;
 pub mod memory;
 pub mod units;
 pub mod wire;

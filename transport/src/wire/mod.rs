@@ -1,6 +1,8 @@
 //! The wire format.
 
+pub mod frame;
 pub mod header;
+pub mod hello;
 pub mod section;
 
 pub use section::{DeviceSchema, Section};
@@ -46,6 +48,14 @@ pub enum WireError {
     LeftOver {
         /// How many.
         len: usize,
+    },
+    /// No protocol version that both sides speak. Upgrade one of them.
+    #[error("no common protocol version: this side speaks {ours}, the peer {theirs}")]
+    Version {
+        /// What this side speaks.
+        ours: hello::VersionRange,
+        /// What the peer speaks.
+        theirs: hello::VersionRange,
     },
     /// A length is over its limit.
     #[error("{field} is too long: {len}, at most {max} allowed")]

@@ -1,0 +1,53 @@
+//! Every bound on what a peer may send and every deadline, in one place, each with its reason.
+
+/// Protocol versions that this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Newest protocol version that this build speaks.
+pub const VERSION_MAX: u16 = 1;
+
+/// Longest name of a RAM block, device or schema, in bytes: QEMU's block names reach about 60.
+pub const NAME_BYTES_MAX: usize = 255;
+/// Longest free text (error reasons, software names), in bytes. Bounded because it is shown and logged.
+pub const TEXT_BYTES_MAX: usize = 4096;
+/// Most RAM blocks of a VM: memory hot-plug makes hundreds.
+pub const BLOCKS_MAX: usize = 1024;
+/// Most devices of a VM: one per vCPU, and KVM has vCPU counts in the thousands.
+pub const DEVICES_MAX: usize = 8192;
+/// Most data connections: `multifd-channels` is one byte in QMP.
+pub const DATA_CONNECTIONS_MAX: u16 = 255;
+/// Longest body of a hello: both lists at their limits with short names fit.
+pub const HELLO_BYTES_MAX: u32 = 1 << 20;
+/// Longest device section, in bytes.
+pub const SECTION_BYTES_MAX: u32 = 16 << 20;
+/// Device sections of one migration together, in bytes. Bounds what a target holds before it can load.
+pub const SECTIONS_BYTES_MAX: u64 = 256 << 20;
+/// Longest body of any other control frame.
+pub const CONTROL_BYTES_MAX: u32 = 64 << 10;
+/// Largest RAM block, in pages: 16 TiB. Keeps page arithmetic far from overflow.
+pub const BLOCK_PAGES_MAX: u64 = 1 << 32;
+
+const _: () = assert!(SECTION_BYTES_MAX as u64 <= SECTIONS_BYTES_MAX);
+const _: () = assert!(TEXT_BYTES_MAX < CONTROL_BYTES_MAX as usize);
+
+/// How long a connection may take to say who it is, and a target to answer a hello, in microseconds. A peer that is not vmferry
+/// is often just silent.
+pub const HELLO_DEADLINE_US: u64 = 10_000_000;
+/// How long connecting (name resolution, TCP handshake) and the arrival of all data connections may take, in microseconds.
+pub const CONNECT_DEADLINE_US: u64 = 20_000_000;
+/// A link on which nothing moves for this long is dead, in microseconds.
+pub const STALL_US: u64 = 30_000_000;
+/// How often a side that has nothing to say shows that it lives, in microseconds.
+pub const KEEPALIVE_US: u64 = 5_000_000;
+/// How long the target may take from the last byte of state to READY, in microseconds. The guest is stopped meanwhile.
+pub const READY_DEADLINE_US: u64 = 60_000_000;
+/// How long the target may take from COMMIT to RUNNING before the source asks on a new connection, in microseconds.
+pub const RUNNING_DEADLINE_US: u64 = 10_000_000;
+/// Pause between two attempts to ask for the outcome, in microseconds.
+pub const RESOLVE_RETRY_US: u64 = 1_000_000;
+/// How long the source tries to learn the outcome before it tells the operator that it cannot, in microseconds. It goes on asking.
+pub const RESOLVE_DEADLINE_US: u64 = 30_000_000;
+/// How long a target remembers that it refused a migration after READY, so that a source in doubt can ask, in microseconds.
+pub const LINGER_US: u64 = 60_000_000;
+
+const _: () = assert!(KEEPALIVE_US * 3 < STALL_US);
+const _: () = assert!(RESOLVE_DEADLINE_US < LINGER_US);
