@@ -4,30 +4,217 @@
 //! 0x0000_0000  unused
 //! 0x0001_0000  parameters (one page, written once by the loader)
 //! 0x0002_0000  program
-//! 0x0004_0000  GDT, IDT, TSS
+//! 0x0004_0000  GDT, TSS
 //! 0x0008_0000  mailboxes, one page per vCPU
-//! 0x0010_0000  page tables
-//! 0x0020_0000  (unused)
-//! 0x0040_0000  working set, then fill; both jump over the device hole below 4 GiB
+//! 0x0010_0000  page tables: PML4, PDPT, then one page directory per GiB
+//! 0x0040_0000  data pages: the working set, then the fill; both jump over the device hole below 4 GiB
 //! ```
+//!
+//! Parameters and mailboxes are arrays of little-endian u64; the modules [`params`] and [`mailbox`] give the byte offset of each
+//! field. The guest program knows the same offsets: they are handed to the assembler from here.
 
+use super::WorkloadConfig;
+
+/// Bytes per page.
+pub const PAGE_BYTES: u64 = 4096;
 /// Most vCPUs a machine may have: one mailbox page each below the page tables.
 pub const VCPUS_MAX: u32 = 64;
 /// Parameters for the guest program.
 pub const PARAMS_GPA: u64 = 0x1_0000;
 /// The guest program.
 pub const PROGRAM_GPA: u64 = 0x2_0000;
+/// Most bytes the program may have.
+pub const PROGRAM_BYTES_MAX: u64 = TABLES_GPA - PROGRAM_GPA;
 /// Descriptor tables.
 pub const TABLES_GPA: u64 = 0x4_0000;
+/// Task state segment; only its place counts, the program runs at IOPL 3 and takes no interrupts.
+pub const TSS_GPA: u64 = TABLES_GPA + PAGE_BYTES;
 /// First mailbox; vCPU n has the page at `MAILBOX_GPA + n * 4096`.
 pub const MAILBOX_GPA: u64 = 0x8_0000;
 /// PML4, then the lower levels.
 pub const PAGE_TABLES_GPA: u64 = 0x10_0000;
-/// First page of the working set.
+/// First data page: the start of the working set.
 pub const WORKING_SET_GPA: u64 = 0x40_0000;
 /// Smallest RAM that holds the program and a working set of one MiB.
 pub const RAM_MIN: u64 = 8 << 20;
+/// Largest RAM that the page tables between [`PAGE_TABLES_GPA`] and the data can map.
+pub const RAM_MAX: u64 = 256 << 30;
 /// RAM below this address is block `ram0`; the rest, block `ram1`, starts at [`HIGH_RAM_GPA`]: the device hole of a PC.
 pub const LOW_RAM_END: u64 = 3 << 30;
 /// Guest-physical address of the first byte of `ram1`.
 pub const HIGH_RAM_GPA: u64 = 4 << 30;
+
+/// Byte offsets of the parameters, from [`PARAMS_GPA`].
+pub mod params {
+    /// [`MAGIC`] once the parameters are complete.
+    pub const MAGIC_AT: u64 = 0x00;
+    /// Number of vCPUs.
+    pub const VCPUS: u64 = 0x08;
+    /// Pages of the working set, all vCPUs together.
+    pub const WORKING_SET_PAGES: u64 = 0x10;
+    /// Pages of the fill, all vCPUs together.
+    pub const FILL_PAGES: u64 = 0x18;
+    /// TSC ticks per millisecond.
+    pub const TSC_KHZ: u64 = 0x20;
+    /// Page writes per second of all vCPUs together, 0 for no limit. For the reader; the guest uses the next two.
+    pub const PAGES_PER_SEC: u64 = 0x28;
+    /// With a limit: page writes of one vCPU between two looks at the clock. 0 without a limit.
+    pub const BATCH_PAGES: u64 = 0x30;
+    /// With a limit: TSC ticks that such a batch takes.
+    pub const BATCH_TICKS: u64 = 0x38;
+    /// Page number (address / 4096) where low RAM ends.
+    pub const LOW_END_PAGE: u64 = 0x40;
+    /// Pages of address space between low and high RAM, added to the page number of a data page that lies in high RAM.
+    pub const HOLE_PAGES: u64 = 0x48;
+    /// One page of the fill is checked after this many page writes.
+    pub const FILL_CHECK_EVERY: u64 = 0x50;
+    /// Passes after which vCPU 0 writes the exit port; 0 for never.
+    pub const EXIT_AFTER_PASSES: u64 = 0x58;
+    /// Value of [`MAGIC_AT`]: "VMFWORK1".
+    pub const MAGIC: u64 = u64::from_le_bytes(*b"VMFWORK1");
+}
+
+/// Byte offsets within a vCPU's mailbox, from [`mailbox_gpa`]. Unless said otherwise the guest writes and the VMM reads.
+pub mod mailbox {
+    /// One of the `PHASE_` values.
+    pub const PHASE: u64 = 0x00;
+    /// Complete passes over this vCPU's slice.
+    pub const PASSES: u64 = 0x08;
+    /// Page writes, fill not included.
+    pub const PAGES_WRITTEN: u64 = 0x10;
+    /// Pages found wrong, in the working set or the fill. A page counts once per look.
+    pub const ERRORS: u64 = 0x18;
+    /// Address of the first wrong word; 0 if there is none.
+    pub const FIRST_ERROR_GPA: u64 = 0x20;
+    /// What should have been there.
+    pub const FIRST_ERROR_EXPECTED: u64 = 0x28;
+    /// What was there.
+    pub const FIRST_ERROR_FOUND: u64 = 0x30;
+    /// TSC after the last page write.
+    pub const HEARTBEAT_TSC: u64 = 0x38;
+    /// Longest gap between two page writes, in TSC ticks.
+    pub const LONGEST_GAP_TICKS: u64 = 0x40;
+    /// Counted up by the VMM to make the guest forget the longest gap.
+    pub const RESET_REQUESTED: u64 = 0x48;
+    /// Value of [`RESET_REQUESTED`] that the guest has obeyed last.
+    pub const RESET_DONE: u64 = 0x50;
+    /// Pages of the fill written so far.
+    pub const FILLED_PAGES: u64 = 0x58;
+    /// Pages of the fill checked since.
+    pub const FILL_CHECKED: u64 = 0x60;
+
+    /// Written by the loader: index of the first data page of this vCPU's slice of the working set.
+    pub const SLICE_FIRST: u64 = 0x800;
+    /// Written by the loader: index of the page after the slice.
+    pub const SLICE_END: u64 = 0x808;
+    /// Written by the loader: index of the first data page of this vCPU's part of the fill.
+    pub const FILL_FIRST: u64 = 0x810;
+    /// Written by the loader: index of the page after that part.
+    pub const FILL_END: u64 = 0x818;
+
+    /// Not started.
+    pub const PHASE_IDLE: u64 = 0;
+    /// Writing the fill.
+    pub const PHASE_FILL: u64 = 1;
+    /// First pass over the working set; gaps do not count yet.
+    pub const PHASE_FIRST_PASS: u64 = 2;
+    /// Later passes: every page is verified before it is written, and gaps count.
+    pub const PHASE_STEADY: u64 = 3;
+}
+
+/// Ports that the guest uses.
+pub mod port {
+    /// First of the eight ports of the 16550 serial port.
+    pub const SERIAL: u16 = 0x3f8;
+    /// A byte written here ends the guest.
+    pub const EXIT: u16 = 0xf4;
+    /// Writing n (32 bits) sleeps about n microseconds, or less. Reading gives [`SLEEP_PRESENT`]: elsewhere a guest has to spin.
+    pub const SLEEP: u16 = 0xf8;
+    /// What the sleep port reads as: "SLEP".
+    pub const SLEEP_PRESENT: u32 = u32::from_le_bytes(*b"SLEP");
+}
+
+/// Address of the mailbox of a vCPU.
+pub fn mailbox_gpa(vcpu: u32) -> u64 {
+    MAILBOX_GPA + u64::from(vcpu) * PAGE_BYTES
+}
+
+/// Bytes of block `ram0` in a machine with `mem_bytes` of RAM.
+pub fn low_bytes(mem_bytes: u64) -> u64 {
+    mem_bytes.min(LOW_RAM_END)
+}
+
+/// Number of data pages that a machine with `mem_bytes` of RAM has for the working set and the fill.
+pub fn data_pages(mem_bytes: u64) -> u64 {
+    mem_bytes.saturating_sub(WORKING_SET_GPA) / PAGE_BYTES
+}
+
+/// Guest-physical address of data page `index`: counts up from [`WORKING_SET_GPA`] and jumps over the device hole.
+pub fn data_page_gpa(index: u64, mem_bytes: u64) -> u64 {
+    let straight = WORKING_SET_GPA + index * PAGE_BYTES;
+    let low_end = low_bytes(mem_bytes);
+    if straight < low_end {
+        straight
+    } else {
+        straight - low_end + HIGH_RAM_GPA
+    }
+}
+
+/// What each vCPU works on: data page indices, end not included.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Slices {
+    /// Slice of the working set.
+    pub working_set: std::ops::Range<u64>,
+    /// Part of the fill.
+    pub fill: std::ops::Range<u64>,
+}
+
+/// Splits the working set and the fill evenly over `vcpus`, in order.
+pub fn slices(config: &WorkloadConfig, vcpus: u32, vcpu: u32) -> Slices {
+    let part = |pages: u64, n: u32| {
+        // Through u128: no page count that fits the checks of `WorkloadConfig::check` can overflow it.
+        u64::try_from(u128::from(pages) * u128::from(n) / u128::from(vcpus.max(1)))
+            .unwrap_or(u64::MAX)
+    };
+    let working_set_pages = config.working_set_bytes / PAGE_BYTES;
+    let fill_pages = config.fill_bytes / PAGE_BYTES;
+    Slices {
+        working_set: part(working_set_pages, vcpu)..part(working_set_pages, vcpu + 1),
+        fill: working_set_pages + part(fill_pages, vcpu)
+            ..working_set_pages + part(fill_pages, vcpu + 1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_pages_jump_over_the_device_hole() {
+        let mem = 5 << 30;
+        let last_low = (LOW_RAM_END - WORKING_SET_GPA) / PAGE_BYTES - 1;
+        assert_eq!(data_page_gpa(0, mem), WORKING_SET_GPA);
+        assert_eq!(data_page_gpa(last_low, mem), LOW_RAM_END - PAGE_BYTES);
+        assert_eq!(data_page_gpa(last_low + 1, mem), HIGH_RAM_GPA);
+        assert_eq!(
+            data_page_gpa(data_pages(mem) - 1, mem),
+            HIGH_RAM_GPA + (2 << 30) - PAGE_BYTES
+        );
+    }
+
+    #[test]
+    fn slices_cover_everything_once() {
+        let config = WorkloadConfig {
+            working_set_bytes: 1001 * PAGE_BYTES,
+            dirty_pages_per_sec: None,
+            fill_bytes: 7 * PAGE_BYTES,
+        };
+        let mut next = (0, 1001);
+        for vcpu in 0..3 {
+            let Slices { working_set, fill } = slices(&config, 3, vcpu);
+            assert_eq!((working_set.start, fill.start), next);
+            next = (working_set.end, fill.end);
+        }
+        assert_eq!(next, (1001, 1008));
+    }
+}

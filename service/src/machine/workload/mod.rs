@@ -1,7 +1,17 @@
 //! The `workload` guest: writes a working set at a set rate with a pattern it can verify, checks its own pages every pass, and
 //! knows the longest gap between two of its writes.
 
+//!
+//! - [`layout`]: where parameters, program, mailboxes and data lie
+//! - [`pattern`]: what is written into the data pages
+//! - [`stats`]: reads the mailboxes
+
 pub mod layout;
+pub mod pattern;
+pub mod stats;
+
+use super::MachineError;
+use layout::{PAGE_BYTES, VCPUS_MAX};
 
 /// What the guest shall do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -12,6 +22,46 @@ pub struct WorkloadConfig {
     pub dirty_pages_per_sec: Option<u64>,
     /// Bytes that the guest fills once, at start, with incompressible data; checked slowly ever after. A multiple of 4 KiB.
     pub fill_bytes: u64,
+}
+
+impl WorkloadConfig {
+    /// Checks that a machine of this size can run the workload.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] says which value does not fit and what would.
+    pub fn check(&self, mem_bytes: u64, vcpus: u32) -> Result<(), MachineError> {
+        let refuse = |text: String| Err(MachineError::Config(text));
+        if !(1..=VCPUS_MAX).contains(&vcpus) {
+            return refuse(format!("{vcpus} vCPUs: must be 1 to {VCPUS_MAX}"));
+        }
+        for (what, bytes) in [
+            ("working set", self.working_set_bytes),
+            ("fill", self.fill_bytes),
+        ] {
+            if !bytes.is_multiple_of(PAGE_BYTES) {
+                return refuse(format!(
+                    "{what} of {bytes} bytes: must be a multiple of 4096"
+                ));
+            }
+        }
+        if self.working_set_bytes < u64::from(vcpus) * PAGE_BYTES {
+            return refuse(format!(
+                "working set of {} bytes: each of {vcpus} vCPUs needs a page of 4096 bytes",
+                self.working_set_bytes
+            ));
+        }
+        let available = layout::data_pages(mem_bytes) * PAGE_BYTES;
+        let wanted = self.working_set_bytes.saturating_add(self.fill_bytes);
+        if wanted > available {
+            return refuse(format!(
+                "working set and fill need {wanted} bytes, RAM of {mem_bytes} bytes has room for {available}"
+            ));
+        }
+        if self.dirty_pages_per_sec == Some(0) {
+            return refuse("dirty_pages_per_sec of 0: the guest would never write".to_owned());
+        }
+        Ok(())
+    }
 }
 
 /// What the guest says of itself, all vCPUs together.
