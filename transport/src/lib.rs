@@ -4,6 +4,7 @@
 //! module moves pages on threads and rings of its own.
 
 pub mod limits;
+pub mod control;
 pub mod memory;
 pub mod units;
 pub mod wire;

@@ -1,0 +1,252 @@
+//! Listening sockets. Waiting is by readiness on both runtimes, so an accept may be dropped at any moment.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::connect::{off_thread, resolve};
+use super::{Address, Stream};
+
+/// Connections that may wait to be accepted. One migration opens up to 256 at once, and strangers may knock too.
+pub const LISTEN_BACKLOG: i32 = 1024;
+
+/// Not listening. The text names the address.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListenError {
+    /// The name is unknown, or no name server answered.
+    #[error("cannot resolve the host name of {address}")]
+    Resolve {
+        /// Where.
+        address: Address,
+        /// What the resolver said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused: in use, no permission, not an address of this host.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: Address,
+        /// What the kernel said, of the last address tried.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process listens on this unix socket. Stop it or choose another path.
+    #[error("cannot listen on {address}: another process is listening there")]
+    InUse {
+        /// Where.
+        address: Address,
+    },
+    /// Something that is not a socket has this path. It is left alone.
+    #[error("cannot listen on {address}: the path exists and is not a socket")]
+    NotASocket {
+        /// Where.
+        address: Address,
+    },
+}
+
+/// A listening socket, TCP or unix. A unix socket has mode 0600 and its path is removed when the listener is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    link: Link,
+    local: Address,
+}
+
+#[derive(Debug)]
+enum Link {
+    Tcp(tokio::net::TcpListener),
+    Unix {
+        listener: tokio::net::UnixListener,
+        _file: SocketFile,
+    },
+}
+
+impl Listener {
+    /// Listens on `address`. Port 0 lets the kernel choose, see [`local_address`](Self::local_address).
+    ///
+    /// # Errors
+    /// [`ListenError`]. A unix path held by a live process is an error, a stale socket is replaced.
+    pub async fn bind(address: &Address) -> Result<Self, ListenError> {
+        let listen_error = |source| ListenError::Listen {
+            address: address.clone(),
+            source,
+        };
+        match address {
+            Address::Tcp { host, port } => {
+                let (name, port) = (host.clone(), *port);
+                let candidates = off_thread("resolve", move || resolve(&name, port))
+                    .await
+                    .flatten()
+                    .map_err(|source| ListenError::Resolve {
+                        address: address.clone(),
+                        source,
+                    })?;
+                bind_first(&candidates).map_err(listen_error)
+            }
+            Address::Unix { path } => {
+                clear_stale(path, address)?;
+                bind_unix(path, address.clone()).map_err(|source| match source.kind() {
+                    io::ErrorKind::AddrInUse => ListenError::InUse {
+                        address: address.clone(),
+                    },
+                    _ => listen_error(source),
+                })
+            }
+        }
+    }
+
+    /// The address with the port that the kernel chose and the name resolved.
+    pub fn local_address(&self) -> &Address {
+        &self.local
+    }
+
+    /// The next connection; TCP sockets get TCP_NODELAY. May be dropped at any moment without losing a connection.
+    ///
+    /// # Errors
+    /// When this process is out of file descriptors or memory. The listener stays usable; wait before trying again.
+    pub async fn accept(&self) -> io::Result<Stream> {
+        loop {
+            match self.accept_once().await {
+                // The peer was gone before we came to it.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                other => return other,
+            }
+        }
+    }
+
+    async fn accept_once(&self) -> io::Result<Stream> {
+        match &self.link {
+            Link::Tcp(listener) => {
+                let (stream, from) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Stream::from_socket(OwnedFd::from(stream.into_std()?), format!("tcp:{from}"))
+            }
+            Link::Unix { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                let peer = match stream.peer_cred() {
+                    Ok(cred) => {
+                        format!("process {} of user {}", cred.pid().unwrap_or(0), cred.uid())
+                    }
+                    Err(_) => "a local process".to_owned(),
+                };
+                Stream::from_socket(OwnedFd::from(stream.into_std()?), peer)
+            }
+        }
+    }
+}
+
+fn bind_first(candidates: &[SocketAddr]) -> io::Result<Listener> {
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for candidate in candidates {
+        match bind_tcp(*candidate) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn bind_tcp(at: SocketAddr) -> io::Result<Listener> {
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&at.into())?;
+    socket.listen(LISTEN_BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(OwnedFd::from(socket).into())?;
+    let bound = listener.local_addr()?;
+    let host = match bound {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => format!("{}%{}", v6.ip(), v6.scope_id()),
+        _ => bound.ip().to_string(),
+    };
+    let local = Address::Tcp {
+        host,
+        port: bound.port(),
+    };
+    Ok(Listener {
+        link: Link::Tcp(listener),
+        local,
+    })
+}
+
+/// Removes the socket that a dead process left behind.
+fn clear_stale(path: &Path, address: &Address) -> Result<(), ListenError> {
+    let listen_error = |source| ListenError::Listen {
+        address: address.clone(),
+        source,
+    };
+    let Ok(meta) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !meta.file_type().is_socket() {
+        return Err(ListenError::NotASocket {
+            address: address.clone(),
+        });
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(listen_error)?;
+    socket.set_nonblocking(true).map_err(listen_error)?;
+    let to = SockAddr::unix(path).map_err(listen_error)?;
+    match socket.connect(&to) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(listen_error)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Connected, or its queue is full: alive either way.
+        _ => Err(ListenError::InUse {
+            address: address.clone(),
+        }),
+    }
+}
+
+fn bind_unix(path: &Path, local: Address) -> io::Result<Listener> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    let file = SocketFile::new(path)?;
+    // Before `listen`: until then nobody can connect, so the socket is never open to others.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    socket.listen(LISTEN_BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(OwnedFd::from(socket).into())?;
+    Ok(Listener {
+        link: Link::Unix {
+            listener,
+            _file: file,
+        },
+        local,
+    })
+}
+
+/// The path of our socket. Removed on drop, unless somebody else has put another file there meanwhile.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        // Absolute, because the process may change its directory before the drop.
+        let path = std::path::absolute(path)?;
+        let identity = identity(&path)?;
+        Ok(Self { path, identity })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Device and inode number.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let meta = fs::symlink_metadata(path)?;
+    Ok((meta.dev(), meta.ino()))
+}
