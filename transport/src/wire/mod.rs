@@ -3,6 +3,7 @@
 pub mod frame;
 pub mod header;
 pub mod hello;
+pub mod ram;
 pub mod section;
 
 pub use section::{DeviceSchema, Section};
@@ -90,6 +91,40 @@ pub enum WireError {
         start: u64,
         /// Number of pages.
         count: u64,
+    },
+    /// A RAM frame belongs to another round than its connection is in.
+    #[error("a RAM frame of round {found} came in round {expected}")]
+    Round {
+        /// The round that the connection is in.
+        expected: u32,
+        /// The round that the frame names.
+        found: u32,
+    },
+    /// Pages came a second time within one round.
+    #[error("pages {start}+{count} of RAM block {block} came twice in one round")]
+    PagesTwice {
+        /// The block.
+        block: u16,
+        /// First page of the run that was partly there already.
+        start: u64,
+        /// Its number of pages.
+        count: u64,
+    },
+    /// The first round ended before every page was accounted for.
+    #[error("the first round left out {count} pages of RAM")]
+    PagesMissing {
+        /// How many.
+        count: u64,
+    },
+    /// The end of a round names other totals than what arrived.
+    #[error("the peer counts {sent} {what} in the round, but {received} arrived")]
+    RoundTotals {
+        /// What was counted.
+        what: &'static str,
+        /// The sender's count.
+        sent: u64,
+        /// The receiver's count.
+        received: u64,
     },
 }
 
