@@ -8,6 +8,7 @@
 pub mod device;
 pub mod error;
 pub mod saved;
+pub mod soft;
 pub mod vmm_writes;
 
 pub use device::Device;
