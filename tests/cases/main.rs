@@ -1,0 +1,8 @@
+//! All integration tests in one binary, so that linking stays cheap. One line per module: what it proves.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy exempts test functions but not what they call"
+)]
+
+mod tidy; // rules of the house that the compiler does not check
