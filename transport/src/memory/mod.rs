@@ -6,7 +6,15 @@
 pub mod bitmap;
 mod dirty_log;
 #[cfg(feature = "uring")]
+pub mod extents;
+#[cfg(feature = "uring")]
+pub mod hash;
+#[cfg(feature = "uring")]
+pub mod populate;
+#[cfg(feature = "uring")]
 pub mod ram;
+#[cfg(feature = "uring")]
+pub mod zero;
 
 pub use bitmap::{DirtyMap, PageBitmap};
 pub use dirty_log::{DirtyLog, DirtyLogError, UnitedLog};

@@ -8,7 +8,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use super::DirtyMap;
-use crate::units::{BlockId, PAGE_SIZE, PageCount};
+use crate::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
 
 /// What the data path needs to know of a mapping: where it lies, and that it stays there while we hold it.
 ///
@@ -88,6 +88,23 @@ impl RamBlock {
     /// The mapping.
     pub fn mapping(&self) -> &Arc<dyn HostMapping> {
         &self.mapping
+    }
+
+    /// Address and length in bytes of a run of pages; `None` if it is not inside the block. The address is valid as long as the
+    /// block lives.
+    pub(crate) fn host_range(
+        &self,
+        start: PageIndex,
+        count: PageCount,
+    ) -> Option<(*mut u8, usize)> {
+        let end = start.0.checked_add(count.0)?;
+        if end > self.pages().0 {
+            return None;
+        }
+        // Inside a mapping of this process, so both fit.
+        let offset = usize::try_from(start.to_offset()).ok()?;
+        let len = usize::try_from(count.to_bytes()).ok()?;
+        Some((self.mapping.host_address().wrapping_add(offset), len))
     }
 
     /// File behind the block and the offset of the block's first byte in it; `None` for anonymous memory.

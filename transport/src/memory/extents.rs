@@ -1,0 +1,220 @@
+//! Which guest memory exists, asked of the files behind it, and runs of pages as one sequence that threads take pieces from.
+//!
+//! A hole of a memfd is never read: reading it through a mapping allocates it, which inflates a sparse VM until the host is out of
+//! memory.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::{GuestRam, RamBlock};
+use crate::units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun};
+
+/// All pages of the RAM, sorted by whether memory exists for them. Each page is in exactly one of both lists.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Extents {
+    /// Pages that exist, whatever they contain. Pages of a block without a file count as existing.
+    pub data: Vec<PageRun>,
+    /// Pages that do not exist and read as zero.
+    pub holes: Vec<PageRun>,
+}
+
+impl Extents {
+    /// Asks the files behind the blocks. Nothing is read or allocated. Pages that the guest touches meanwhile may be in either list;
+    /// the dirty log has them.
+    ///
+    /// # Errors
+    /// When a file cannot be asked.
+    pub fn of(ram: &GuestRam) -> io::Result<Self> {
+        let mut extents = Self::default();
+        for (id, block) in (0..).map(BlockId).zip(ram.blocks()) {
+            extents.add_block(id, block)?;
+        }
+        Ok(extents)
+    }
+
+    /// Pages that exist.
+    pub fn data_pages(&self) -> PageCount {
+        PageCount(self.data.iter().map(|run| run.count.0).sum())
+    }
+
+    fn add_block(&mut self, id: BlockId, block: &RamBlock) -> io::Result<()> {
+        let pages = block.pages().0;
+        let run = |start, end| PageRun {
+            block: id,
+            start: PageIndex(start),
+            count: PageCount(end - start),
+        };
+        let Some((file, file_start)) = block.file() else {
+            self.data.push(run(0, pages));
+            return Ok(());
+        };
+        let mut page = 0;
+        while page < pages {
+            // Outwards to whole pages: a page that exists in part exists.
+            let data = match seek(file, SeekFrom::Data(file_start + page * PAGE_SIZE))? {
+                Some(offset) => (offset.saturating_sub(file_start) / PAGE_SIZE).clamp(page, pages),
+                None => pages,
+            };
+            if data > page {
+                self.holes.push(run(page, data));
+            }
+            if data == pages {
+                break;
+            }
+            let hole = match seek(file, SeekFrom::Hole(file_start + data * PAGE_SIZE))? {
+                Some(offset) => offset
+                    .saturating_sub(file_start)
+                    .div_ceil(PAGE_SIZE)
+                    .clamp(data + 1, pages),
+                None => pages,
+            };
+            self.data.push(run(data, hole));
+            page = hole;
+        }
+        Ok(())
+    }
+}
+
+/// `None` when there is nothing of the kind up to the end of the file.
+fn seek(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, to) {
+        Ok(offset) => Ok(Some(offset)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Runs of pages, addressable as one sequence: position 0 is the first page of the first run. Threads that share the work claim
+/// ranges of positions with one atomic addition.
+#[derive(Clone, Debug, Default)]
+pub struct RunSequence {
+    runs: Vec<PageRun>,
+    /// Position after the last page of each run.
+    ends: Vec<u64>,
+}
+
+impl RunSequence {
+    /// The runs in their order. Empty runs are dropped.
+    pub fn new(mut runs: Vec<PageRun>) -> Self {
+        runs.retain(|run| run.count.0 > 0);
+        let ends = runs
+            .iter()
+            .scan(0, |position, run| {
+                *position += run.count.0;
+                Some(*position)
+            })
+            .collect();
+        Self { runs, ends }
+    }
+
+    /// Number of pages in all runs.
+    pub fn pages(&self) -> PageCount {
+        PageCount(self.ends.last().copied().unwrap_or(0))
+    }
+
+    /// The pages at positions `start` to `end`, as parts of runs, in order. Positions past the end do not exist.
+    pub fn slice(&self, start: u64, end: u64) -> impl Iterator<Item = PageRun> {
+        let first = self.ends.partition_point(|&run_end| run_end <= start);
+        self.runs[first..]
+            .iter()
+            .zip(&self.ends[first..])
+            .map_while(move |(run, &run_end)| {
+                let run_start = run_end - run.count.0;
+                let from = start.max(run_start);
+                let to = end.min(run_end);
+                (from < to).then(|| PageRun {
+                    block: run.block,
+                    start: PageIndex(run.start.0 + from - run_start),
+                    count: PageCount(to - from),
+                })
+            })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+    use super::*;
+    use crate::memory::zero::GuestPage;
+
+    /// RAM of one memfd per block, all holes; sizes in pages.
+    pub(crate) fn memfd_ram(pages: &[u64]) -> GuestRam {
+        let blocks = pages.iter().enumerate().map(|(index, &pages)| {
+            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let file = File::from(fd);
+            file.set_len(pages * PAGE_SIZE).unwrap();
+            block(&format!("ram{index}"), pages, Some(file))
+        });
+        GuestRam::new(blocks.collect())
+    }
+
+    /// A block of anonymous memory.
+    pub(crate) fn anonymous_block(name: &str, pages: u64) -> RamBlock {
+        block(name, pages, None)
+    }
+
+    fn block(name: &str, pages: u64, file: Option<File>) -> RamBlock {
+        let len = usize::try_from(pages * PAGE_SIZE).unwrap();
+        let file = file.map(|file| FileOffset::new(file, 0));
+        let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), len, file).unwrap();
+        RamBlock::new(name, Arc::new(region)).unwrap()
+    }
+
+    pub(crate) fn run(block: u16, start: u64, count: u64) -> PageRun {
+        PageRun {
+            block: BlockId(block),
+            start: PageIndex(start),
+            count: PageCount(count),
+        }
+    }
+
+    #[test]
+    fn existing_pages_and_holes_are_told_apart_without_reading() {
+        let ram = memfd_ram(&[10, 4]);
+        for page in [2, 3, 9] {
+            let page = GuestPage::of(&ram.blocks()[0], PageIndex(page)).unwrap();
+            page.copy_from(&[1; 4096]);
+        }
+        let expected = Extents {
+            data: vec![run(0, 2, 2), run(0, 9, 1)],
+            holes: vec![run(0, 0, 2), run(0, 4, 5), run(1, 0, 4)],
+        };
+        assert_eq!(Extents::of(&ram).unwrap(), expected);
+        assert_eq!(
+            Extents::of(&ram).unwrap(),
+            expected,
+            "looking changes nothing"
+        );
+    }
+
+    #[test]
+    fn memory_without_a_file_counts_as_existing() {
+        let ram = GuestRam::new(vec![anonymous_block("anonymous", 3)]);
+        assert_eq!(Extents::of(&ram).unwrap().data, [run(0, 0, 3)]);
+    }
+
+    proptest! {
+        #[test]
+        fn slices_of_a_sequence_hold_every_page_once(
+            lengths in prop::collection::vec(0_u64..20, 0..20), piece in 1_u64..30,
+        ) {
+            let runs: Vec<_> = lengths.iter().zip(0_u64..).map(|(&len, at)| run(0, at * 100, len)).collect();
+            let all: Vec<u64> = runs.iter().flat_map(|run| run.start.0..run.end().0).collect();
+            let sequence = RunSequence::new(runs);
+            prop_assert_eq!(sequence.pages().0, all.len() as u64);
+            let sliced: Vec<u64> = (0..all.len() as u64 + 5)
+                .step_by(usize::try_from(piece).unwrap())
+                .flat_map(|start| sequence.slice(start, start + piece))
+                .flat_map(|run| run.start.0..run.end().0)
+                .collect();
+            prop_assert_eq!(sliced, all);
+        }
+    }
+}
