@@ -6,5 +6,6 @@
 pub mod limits;
 pub mod control;
 pub mod memory;
+pub mod proto;
 pub mod units;
 pub mod wire;

@@ -42,6 +42,8 @@ pub mod kind {
     pub const RUNNING: u8 = 23;
     /// Answer to RESOLVE.
     pub const RESOLVED: u8 = 24;
+    /// Every page of a round is in its place.
+    pub const ROUND_PLACED: u8 = 25;
 }
 
 /// Why a side gives up, in a form the other side can act on; the text is for people.
@@ -190,6 +192,8 @@ pub enum TargetFrame {
     HelloReply(HelloReply),
     /// All data connections have arrived.
     DataReady,
+    /// Every page of a round is in its place. The source waits for it between rounds, never within one.
+    RoundPlaced(RoundId),
     /// Everything is loaded.
     Ready(Ready),
     /// The guest belongs to the target. Time from COMMIT until the vCPUs ran, in microseconds.
@@ -229,6 +233,7 @@ impl TargetFrame {
         match self {
             Self::HelloReply(reply) => encode_frame(kind::HELLO_REPLY, 0, &reply.encode()),
             Self::DataReady => encode_frame(kind::DATA_READY, 0, &[]),
+            Self::RoundPlaced(round) => encode_frame(kind::ROUND_PLACED, 0, &round.0.to_le_bytes()),
             Self::Ready(ready) => encode_frame(kind::READY, 0, &encode_ready(ready)),
             Self::Running { resume_us } => encode_frame(kind::RUNNING, 0, &resume_us.to_le_bytes()),
             Self::Resolved(resolution) => {
@@ -290,7 +295,7 @@ impl ControlFrame for TargetFrame {
     fn body_max(kind: u8) -> Option<u32> {
         matches!(
             kind,
-            kind::HELLO_REPLY..=kind::RESOLVED | kind::KEEPALIVE | kind::ABORT
+            kind::HELLO_REPLY..=kind::ROUND_PLACED | kind::KEEPALIVE | kind::ABORT
         )
         .then_some(CONTROL_BYTES_MAX)
     }
@@ -301,6 +306,7 @@ impl ControlFrame for TargetFrame {
             kind::HELLO_REPLY => return HelloReply::decode(&body).map(Self::HelloReply),
             kind::ABORT => return decode_abort(&body).map(Self::Abort),
             kind::DATA_READY => Self::DataReady,
+            kind::ROUND_PLACED => Self::RoundPlaced(RoundId(reader.u32()?)),
             kind::READY => Self::Ready(decode_ready(&mut reader)?),
             kind::RUNNING => Self::Running {
                 resume_us: reader.u64()?,
@@ -573,6 +579,7 @@ mod tests {
                 software: "t".into(),
             }),
             TargetFrame::DataReady,
+            TargetFrame::RoundPlaced(RoundId(3)),
             TargetFrame::Ready(ready(None)),
             TargetFrame::Ready(ready(Some(Verification {
                 ram_hash: 77,

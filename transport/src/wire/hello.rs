@@ -483,7 +483,8 @@ mod tests {
 
     #[test]
     fn each_difference_is_named_with_both_values() {
-        let cases: [(&str, fn(&mut Vec<BlockInfo>, &mut Vec<DeviceSchema>), &str); 9] = [
+        type Change = fn(&mut Vec<BlockInfo>, &mut Vec<DeviceSchema>);
+        let cases: [(&str, Change, &str); 9] = [
             (
                 "less memory",
                 |b, _| b[0].pages.0 = 8,

@@ -1,0 +1,181 @@
+//! When to switch over: predicted blackout against the downtime limit, and whether another round would make it clearly shorter.
+//! Pure arithmetic.
+
+use crate::units::PageCount;
+
+/// Costs of a switchover that do not depend on how much is dirty, in microseconds: stopping vCPUs, saving and loading device state.
+/// About what is measured for a small VM; round trips are added to it.
+const FIXED_US: u64 = 2_500;
+/// A switchover takes three exchanges with the target: state and READY, COMMIT and RUNNING, and the last bytes of data.
+const ROUND_TRIPS: u64 = 3;
+/// Sending time below which another round cannot make a difference that anybody notices, in microseconds.
+const NEGLIGIBLE_US: u64 = 400;
+/// Another round is worth its cost only if it is expected to leave less than this share of the present remainder, in percent.
+const CLEARLY_LESS_PERCENT: u64 = 70;
+/// Most rounds spent on shrinking a remainder that already fits the limit.
+const POLISHING_ROUNDS_MAX: u32 = 12;
+/// Rounds with fewer pages say little about bandwidth: their time is mostly overhead.
+const BANDWIDTH_PAGES_MIN: u64 = 512;
+
+/// What the rounds so far have taught.
+#[derive(Clone, Debug, Default)]
+pub struct Estimate {
+    bytes_per_sec: Option<u64>,
+    round_trip_us: u64,
+    sync_us: u64,
+    dirty_pages_per_sec: u64,
+    polished: u32,
+}
+
+/// What to do with the pages that a dirty fetch has found.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Decision {
+    /// Send them with the guest running.
+    AnotherRound,
+    /// Stop the guest.
+    SwitchOver,
+}
+
+impl Estimate {
+    /// Bytes of guest memory that the link takes per second, zero pages included; `None` before the first round is placed.
+    pub fn bytes_per_sec(&self) -> Option<u64> {
+        self.bytes_per_sec
+    }
+
+    /// Pages that the guest dirties per second, as the last dirty fetch has shown.
+    pub fn dirty_pages_per_sec(&self) -> u64 {
+        self.dirty_pages_per_sec
+    }
+
+    /// Time of an exchange with the target.
+    pub fn note_round_trip(&mut self, micros: u64) {
+        self.round_trip_us = micros;
+    }
+
+    /// A round was placed at the target.
+    pub fn note_round(&mut self, pages: PageCount, micros: u64) {
+        if self.bytes_per_sec.is_none() || pages.0 >= BANDWIDTH_PAGES_MIN {
+            self.bytes_per_sec = Some(per_second(pages.to_bytes(), micros).max(1));
+        }
+    }
+
+    /// A dirty fetch found `dirty` pages written in the `elapsed_us` since the one before, and took `sync_us`.
+    pub fn note_sync(&mut self, dirty: PageCount, elapsed_us: u64, sync_us: u64) {
+        self.dirty_pages_per_sec = per_second(dirty.0, elapsed_us);
+        self.sync_us = sync_us;
+    }
+
+    /// How long the guest would stand still if it were stopped now with `dirty` pages to send, in microseconds.
+    pub fn blackout_us(&self, dirty: PageCount) -> u64 {
+        let fixed = FIXED_US + ROUND_TRIPS * self.round_trip_us + self.sync_us;
+        fixed.saturating_add(self.sending_us(dirty))
+    }
+
+    /// Decides on `dirty` pages, found by the fetch that was noted last.
+    pub fn decide(&mut self, dirty: PageCount, downtime_limit_us: u64) -> Decision {
+        if self.blackout_us(dirty) > downtime_limit_us {
+            self.polished = 0;
+            return Decision::AnotherRound;
+        }
+        let sending_us = self.sending_us(dirty);
+        // What the guest would dirty during another round, if it goes on as it did.
+        let round_us = sending_us + self.sync_us + self.round_trip_us;
+        let next = PageCount(self.dirty_pages_per_sec.saturating_mul(round_us) / 1_000_000);
+        let clearly_less = self.sending_us(next).saturating_mul(100)
+            < sending_us.saturating_mul(CLEARLY_LESS_PERCENT);
+        if sending_us > NEGLIGIBLE_US && clearly_less && self.polished < POLISHING_ROUNDS_MAX {
+            self.polished += 1;
+            return Decision::AnotherRound;
+        }
+        Decision::SwitchOver
+    }
+
+    fn sending_us(&self, dirty: PageCount) -> u64 {
+        match self.bytes_per_sec {
+            Some(rate) => saturating(u128::from(dirty.to_bytes()) * 1_000_000 / u128::from(rate)),
+            None if dirty.0 == 0 => 0,
+            None => u64::MAX,
+        }
+    }
+}
+
+fn per_second(amount: u64, micros: u64) -> u64 {
+    saturating(u128::from(amount) * 1_000_000 / u128::from(micros.max(1)))
+}
+
+fn saturating(value: u128) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT_US: u64 = 300_000;
+
+    /// One GB/s, dirtying `rate` pages per second.
+    fn estimate(rate: u64) -> Estimate {
+        let mut estimate = Estimate::default();
+        estimate.note_round(PageCount(262_144), 1_073_741);
+        estimate.note_sync(PageCount(rate), 1_000_000, 500);
+        estimate
+    }
+
+    #[test]
+    fn an_idle_guest_is_switched_over_at_once() {
+        assert_eq!(
+            estimate(0).decide(PageCount(0), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
+    fn a_remainder_that_fits_is_still_shrunk_while_that_helps() {
+        // 200 ms of pages fit a limit of 300 ms, but at this dirty rate the next round leaves a twentieth.
+        let mut estimate = estimate(12_000);
+        assert_eq!(
+            estimate.decide(PageCount(48_000), LIMIT_US),
+            Decision::AnotherRound
+        );
+        assert_eq!(
+            estimate.decide(PageCount(60), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
+    fn a_remainder_that_fits_and_does_not_shrink_is_sent() {
+        // 900 MB/s of dirtying against 1 GB/s of sending: another round leaves 92 %.
+        assert_eq!(
+            estimate(225_000).decide(PageCount(48_000), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_never_switched_over() {
+        let mut estimate = estimate(400_000);
+        for _ in 0..100 {
+            assert_eq!(
+                estimate.decide(PageCount(100_000), LIMIT_US),
+                Decision::AnotherRound
+            );
+        }
+    }
+
+    #[test]
+    fn polishing_ends() {
+        let mut estimate = estimate(1_000);
+        let rounds = (0..1000)
+            .take_while(|_| estimate.decide(PageCount(20_000), LIMIT_US) == Decision::AnotherRound);
+        assert_eq!(rounds.count(), 12);
+    }
+
+    #[test]
+    fn nothing_overflows() {
+        let mut estimate = Estimate::default();
+        estimate.note_round(PageCount(1 << 50), 0);
+        estimate.note_sync(PageCount(u64::MAX / 8192), 0, 0);
+        estimate.decide(PageCount(1 << 50), u64::MAX);
+    }
+}
