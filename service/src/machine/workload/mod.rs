@@ -2,11 +2,16 @@
 //! knows the longest gap between two of its writes.
 
 //!
+//! - [`image`]: the guest program
+//! - [`loader`]: what must be in memory before it starts; [`elf`]: the same as a file for other VMMs
 //! - [`layout`]: where parameters, program, mailboxes and data lie
 //! - [`pattern`]: what is written into the data pages
 //! - [`stats`]: reads the mailboxes
 
+pub mod elf;
+pub mod image;
 pub mod layout;
+pub mod loader;
 pub mod pattern;
 pub mod stats;
 

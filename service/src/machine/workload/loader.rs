@@ -1,0 +1,323 @@
+//! What has to be in memory before the workload's first instruction: parameters, program, descriptor tables, mailboxes, page tables.
+//!
+//! The same pieces are written into the built-in machine's RAM and, as segments of an ELF file, handed to other VMMs.
+
+use super::layout::{
+    self, HIGH_RAM_GPA, LOW_RAM_END, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA,
+    TABLES_GPA, mailbox, mailbox_gpa, params, slices,
+};
+use super::{WorkloadConfig, image};
+use crate::machine::MachineError;
+
+/// Selector of the flat 32-bit code segment.
+pub const CODE32: u16 = 0x08;
+/// Selector of the 64-bit code segment at CPL 0.
+pub const CODE64: u16 = 0x10;
+/// Selector of the flat data segment at CPL 3.
+pub const USER_DATA: u16 = 0x18 | 3;
+/// Selector of the 64-bit code segment at CPL 3.
+pub const USER_CODE64: u16 = 0x20 | 3;
+/// Selector of the TSS.
+pub const TSS: u16 = 0x28;
+/// Bytes of the GDT, less one.
+pub const GDT_LIMIT: u16 = 0x37;
+/// Where the pseudo-descriptor for `lgdt` lies.
+pub const GDT_POINTER_GPA: u64 = TABLES_GPA + 0x100;
+/// Stack of the PVH entry; grows down from here.
+pub const STUB_STACK_GPA: u64 = TABLES_GPA + PAGE_BYTES;
+
+/// Present, writable, user, accessed: an upper-level entry. Accessed and dirty bits are set beforehand so that no CPU writes the
+/// page tables: they are sent once and stay clean.
+const TABLE_ENTRY: u64 = 0x27;
+/// The same with dirty, for a 2 MiB page.
+const LARGE_PAGE_ENTRY: u64 = 0xe7;
+const LARGE_PAGE_BYTES: u64 = 2 << 20;
+const DIRECTORY_BYTES: u64 = 1 << 30;
+/// Without a rate limit one page of the fill is checked per so many page writes.
+const FILL_CHECK_EVERY_UNLIMITED: u64 = 64;
+/// With a rate limit.
+const FILL_CHECK_EVERY_LIMITED: u64 = 8;
+/// Longest piece of the schedule that is written without a look at the clock.
+const BATCH_US: u64 = 1000;
+
+/// Bytes that belong at an address.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Piece {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// What the loader needs to know.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct LoadOptions {
+    /// RAM size in bytes.
+    pub mem_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// TSC ticks per millisecond, as the guest sees them.
+    pub tsc_khz: u32,
+    /// Passes after which the guest writes the exit port; `None` for never.
+    pub exit_after_passes: Option<u64>,
+}
+
+/// All pieces, in ascending order of address and without overlap.
+///
+/// # Errors
+/// [`MachineError::Config`] when the workload does not fit the machine.
+pub fn pieces(config: &WorkloadConfig, options: LoadOptions) -> Result<Vec<Piece>, MachineError> {
+    config.check(options.mem_bytes, options.vcpus)?;
+    if options.tsc_khz == 0 {
+        return Err(MachineError::Config(
+            "the TSC frequency is unknown".to_owned(),
+        ));
+    }
+    let mut pieces = vec![
+        parameters(config, options),
+        Piece {
+            gpa: PROGRAM_GPA,
+            bytes: image::program().to_vec(),
+        },
+        descriptor_tables(),
+    ];
+    pieces.extend((0..options.vcpus).map(|vcpu| mailbox_page(config, options.vcpus, vcpu)));
+    pieces.push(page_tables(options.mem_bytes));
+    Ok(pieces)
+}
+
+/// A page of u64 fields under construction.
+struct Fields(Vec<u8>);
+
+impl Fields {
+    fn new(bytes: u64) -> Self {
+        Self(vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)])
+    }
+
+    fn set(&mut self, at: u64, value: u64) {
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        self.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+fn parameters(config: &WorkloadConfig, options: LoadOptions) -> Piece {
+    let low_end = layout::low_bytes(options.mem_bytes) / PAGE_BYTES;
+    let (batch_pages, batch_ticks) = batch(config.dirty_pages_per_sec, options);
+    let mut page = Fields::new(PAGE_BYTES);
+    page.set(params::MAGIC_AT, params::MAGIC);
+    page.set(params::VCPUS, options.vcpus.into());
+    page.set(
+        params::WORKING_SET_PAGES,
+        config.working_set_bytes / PAGE_BYTES,
+    );
+    page.set(params::FILL_PAGES, config.fill_bytes / PAGE_BYTES);
+    page.set(params::TSC_KHZ, options.tsc_khz.into());
+    page.set(
+        params::PAGES_PER_SEC,
+        config.dirty_pages_per_sec.unwrap_or(0),
+    );
+    page.set(params::BATCH_PAGES, batch_pages);
+    page.set(params::BATCH_TICKS, batch_ticks);
+    page.set(params::LOW_END_PAGE, low_end);
+    page.set(params::HOLE_PAGES, HIGH_RAM_GPA / PAGE_BYTES - low_end);
+    page.set(
+        params::FILL_CHECK_EVERY,
+        if config.dirty_pages_per_sec.is_some() {
+            FILL_CHECK_EVERY_LIMITED
+        } else {
+            FILL_CHECK_EVERY_UNLIMITED
+        },
+    );
+    page.set(
+        params::EXIT_AFTER_PASSES,
+        options.exit_after_passes.unwrap_or(0),
+    );
+    Piece {
+        gpa: PARAMS_GPA,
+        bytes: page.0,
+    }
+}
+
+/// Pages that one vCPU writes between two looks at the clock, and the TSC ticks they take; zeros without a limit.
+fn batch(pages_per_sec: Option<u64>, options: LoadOptions) -> (u64, u64) {
+    let Some(pages_per_sec) = pages_per_sec else {
+        return (0, 0);
+    };
+    let all_vcpus_per_batch = u128::from(pages_per_sec) * u128::from(BATCH_US) / 1_000_000;
+    let pages = (all_vcpus_per_batch / u128::from(options.vcpus)).max(1);
+    let ticks = pages * u128::from(options.vcpus) * u128::from(options.tsc_khz) * 1000
+        / u128::from(pages_per_sec);
+    let narrow = |value: u128| u64::try_from(value).unwrap_or(u64::MAX);
+    (narrow(pages), narrow(ticks.max(1)))
+}
+
+fn mailbox_page(config: &WorkloadConfig, vcpus: u32, vcpu: u32) -> Piece {
+    let slices = slices(config, vcpus, vcpu);
+    let mut page = Fields::new(PAGE_BYTES);
+    page.set(mailbox::SLICE_FIRST, slices.working_set.start);
+    page.set(mailbox::SLICE_END, slices.working_set.end);
+    page.set(mailbox::FILL_FIRST, slices.fill.start);
+    page.set(mailbox::FILL_END, slices.fill.end);
+    Piece {
+        gpa: mailbox_gpa(vcpu),
+        bytes: page.0,
+    }
+}
+
+/// GDT and its pseudo-descriptor in the first page, an empty TSS in the second.
+fn descriptor_tables() -> Piece {
+    let mut page = Fields::new(2 * PAGE_BYTES);
+    let tss_base = layout::TSS_GPA;
+    page.set(u64::from(CODE32), 0x00cf_9b00_0000_ffff);
+    page.set(u64::from(CODE64), 0x00af_9b00_0000_ffff);
+    page.set(u64::from(USER_DATA & !3), 0x00cf_f300_0000_ffff);
+    page.set(u64::from(USER_CODE64 & !3), 0x00af_fb00_0000_ffff);
+    // 64-bit TSS, available; its base is split over the descriptor.
+    page.set(
+        u64::from(TSS),
+        0x0000_8900_0000_0067 | (tss_base & 0x00ff_ffff) << 16 | (tss_base >> 24 & 0xff) << 56,
+    );
+    page.set(u64::from(TSS) + 8, tss_base >> 32);
+    page.set(
+        GDT_POINTER_GPA - TABLES_GPA,
+        TABLES_GPA << 16 | u64::from(GDT_LIMIT),
+    );
+    Piece {
+        gpa: TABLES_GPA,
+        bytes: page.0,
+    }
+}
+
+/// Identity mapping of all RAM in 2 MiB pages, for the user; the device hole stays unmapped.
+fn page_tables(mem_bytes: u64) -> Piece {
+    let low = layout::low_bytes(mem_bytes);
+    let high = mem_bytes - low;
+    let ranges = [(0, low), (HIGH_RAM_GPA, high)];
+    let directories: u64 = ranges
+        .iter()
+        .map(|(_, len)| len.div_ceil(DIRECTORY_BYTES))
+        .sum();
+    let mut tables = Fields::new((2 + directories) * PAGE_BYTES);
+    tables.set(0, (PAGE_TABLES_GPA + PAGE_BYTES) | TABLE_ENTRY);
+    let mut directory_at = 2 * PAGE_BYTES;
+    for (start, len) in ranges {
+        for gib in 0..len.div_ceil(DIRECTORY_BYTES) {
+            let base = start + gib * DIRECTORY_BYTES;
+            tables.set(
+                PAGE_BYTES + base / DIRECTORY_BYTES * 8,
+                (PAGE_TABLES_GPA + directory_at) | TABLE_ENTRY,
+            );
+            let mapped = (len - gib * DIRECTORY_BYTES).min(DIRECTORY_BYTES);
+            for page in 0..mapped.div_ceil(LARGE_PAGE_BYTES) {
+                tables.set(
+                    directory_at + page * 8,
+                    (base + page * LARGE_PAGE_BYTES) | LARGE_PAGE_ENTRY,
+                );
+            }
+            directory_at += PAGE_BYTES;
+        }
+    }
+    Piece {
+        gpa: PAGE_TABLES_GPA,
+        bytes: tables.0,
+    }
+}
+
+// The directories of the largest RAM end below the data.
+const _: () = assert!(
+    PAGE_TABLES_GPA + (2 + layout::RAM_MAX / DIRECTORY_BYTES) * PAGE_BYTES
+        <= layout::WORKING_SET_GPA
+);
+const _: () = assert!(LOW_RAM_END.is_multiple_of(DIRECTORY_BYTES));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(mem_bytes: u64, vcpus: u32) -> LoadOptions {
+        LoadOptions {
+            mem_bytes,
+            vcpus,
+            tsc_khz: 2_000_000,
+            exit_after_passes: None,
+        }
+    }
+
+    fn config(dirty_pages_per_sec: Option<u64>) -> WorkloadConfig {
+        WorkloadConfig {
+            working_set_bytes: 4 << 20,
+            dirty_pages_per_sec,
+            fill_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn pieces_do_not_overlap_whatever_the_size() {
+        for mem in [
+            layout::RAM_MIN,
+            LOW_RAM_END,
+            (8 << 30) + 4096,
+            layout::RAM_MAX,
+        ] {
+            let pieces = pieces(&config(None), options(mem, layout::VCPUS_MAX)).unwrap();
+            for pair in pieces.windows(2) {
+                assert!(pair[0].gpa + pair[0].bytes.len() as u64 <= pair[1].gpa);
+            }
+            let last = pieces.last().unwrap();
+            assert!(last.gpa + last.bytes.len() as u64 <= layout::WORKING_SET_GPA);
+        }
+    }
+
+    #[test]
+    fn page_tables_map_all_ram_and_not_the_hole() {
+        let mem = (4 << 30) + (4 << 20);
+        let tables = page_tables(mem);
+        let word = |gpa: u64| {
+            let at = usize::try_from(gpa - PAGE_TABLES_GPA).unwrap();
+            u64::from_le_bytes(tables.bytes[at..at + 8].try_into().unwrap())
+        };
+        let translate = |address: u64| {
+            let pdpt = word(PAGE_TABLES_GPA + (address >> 39) * 8) & !0xfff;
+            let entry = word(pdpt + (address >> 30 & 511) * 8);
+            if entry & 1 == 0 {
+                return None;
+            }
+            let page = word((entry & !0xfff) + (address >> 21 & 511) * 8);
+            (page & 1 == 1).then_some((page & !0x1f_ffff) + (address & 0x1f_ffff))
+        };
+        for mapped in [
+            0,
+            0x1_2345,
+            LOW_RAM_END - 1,
+            HIGH_RAM_GPA,
+            HIGH_RAM_GPA + (1 << 30) + (4 << 20) - 1,
+        ] {
+            assert_eq!(translate(mapped), Some(mapped));
+        }
+        for hole in [
+            LOW_RAM_END,
+            HIGH_RAM_GPA - 1,
+            HIGH_RAM_GPA + (1 << 30) + (4 << 20),
+        ] {
+            assert_eq!(translate(hole), None, "{hole:#x}");
+        }
+    }
+
+    #[test]
+    fn batches_keep_the_rate_and_are_about_a_millisecond() {
+        for rate in [1, 7, 999, 1000, 50_000, 10_000_000] {
+            for vcpus in [1, 3, 64] {
+                let (pages, ticks) = batch(Some(rate), options(1 << 30, vcpus));
+                let per_sec = pages as f64 * f64::from(vcpus) * 2e9 / ticks as f64;
+                assert!(
+                    (per_sec / rate as f64 - 1.0).abs() < 1e-3,
+                    "{rate} on {vcpus}: {per_sec}"
+                );
+                assert!(
+                    pages == 1 || ticks <= 2_000_000 + 1,
+                    "{rate} on {vcpus}: {ticks}"
+                );
+            }
+        }
+    }
+}
