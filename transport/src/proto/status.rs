@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Status of a migration. The names are QEMU's, so that existing tools know them.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MigrationStatus {
     /// No migration since the process started.
     #[default]
@@ -93,6 +96,11 @@ impl MigrationStatus {
             self,
             Self::None | Self::Completed | Self::Failed | Self::Cancelled
         )
+    }
+
+    /// The attempt has ended, in whatever way.
+    pub fn is_end(self) -> bool {
+        self.is_idle() && self != Self::None
     }
 
     /// Whether the status may change from `self` to `to`. The one table of legal changes.
