@@ -6,3 +6,4 @@
 )]
 
 mod tidy; // rules of the house that the compiler does not check
+mod wire_compat; // I5: the wire format stays what it is, corrupt frames are refused for the right reason

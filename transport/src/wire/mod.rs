@@ -1,6 +1,8 @@
 //! The wire format.
 
 pub mod frame;
+#[cfg(any(test, feature = "testkit"))]
+pub mod fuzz;
 pub mod header;
 pub mod hello;
 pub mod ram;

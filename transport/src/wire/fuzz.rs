@@ -1,0 +1,204 @@
+//! Arbitrary bytes against the decoders: what must hold whatever a peer sends (I5).
+//!
+//! The fuzz targets in `transport/fuzz` call these functions, and so does the test below on every committed fixture, on each of them
+//! cut short, and on each of them with one bit flipped. A broken promise is a panic.
+
+use bytes::Bytes;
+
+use super::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
+use super::header::{FrameHeader, HEADER_BYTES, encode_frame};
+use super::hello::{self, Hello};
+use super::ram::{self, RamRuns, RoundEnd};
+use crate::limits::{BLOCKS_MAX, DEVICES_MAX};
+use crate::units::PageCount;
+
+/// Sizes of the RAM blocks that RAM frames are checked against.
+const BLOCKS: [PageCount; 2] = [PageCount(1 << 20), PageCount(16)];
+
+/// A stream of control frames in either direction, as it arrives in pieces. The first byte says how long the pieces are.
+///
+/// What is decoded survives being encoded and decoded again, and pieces of any length give the same frames as one piece.
+///
+/// # Panics
+/// If one of this does not hold.
+pub fn control_stream(bytes: &[u8]) {
+    let Some((&piece, stream)) = bytes.split_first() else {
+        return;
+    };
+    let piece = usize::from(piece) + 1;
+    let source = read_stream(stream, piece, SourceFrame::encode);
+    let target = read_stream(stream, piece, TargetFrame::encode);
+    assert_eq!(source, read_stream(stream, usize::MAX, SourceFrame::encode));
+    assert_eq!(target, read_stream(stream, usize::MAX, TargetFrame::encode));
+}
+
+/// The same for one frame of type and flags as in the first two bytes with the rest as its body, behind a right checksum: random
+/// bytes hardly ever get past a wrong one.
+///
+/// # Panics
+/// If a promise of [`control_stream`] does not hold.
+pub fn control_frame(bytes: &[u8]) {
+    let [kind, flags, body @ ..] = bytes else {
+        return;
+    };
+    let frame = encode_frame(*kind, *flags, body);
+    read_stream(&frame, usize::MAX, SourceFrame::encode);
+    read_stream(&frame, usize::MAX, TargetFrame::encode);
+}
+
+/// One frame of a data connection: type and flags in the first two bytes, the rest is its body, behind a right checksum.
+///
+/// What is decoded lies inside the RAM blocks and encodes to the same bytes.
+///
+/// # Panics
+/// If one of this does not hold.
+pub fn data_frame(bytes: &[u8]) {
+    let [kind, flags, body @ ..] = bytes else {
+        return;
+    };
+    let frame = encode_frame(*kind, *flags, body);
+    let Some((Ok(header), body)) = split_frame(&frame) else {
+        unreachable!("an encoded frame has a header");
+    };
+    if ram::body_bytes(&header).is_err() {
+        return;
+    }
+    if let Ok(runs) = RamRuns::decode(&header, body, &BLOCKS)
+        && *kind == ram::RAM_RUNS
+    {
+        let inside = |run: &ram::RamRun| run.pages.end().0 <= BLOCKS[run.pages.block.index()].0;
+        assert!(runs.runs.iter().all(inside), "{runs:?}");
+        assert!(runs.payload_bytes() <= u64::from(ram::PAYLOAD_BYTES_MAX));
+        assert_eq!(runs.encode(), frame);
+    }
+    if let Ok(end) = RoundEnd::decode(&header, body)
+        && *kind == ram::ROUND_END
+    {
+        assert_eq!(end.encode(), frame);
+    }
+}
+
+/// The body of a hello, compared with itself and with nothing.
+///
+/// What is decoded is within the limits, survives being encoded and decoded again, and fits itself unless it names something twice.
+///
+/// # Panics
+/// If one of this does not hold.
+pub fn hello(bytes: &[u8]) {
+    let Ok(hello) = Hello::decode(bytes) else {
+        return;
+    };
+    assert_eq!(Hello::decode(&hello.encode()).as_ref(), Ok(&hello));
+    assert!(hello.blocks.len() <= BLOCKS_MAX && hello.devices.len() <= DEVICES_MAX);
+    let fits_nothing = hello::compare(&hello, &[], &[]).is_ok();
+    assert_eq!(
+        fits_nothing,
+        hello.blocks.is_empty() && hello.devices.is_empty()
+    );
+    let mut names: Vec<_> = hello.devices.iter().map(|device| &device.name).collect();
+    names.extend(hello.blocks.iter().map(|block| &block.name));
+    names.sort_unstable();
+    if names.windows(2).all(|pair| pair[0] != pair[1])
+        && hello
+            .devices
+            .iter()
+            .all(|device| device.version_min <= device.version_max)
+    {
+        assert_eq!(
+            hello::compare(&hello, &hello.blocks, &hello.devices),
+            Ok(())
+        );
+    }
+}
+
+/// Reads frames until the stream ends or is broken. Every frame is encoded again, which must decode to the same frame.
+fn read_stream<F>(stream: &[u8], piece: usize, encode: fn(&F) -> Vec<u8>) -> Vec<F>
+where
+    F: ControlFrame + PartialEq + std::fmt::Debug,
+{
+    let mut buffer = FrameBuffer::default();
+    let mut frames = Vec::new();
+    let mut pushed = 0;
+    for bytes in stream.chunks(piece) {
+        buffer.push(bytes);
+        pushed += bytes.len();
+        loop {
+            match buffer.poll_frame::<F>() {
+                Ok(Some(frame)) => {
+                    let again = encode(&frame);
+                    let Some((Ok(header), body)) = split_frame(&again) else {
+                        unreachable!("an encoded frame has a header");
+                    };
+                    let decoded = F::decode(header.kind, Bytes::copy_from_slice(body));
+                    assert_eq!(decoded.as_ref(), Ok(&frame));
+                    frames.push(frame);
+                }
+                Ok(None) => break,
+                Err(_refused) => return frames,
+            }
+        }
+        assert!(buffer.pending() <= pushed);
+    }
+    frames
+}
+
+fn split_frame(frame: &[u8]) -> Option<(Result<FrameHeader, super::WireError>, &[u8])> {
+    let (header, body) = frame.split_first_chunk::<HEADER_BYTES>()?;
+    Some((FrameHeader::decode(header), body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// The fixtures of all released versions, good and corrupt: whole frames as they go over the wire.
+    fn corpus() -> Vec<Vec<u8>> {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/wire/v1");
+        let mut corpus = Vec::new();
+        for folder in ["good", "corrupt"] {
+            for entry in std::fs::read_dir(fixtures.join(folder)).unwrap() {
+                corpus.push(std::fs::read(entry.unwrap().path()).unwrap());
+            }
+        }
+        assert!(corpus.len() > 20, "only {} fixtures found", corpus.len());
+        corpus
+    }
+
+    /// All targets on one input, in each form that they take.
+    fn all_targets(frame: &[u8]) {
+        for piece in [0, 2, 255] {
+            control_stream(&[&[piece], frame].concat());
+        }
+        if let Some((_, body)) = split_frame(frame) {
+            let typed = [&frame[4..6], body].concat();
+            control_frame(&typed);
+            data_frame(&typed);
+            hello(body);
+        }
+    }
+
+    #[test]
+    fn no_fixture_breaks_a_decoder_whole_cut_or_changed() {
+        for frame in corpus() {
+            all_targets(&frame);
+            for cut in 0..frame.len() {
+                all_targets(&frame[..cut]);
+            }
+            for bit in 0..frame.len() * 8 {
+                let mut changed = frame.clone();
+                changed[bit / 8] ^= 1 << (bit % 8);
+                all_targets(&changed);
+            }
+        }
+    }
+
+    #[test]
+    fn frames_in_one_stream_are_read_one_after_the_other() {
+        let mut stream = vec![7];
+        corpus()
+            .iter()
+            .for_each(|frame| stream.extend_from_slice(frame));
+        control_stream(&stream);
+    }
+}
