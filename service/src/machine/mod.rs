@@ -4,6 +4,7 @@
 //! ([`Accel::Soft`]). The engine sees [`Machine`] only.
 
 pub mod ram;
+pub mod soft;
 pub mod workload;
 
 use std::fmt;

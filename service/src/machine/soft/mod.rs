@@ -1,0 +1,402 @@
+//! The built-in machine without KVM: host threads as vCPUs, running the workload on the same layout as the real guest.
+//!
+//! Memory, dirty logs, saved state, pause and resume are real; only the instructions are ours. So everything about a migration can
+//! be shown and tested where /dev/kvm is missing, and the guest's own verification holds here as there.
+//!
+//! - `gate` stops and starts the threads, `vcpu` is what they run, `memory` how they see RAM, `saved` their state
+//! - The clock of the guest is CLOCK_MONOTONIC in nanoseconds. It means nothing on another host or after a boot: a machine that
+//!   loads such state goes on without a gap measured across the move. On the same host the gap is measured right through it.
+//!
+//! The dirty log is united of the page tables of the vCPUs' mapping and of the bitmap of the VMM's mapping.
+
+mod gate;
+mod memory;
+mod saved;
+mod vcpu;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+
+use vm_memory::{Bytes, GuestAddress};
+use vmferry_devices::DeviceError;
+use vmferry_devices::saved::{decode, encode, schema_of};
+use vmferry_devices::soft::PagemapLog;
+use vmferry_devices::vmm_writes::VmmWriteLog;
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
+use vmferry_transport::wire::{DeviceSchema, Section};
+
+use super::ram::MachineRam;
+use super::workload::loader::{self, LoadOptions};
+use super::workload::{WorkloadStats, stats};
+use super::{
+    Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, SerialSink,
+    VcpusStopped,
+};
+use gate::{Gate, Leave};
+use memory::VcpuMemory;
+use saved::{SoftMachineV1, SoftVcpuV1, load_registers, save_registers};
+use vcpu::{Registers, Stopped, Vcpu};
+
+/// Name of the section about the machine as a whole.
+const MACHINE: &str = "machine";
+
+/// A machine whose vCPUs are host threads.
+pub struct SoftMachine {
+    config: MachineConfig,
+    ram: MachineRam,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Identity of this boot of this host; empty if the host does not tell.
+    boot_id: String,
+}
+
+/// What the vCPU threads and the machine share.
+struct Shared {
+    gate: Gate,
+    memory: VcpuMemory,
+    mem_bytes: u64,
+    /// Registers of each vCPU. A thread holds its own while it is in the guest, everybody else may while it is parked.
+    registers: Vec<Mutex<Registers>>,
+    serial: Mutex<Box<dyn io::Write + Send>>,
+    events: Sender<MachineEvent>,
+}
+
+impl SoftMachine {
+    /// Builds a machine with parked vCPUs and, unless it waits for an incoming migration, the workload in memory. What happens in
+    /// it goes to `events`; nobody needs to listen.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] for a configuration that makes no machine, [`MachineError::Host`] when the host refuses.
+    pub fn new(config: MachineConfig, events: Sender<MachineEvent>) -> Result<Self, MachineError> {
+        config.workload.check(config.mem_bytes, config.vcpus)?;
+        let ram = MachineRam::create(config.mem_bytes)?;
+        Self::with_ram(config, ram, events)
+    }
+
+    /// Like [`new`](Self::new) around RAM that is there already. The workload is not loaded if `config.incoming`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_ram(
+        config: MachineConfig,
+        ram: MachineRam,
+        events: Sender<MachineEvent>,
+    ) -> Result<Self, MachineError> {
+        config.workload.check(config.mem_bytes, config.vcpus)?;
+        if !config.incoming {
+            load_workload(&config, &ram)?;
+        }
+        let shared = Arc::new(Shared {
+            gate: Gate::new(config.vcpus),
+            memory: VcpuMemory::new(&ram)?,
+            mem_bytes: config.mem_bytes,
+            registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
+            serial: Mutex::new(open_serial(&config)?),
+            events,
+        });
+        let mut machine = Self {
+            config,
+            ram,
+            shared,
+            threads: Vec::new(),
+            boot_id: boot_id(),
+        };
+        for vcpu in 0..machine.config.vcpus {
+            let shared = machine.shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(vcpu_name(vcpu))
+                .spawn(move || shared.vcpu_thread(vcpu))
+                .map_err(|source| host_error(format!("start the thread of vCPU {vcpu}"), source))?;
+            machine.threads.push(thread);
+        }
+        Ok(machine)
+    }
+
+    fn save_machine(&self) -> SoftMachineV1 {
+        SoftMachineV1 {
+            mem_bytes: self.config.mem_bytes,
+            vcpus: self.config.vcpus,
+            boot_id: self.boot_id.clone(),
+        }
+    }
+
+    /// Checks that `saved` is of a machine like this one. Returns whether its times mean something here.
+    fn check_machine(&self, saved: &SoftMachineV1) -> Result<bool, DeviceError> {
+        let SoftMachineV1 {
+            mem_bytes,
+            vcpus,
+            boot_id,
+        } = saved;
+        if (*mem_bytes, *vcpus) != (self.config.mem_bytes, self.config.vcpus) {
+            return Err(bad_state(
+                MACHINE,
+                format!(
+                    "it is of a machine with {mem_bytes} bytes of RAM and {vcpus} vCPUs, this one has {} and {}",
+                    self.config.mem_bytes, self.config.vcpus
+                ),
+            ));
+        }
+        Ok(!boot_id.is_empty() && *boot_id == self.boot_id)
+    }
+}
+
+impl Machine for SoftMachine {
+    fn accel(&self) -> Accel {
+        Accel::Soft
+    }
+
+    fn ram(&self) -> &GuestRam {
+        self.ram.blocks()
+    }
+
+    fn schemas(&self) -> Vec<DeviceSchema> {
+        let mut schemas = vec![schema_of::<SoftMachineV1>(MACHINE)];
+        schemas
+            .extend((0..self.config.vcpus).map(|vcpu| schema_of::<SoftVcpuV1>(&vcpu_name(vcpu))));
+        schemas
+    }
+
+    fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
+        let by_vcpus = PagemapLog::new(self.shared.memory.blocks().clone()).map_err(no_log)?;
+        let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;
+        Ok(Box::new(UnitedLog::new(vec![
+            Box::new(by_vcpus),
+            Box::new(by_vmm),
+        ])))
+    }
+
+    fn pause(&self) -> Result<VcpusStopped, MachineError> {
+        self.shared.gate.stop().map_err(|timeout| {
+            host_error(
+                format!("pause {} of the vCPUs", timeout.running),
+                io::ErrorKind::TimedOut.into(),
+            )
+        })?;
+        Ok(VcpusStopped::assert_all_parked())
+    }
+
+    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
+        self.shared.gate.resume().map_err(|ended| ResumeError {
+            proof,
+            source: MachineError::Ended(ended.0),
+        })
+    }
+
+    fn save(&self, _stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError> {
+        let mut sections = vec![encode(MACHINE, &self.save_machine())?];
+        for (vcpu, registers) in (0..).zip(&self.shared.registers) {
+            let name = vcpu_name(vcpu);
+            let saved = save_registers(parked(&name, registers)?.clone());
+            sections.push(encode(&name, &saved)?);
+        }
+        Ok(sections)
+    }
+
+    fn load(&self, _stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError> {
+        let names: Vec<_> = self
+            .schemas()
+            .into_iter()
+            .map(|schema| schema.name)
+            .collect();
+        let sections = in_order(&names, sections)?;
+        // The machine's section comes first: state of another kind of machine is refused as such.
+        let Some((machine, vcpus)) = sections.split_first() else {
+            return Err(missing(MACHINE));
+        };
+        let same_clock = self.check_machine(&decode(machine)?)?;
+        let registers = vcpus
+            .iter()
+            .map(|section| load_registers(section, same_clock))
+            .collect::<Result<Vec<_>, _>>()?;
+        for ((slot, section), registers) in self.shared.registers.iter().zip(vcpus).zip(registers) {
+            *parked(&section.name, slot)? = registers;
+        }
+        Ok(())
+    }
+
+    fn workload_stats(&self) -> Option<WorkloadStats> {
+        stats::workload_stats(self.ram.memory())
+    }
+
+    fn reset_workload_gap(&self) {
+        stats::reset_gap(self.ram.memory());
+    }
+}
+
+impl Drop for SoftMachine {
+    fn drop(&mut self) {
+        self.shared.gate.quit();
+        for thread in self.threads.drain(..) {
+            // A panic in it has been reported where it happened.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for SoftMachine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SoftMachine")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn vcpu_thread(&self, vcpu: u32) {
+        // Nobody listening is no reason to stop.
+        let report = |event| drop(self.events.send(event));
+        while self.gate.park(report) == Leave::Run {
+            match self.enter_guest(vcpu) {
+                Ok(()) => {}
+                Err(Stopped::Exit(code)) => {
+                    let reason = format!("it wrote {code} to the exit port");
+                    self.gate.end(&reason, MachineEvent::GuestExit(code));
+                }
+                Err(Stopped::Failed(reason)) => {
+                    self.gate
+                        .end(&reason, MachineEvent::VcpuFailed(reason.clone()));
+                }
+            }
+        }
+    }
+
+    /// Runs a vCPU until it has to park. A panic in it ends the guest, as a fatal error of a real vCPU does.
+    fn enter_guest(&self, vcpu: u32) -> Result<(), Stopped> {
+        let in_guest = std::panic::AssertUnwindSafe(|| {
+            let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
+            let mut registers = lock(&self.registers[slot]);
+            Vcpu::enter(&mut registers, &self.memory, self.mem_bytes, vcpu)?
+                .run(&self.gate, |text| self.say(text))
+        });
+        std::panic::catch_unwind(in_guest)
+            .unwrap_or_else(|_| Err(Stopped::Failed(format!("vCPU {vcpu}: internal error"))))
+    }
+
+    /// The serial port. Output that cannot be written is lost, as on a real one.
+    fn say(&self, text: &str) {
+        let mut serial = lock(&self.serial);
+        let written = serial
+            .write_all(text.as_bytes())
+            .and_then(|()| serial.flush());
+        if let Err(error) = written {
+            tracing::warn!(%error, "serial output lost");
+        }
+    }
+}
+
+/// A panic leaves nothing that matters behind these locks: registers of a vCPU that panicked belong to a guest that has ended.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The registers of a parked vCPU. One that runs holds them itself: then the caller's proof is of an earlier pause.
+fn parked<'a>(
+    device: &str,
+    registers: &'a Mutex<Registers>,
+) -> Result<MutexGuard<'a, Registers>, DeviceError> {
+    match registers.try_lock() {
+        Ok(registers) => Ok(registers),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => Err(bad_state(device, "the vCPU is running".to_owned())),
+    }
+}
+
+fn vcpu_name(vcpu: u32) -> String {
+    format!("vcpu/{vcpu}")
+}
+
+fn load_workload(config: &MachineConfig, ram: &MachineRam) -> Result<(), MachineError> {
+    let options = LoadOptions {
+        mem_bytes: config.mem_bytes,
+        vcpus: config.vcpus,
+        tsc_khz: vcpu::TSC_KHZ,
+        exit_after_passes: None,
+    };
+    for piece in loader::pieces(&config.workload, options)? {
+        ram.memory()
+            .write_slice(&piece.bytes, GuestAddress(piece.gpa))
+            .map_err(|error| host_error("load the workload".to_owned(), io::Error::other(error)))?;
+    }
+    Ok(())
+}
+
+fn open_serial(config: &MachineConfig) -> Result<Box<dyn io::Write + Send>, MachineError> {
+    Ok(match &config.serial {
+        SerialSink::Null => Box::new(io::sink()),
+        SerialSink::Stdio => Box::new(io::stdout()),
+        SerialSink::File(path) => Box::new(
+            File::options()
+                .append(true)
+                .create(true)
+                .open(path)
+                .map_err(|source| {
+                    host_error(format!("open {} for serial output", path.display()), source)
+                })?,
+        ),
+    })
+}
+
+fn boot_id() -> String {
+    match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(id) => id.trim().to_owned(),
+        Err(error) => {
+            tracing::debug!(%error, "no boot id: gaps are not measured across a migration");
+            String::new()
+        }
+    }
+}
+
+/// The sections with these names, in their order: each exactly once, and no others.
+fn in_order<'a>(
+    names: &[String],
+    sections: &'a [Section],
+) -> Result<Vec<&'a Section>, DeviceError> {
+    for section in sections {
+        let device = section.name.clone();
+        if !names.contains(&device) {
+            return Err(DeviceError::Unknown { device });
+        }
+    }
+    names
+        .iter()
+        .map(|name| {
+            let mut found = sections.iter().filter(|section| section.name == *name);
+            match (found.next(), found.next()) {
+                (Some(section), None) => Ok(section),
+                (Some(_), Some(_)) => Err(bad_state(name, "the stream holds it twice".to_owned())),
+                (None, _) => Err(missing(name)),
+            }
+        })
+        .collect()
+}
+
+fn missing(device: &str) -> DeviceError {
+    DeviceError::Missing {
+        device: device.to_owned(),
+    }
+}
+
+fn bad_state(device: &str, reason: String) -> DeviceError {
+    DeviceError::BadState {
+        device: device.to_owned(),
+        reason,
+    }
+}
+
+fn host_error(op: String, source: io::Error) -> MachineError {
+    MachineError::Host { op, source }
+}
+
+fn no_log(error: DirtyLogError) -> MachineError {
+    host_error(
+        format!("dirty log {}: {}", error.log, error.op),
+        error.source,
+    )
+}
+
+#[cfg(test)]
+mod tests;
