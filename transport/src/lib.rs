@@ -3,9 +3,13 @@
 //! Reading order: [`units`] and [`memory`] say what is moved; the wire module is the format; the proto module decides; the data
 //! module moves pages on threads and rings of its own.
 
+#[cfg(feature = "uring")]
+pub mod data;
 pub mod limits;
 pub mod control;
 pub mod memory;
 pub mod proto;
 pub mod units;
+#[cfg(feature = "uring")]
+mod uring;
 pub mod wire;

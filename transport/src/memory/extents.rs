@@ -147,7 +147,11 @@ pub(crate) mod tests {
     /// RAM of one memfd per block, all holes; sizes in pages.
     pub(crate) fn memfd_ram(pages: &[u64]) -> GuestRam {
         let blocks = pages.iter().enumerate().map(|(index, &pages)| {
-            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let fd = rustix::fs::memfd_create(
+                "ram",
+                rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING,
+            )
+            .unwrap();
             let file = File::from(fd);
             file.set_len(pages * PAGE_SIZE).unwrap();
             block(&format!("ram{index}"), pages, Some(file))
