@@ -21,6 +21,8 @@ const BANDWIDTH_PAGES_MIN: u64 = 512;
 #[derive(Clone, Debug, Default)]
 pub struct Estimate {
     bytes_per_sec: Option<u64>,
+    /// The rate was measured with pages that had content, not with zeros alone.
+    by_data: bool,
     round_trip_us: u64,
     sync_us: u64,
     dirty_pages_per_sec: u64,
@@ -37,7 +39,7 @@ pub enum Decision {
 }
 
 impl Estimate {
-    /// Bytes of guest memory that the link takes per second, zero pages included; `None` before the first round is placed.
+    /// Bytes of page data that the link takes per second; `None` before the first round is placed.
     pub fn bytes_per_sec(&self) -> Option<u64> {
         self.bytes_per_sec
     }
@@ -52,10 +54,25 @@ impl Estimate {
         self.round_trip_us = micros;
     }
 
-    /// A round was placed at the target.
-    pub fn note_round(&mut self, pages: PageCount, micros: u64) {
-        if self.bytes_per_sec.is_none() || pages.0 >= BANDWIDTH_PAGES_MIN {
-            self.bytes_per_sec = Some(per_second(pages.to_bytes(), micros).max(1));
+    /// A round was placed at the target, `micros` after it began. Zero pages cost next to nothing, so they say something about the
+    /// link only while nothing better is known: a rate that counts them would promise blackouts that pages with content cannot keep.
+    pub fn note_round(&mut self, data: PageCount, zero: PageCount, micros: u64) {
+        let by_data = data.0 > 0;
+        let pages = if by_data { data } else { zero };
+        if pages.0 == 0 {
+            return;
+        }
+        let rate = per_second(pages.to_bytes(), micros).max(1);
+        // Overhead makes a small round look slower than the link is, never faster: it can only correct upwards. If it could not even do
+        // that, one stall in the first round of a small VM would be believed for ever.
+        let is_better = match self.bytes_per_sec {
+            Some(_) if by_data != self.by_data => by_data,
+            Some(known) => pages.0 >= BANDWIDTH_PAGES_MIN || rate > known,
+            None => true,
+        };
+        if is_better {
+            self.bytes_per_sec = Some(rate);
+            self.by_data = by_data;
         }
     }
 
@@ -116,7 +133,7 @@ mod tests {
     /// One GB/s, dirtying `rate` pages per second.
     fn estimate(rate: u64) -> Estimate {
         let mut estimate = Estimate::default();
-        estimate.note_round(PageCount(262_144), 1_073_741);
+        estimate.note_round(PageCount(262_144), PageCount(0), 1_073_741);
         estimate.note_sync(PageCount(rate), 1_000_000, 500);
         estimate
     }
@@ -172,9 +189,44 @@ mod tests {
     }
 
     #[test]
+    fn zero_pages_do_not_make_the_link_look_fast() {
+        let mut estimate = Estimate::default();
+        estimate.note_round(PageCount(0), PageCount(1 << 20), 100_000);
+        let by_zeros = estimate.blackout_us(PageCount(100_000));
+        estimate.note_round(PageCount(100), PageCount(1 << 20), 100_000);
+        assert!(estimate.blackout_us(PageCount(100_000)) > by_zeros);
+    }
+
+    #[test]
+    fn a_stall_in_the_first_round_is_not_believed_for_ever() {
+        let mut estimate = Estimate::default();
+        estimate.note_round(PageCount(20), PageCount(0), 20_000_000);
+        assert_eq!(
+            estimate.decide(PageCount(20), LIMIT_US),
+            Decision::AnotherRound
+        );
+        estimate.note_round(PageCount(20), PageCount(0), 100);
+        assert_eq!(
+            estimate.decide(PageCount(20), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
+    fn a_round_of_holes_teaches_nothing() {
+        let mut estimate = Estimate::default();
+        estimate.note_round(PageCount(0), PageCount(0), 1_000);
+        assert_eq!(estimate.bytes_per_sec(), None);
+        assert_eq!(
+            estimate.decide(PageCount(0), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
     fn nothing_overflows() {
         let mut estimate = Estimate::default();
-        estimate.note_round(PageCount(1 << 50), 0);
+        estimate.note_round(PageCount(1 << 50), PageCount(1 << 50), 0);
         estimate.note_sync(PageCount(u64::MAX / 8192), 0, 0);
         estimate.decide(PageCount(1 << 50), u64::MAX);
     }

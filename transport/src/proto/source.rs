@@ -212,6 +212,8 @@ pub struct RoundSent {
     pub data: PageCount,
     /// Pages sent as zero.
     pub zero: PageCount,
+    /// Bytes on the data connections, headers included.
+    pub wire_bytes: u64,
 }
 
 /// Saved device state.
@@ -310,6 +312,8 @@ pub struct SourceStats {
     pub zero: PageCount,
     /// Pages sent with content in complete rounds.
     pub data: PageCount,
+    /// Bytes that the last round put on the data connections.
+    pub last_round_bytes: u64,
     /// Predicted blackout at the last dirty fetch, in microseconds.
     pub predicted_blackout_us: Option<u64>,
     /// The blackout, once it is over.
@@ -354,6 +358,8 @@ enum State<P> {
     Resolving {
         stopped: P,
         since: Moment,
+        /// Attempts to ask so far.
+        tries: u64,
         told: bool,
         asked: bool,
     },
@@ -548,6 +554,11 @@ impl<P: fmt::Debug> Source<P> {
         self.tuning = tuning;
     }
 
+    /// The operator stopped or started the guest while rounds are being sent: it is handed over, or given back, as it is now.
+    pub fn set_guest_runs(&mut self, runs: bool) {
+        self.config.guest_runs = runs;
+    }
+
     /// The operator cancels. Harmless when it is over already.
     ///
     /// # Errors
@@ -602,9 +613,11 @@ impl<P: fmt::Debug> Source<P> {
     }
 
     /// All data connections are up.
-    pub fn handle_data_connected(&mut self, _now: Moment) {
-        // The target's DataReady says the same and more; this only ends the job.
-        self.jobs.end(SourceJob::ConnectData);
+    pub fn handle_data_connected(&mut self, now: Moment) {
+        if self.jobs.end(SourceJob::ConnectData) {
+            // The target's DATA_READY may have been faster than the report of our own connects.
+            self.begin_when_prepared(now);
+        }
     }
 
     /// The dirty log runs, and it is known which pages exist.
@@ -635,6 +648,7 @@ impl<P: fmt::Debug> Source<P> {
             State::LastRound { sent, .. } => {
                 *sent = true;
                 self.blackout.sent = now;
+                self.stats.last_round_bytes = round.wire_bytes;
             }
             _ => {}
         }
@@ -755,7 +769,10 @@ impl<P: fmt::Debug> Source<P> {
     pub fn handle_progress(&mut self, now: Moment, bytes: u64) {
         if bytes != self.moved_bytes {
             self.moved_bytes = bytes;
-            self.moved_at = now;
+            // Deadlines of other states do not wait for pages.
+            if matches!(self.state, State::Sending { .. } | State::LastRound { .. }) {
+                self.moved_at = now;
+            }
         }
     }
 
@@ -770,11 +787,11 @@ impl<P: fmt::Debug> Source<P> {
             self.jobs.end(job);
         }
         self.control_open = false;
-        if let State::Resolving { .. } = self.state {
-            // The old links are gone; the next attempt to ask starts from a clean slate.
-            self.moved_at = now;
-        } else {
-            self.pay_debts(now);
+        match &self.state {
+            // The old links are gone: asking starts from a clean slate, at once the first time.
+            State::Resolving { tries: 0, .. } => self.ask(now),
+            State::Resolving { .. } => self.moved_at = now,
+            _ => self.pay_debts(now),
         }
     }
 
@@ -882,9 +899,11 @@ impl<P: fmt::Debug> Source<P> {
         let (micros, what) = match &self.state {
             State::Connecting => (CONNECT_DEADLINE_US, "accept the connection"),
             State::AwaitReply => (HELLO_DEADLINE_US, "answer the hello"),
-            State::Preparing {
-                data_ready: false, ..
-            } => (CONNECT_DEADLINE_US, "accept all data connections"),
+            State::Preparing { data_ready, .. }
+                if !data_ready || self.jobs.has(SourceJob::ConnectData) =>
+            {
+                (CONNECT_DEADLINE_US, "accept all data connections")
+            }
             State::Sending { .. } | State::LastRound { sent: false, .. } => {
                 (STALL_US, "take any page")
             }
@@ -1035,11 +1054,9 @@ impl<P: fmt::Debug> Source<P> {
         else {
             return;
         };
-        let RoundSent { data, zero } = self.round_sent;
-        self.estimate.note_round(
-            PageCount(data.0 + zero.0),
-            now.micros_since(self.round_began),
-        );
+        let RoundSent { data, zero, .. } = self.round_sent;
+        self.estimate
+            .note_round(data, zero, now.micros_since(self.round_began));
         self.enter(now, State::Syncing);
         self.run(SourceJob::Sync, SourceAction::Sync);
     }
@@ -1184,6 +1201,7 @@ impl<P: fmt::Debug> Source<P> {
                     State::Resolving {
                         stopped,
                         since: now,
+                        tries: 0,
                         told: false,
                         asked: false,
                     },
@@ -1193,8 +1211,9 @@ impl<P: fmt::Debug> Source<P> {
             State::Resolving {
                 stopped,
                 since,
+                tries,
                 mut told,
-                ..
+                asked: _,
             } => {
                 if !told && now.micros_since(since) >= RESOLVE_DEADLINE_US {
                     told = true;
@@ -1205,6 +1224,7 @@ impl<P: fmt::Debug> Source<P> {
                     State::Resolving {
                         stopped,
                         since,
+                        tries,
                         told,
                         asked: false,
                     },
@@ -1221,6 +1241,9 @@ impl<P: fmt::Debug> Source<P> {
     }
 
     fn ask(&mut self, now: Moment) {
+        if let State::Resolving { tries, .. } = &mut self.state {
+            *tries += 1;
+        }
         self.moved_at = now;
         self.run(SourceJob::ConnectControl, SourceAction::ConnectControl);
     }
@@ -1276,7 +1299,9 @@ impl<P: fmt::Debug> Source<P> {
         self.close_links();
     }
 
+    /// What was said before still leaves; nothing is said after it, and nothing more is expected.
     fn close_links(&mut self) {
+        self.control_open = false;
         if !self.jobs.has(SourceJob::CloseLinks) {
             self.run(SourceJob::CloseLinks, SourceAction::CloseLinks);
         }
@@ -1306,7 +1331,8 @@ impl<P: fmt::Debug> Source<P> {
                 self.run(SourceJob::ResumeGuest, SourceAction::ResumeGuest(proof));
             }
             State::Failing { stopped, reason } => {
-                let cancelled = reason == Reason::Cancelled;
+                // Not by the reason: a cancelled attempt may have met an error on its way out.
+                let cancelled = self.status == MigrationStatus::Cancelling;
                 self.stats.ended = Some(now);
                 self.set_status(if cancelled {
                     MigrationStatus::Cancelled

@@ -30,6 +30,10 @@ use crate::wire::{DeviceSchema, Section};
 /// Attempts that failed and may still be asked about. A source asks within a minute; the list is short because attempts are not.
 const REMEMBERED_MAX: usize = 64;
 
+/// Connections that may ask for the outcome of one attempt at the same time. A source uses one; the others are leftovers of its
+/// earlier tries.
+const ASKERS_MAX: usize = 16;
+
 /// A connection, as the driver numbers them. A number is never used twice.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Connection(pub u64);
@@ -107,10 +111,7 @@ pub enum TargetAction {
         index: u16,
     },
     /// Job [`TargetJob::Prepare`]: start receiving on all adopted connections. Reports [`Target::handle_prepared`].
-    Prepare {
-        /// Pages carry checksums.
-        checksum: bool,
-    },
+    Prepare,
     /// Job [`TargetJob::Load`]: load all device state. Reports [`Target::handle_loaded`].
     Load {
         /// One section per device.
@@ -123,8 +124,8 @@ pub enum TargetAction {
         /// It ran at the source and is to run here.
         run: bool,
     },
-    /// Job [`TargetJob::CloseLinks`]: end the data threads, close the data connections and the control connection. Reports
-    /// [`Target::handle_links_closed`].
+    /// Job [`TargetJob::CloseLinks`]: end the data threads, close the data connections and the control connection of the attempt,
+    /// [`Target::control`], and no other: somebody may be asking on another. Reports [`Target::handle_links_closed`].
     CloseLinks,
     /// The attempt has failed and everything is cleaned up.
     Failed {
@@ -183,7 +184,6 @@ struct Attempt {
     id: MigrationId,
     control: Connection,
     version: u16,
-    checksum: bool,
     verify: bool,
     joined: Vec<bool>,
     sections: Vec<Section>,
@@ -192,8 +192,10 @@ struct Attempt {
     last_placed: Option<RoundId>,
     end: Option<StateEnd>,
     guest_runs: bool,
-    /// Connections that asked for the outcome while the guest was starting.
-    asking: Vec<Connection>,
+    /// Connections that asked for the outcome after COMMIT. Those that came while the guest was starting still wait for the answer.
+    askers: VecDeque<Connection>,
+    /// The source has said that it knows the outcome.
+    settled: bool,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -281,6 +283,11 @@ impl Target {
         self.error.as_ref()
     }
 
+    /// The control connection of the attempt that was accepted last.
+    pub fn control(&self) -> Option<Connection> {
+        self.attempt.as_ref().map(|attempt| attempt.control)
+    }
+
     /// What to do next; call until `None`.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<TargetAction> {
@@ -324,8 +331,8 @@ impl Target {
             .is_none_or(|attempt| attempt.control != connection)
         {
             // A connection that asked for an outcome says FINISH when it has the answer; nothing else is of interest.
-            if frame == SourceFrame::Finish && self.phase == Phase::Running {
-                self.actions.push_back(TargetAction::Settled);
+            if frame == SourceFrame::Finish && self.asks(connection) {
+                self.settle();
             }
             return;
         }
@@ -333,12 +340,7 @@ impl Target {
         match (self.phase, frame) {
             (Phase::Failing { .. } | Phase::Failed | Phase::Listening, _)
             | (_, SourceFrame::Keepalive) => {}
-            (Phase::Running, SourceFrame::Finish) => {
-                self.control_open = false;
-                self.actions.push_back(TargetAction::Settled);
-                self.actions.push_back(TargetAction::CloseLinks);
-                self.jobs.push(TargetJob::CloseLinks);
-            }
+            (Phase::Running, SourceFrame::Finish) => self.settle(),
             (Phase::Starting | Phase::Running, _) => {}
             (_, SourceFrame::Abort(abort)) => self.fail(now, TargetError::Source(abort)),
             (Phase::Receiving, SourceFrame::Switchover(round)) => self.announce(now, round),
@@ -360,14 +362,13 @@ impl Target {
         error: &str,
         protocol: bool,
     ) {
-        let Some(attempt) = self
-            .attempt
-            .as_mut()
-            .filter(|attempt| attempt.control == connection)
-        else {
+        let Some(attempt) = &mut self.attempt else {
             return;
         };
-        attempt.asking.retain(|asking| *asking != connection);
+        attempt.askers.retain(|asker| *asker != connection);
+        if attempt.control != connection {
+            return;
+        }
         self.control_open = false;
         if self.phase.before_commit() {
             let text = error.to_owned();
@@ -441,16 +442,7 @@ impl Target {
         self.enter(now, Phase::Running);
         self.send_control(now, TargetFrame::Running { resume_us });
         self.set_status(TargetStatus::Completed);
-        let asking = self
-            .attempt
-            .as_mut()
-            .map(|attempt| std::mem::take(&mut attempt.asking));
-        for connection in asking.into_iter().flatten() {
-            self.actions.push_back(TargetAction::Send(
-                connection,
-                TargetFrame::Resolved(Resolution::Committed),
-            ));
-        }
+        self.reply_to_askers(Resolution::Committed);
     }
 
     /// A job failed. A guest that could not be started has not run a single instruction.
@@ -458,17 +450,8 @@ impl Target {
         self.end_job(job);
         let error = TargetError::Local(code, error.to_owned());
         if self.phase == Phase::Starting {
-            let asking = self
-                .attempt
-                .as_mut()
-                .map(|attempt| std::mem::take(&mut attempt.asking));
             self.begin_failing(now, error);
-            for connection in asking.into_iter().flatten() {
-                self.actions.push_back(TargetAction::Send(
-                    connection,
-                    TargetFrame::Resolved(Resolution::NotCommitted),
-                ));
-            }
+            self.reply_to_askers(Resolution::NotCommitted);
         } else if self.phase.before_commit() {
             self.fail(now, error);
         }
@@ -556,6 +539,12 @@ impl Target {
             self.refuse(connection, AbortCode::Incompatible, &text);
             return;
         };
+        if self.refused.contains(&hello.migration_id) {
+            // Its RESOLVE is answered with "not committed" for good, so it can never be committed.
+            let text = "an attempt of this migration id has failed here; ids are never used again";
+            self.refuse(connection, AbortCode::Protocol, text);
+            return;
+        }
         if let Err(difference) = compare(&hello, &self.config.blocks, &self.config.devices) {
             self.refuse(connection, AbortCode::Incompatible, &difference);
             return;
@@ -563,7 +552,6 @@ impl Target {
         let Hello {
             migration_id,
             data_connections,
-            checksum,
             verify,
             ..
         } = hello;
@@ -571,7 +559,6 @@ impl Target {
             id: migration_id,
             control: connection,
             version,
-            checksum,
             verify,
             joined: vec![false; usize::from(data_connections)],
             sections: Vec::new(),
@@ -580,7 +567,8 @@ impl Target {
             last_placed: None,
             end: None,
             guest_runs: false,
-            asking: Vec::new(),
+            askers: VecDeque::new(),
+            settled: false,
         });
         self.error = None;
         self.heard_at = now;
@@ -628,15 +616,12 @@ impl Target {
                 return;
             }
         }
-        let (all, checksum) = (
-            attempt.joined.iter().all(|joined| *joined),
-            attempt.checksum,
-        );
+        let all = attempt.joined.iter().all(|joined| *joined);
         self.actions
             .push_back(TargetAction::AdoptData { connection, index });
         if all {
             self.enter(now, Phase::Preparing);
-            self.start_job(TargetJob::Prepare, TargetAction::Prepare { checksum });
+            self.start_job(TargetJob::Prepare, TargetAction::Prepare);
         }
     }
 
@@ -649,12 +634,11 @@ impl Target {
             .is_some_and(|attempt| attempt.id == id)
         {
             match self.phase {
-                Phase::Running => self.reply(connection, Resolution::Committed),
-                Phase::Starting => {
-                    if let Some(attempt) = &mut self.attempt {
-                        attempt.asking.push(connection);
-                    }
+                Phase::Running => {
+                    self.note_asker(connection);
+                    self.reply(connection, Resolution::Committed);
                 }
+                Phase::Starting => self.note_asker(connection),
                 phase => {
                     if phase.before_commit() {
                         self.fail(
@@ -673,6 +657,48 @@ impl Target {
             let text = format!("migration {id} is not known here");
             self.refuse(connection, AbortCode::Internal, &text);
         }
+    }
+
+    fn note_asker(&mut self, connection: Connection) {
+        let Some(attempt) = &mut self.attempt else {
+            return;
+        };
+        if attempt.askers.len() == ASKERS_MAX
+            && let Some(oldest) = attempt.askers.pop_front()
+        {
+            self.actions.push_back(TargetAction::Close(oldest));
+        }
+        attempt.askers.push_back(connection);
+    }
+
+    fn asks(&self, connection: Connection) -> bool {
+        self.phase == Phase::Running
+            && self
+                .attempt
+                .as_ref()
+                .is_some_and(|attempt| attempt.askers.contains(&connection))
+    }
+
+    fn reply_to_askers(&mut self, resolution: Resolution) {
+        let askers: Vec<_> = self
+            .attempt
+            .iter()
+            .flat_map(|attempt| attempt.askers.iter().copied())
+            .collect();
+        for connection in askers {
+            self.reply(connection, resolution);
+        }
+    }
+
+    /// Nobody will ask any more. Said once, however often the source says that it knows.
+    fn settle(&mut self) {
+        let Some(attempt) = self.attempt.as_mut().filter(|attempt| !attempt.settled) else {
+            return;
+        };
+        attempt.settled = true;
+        self.control_open = false;
+        self.actions.push_back(TargetAction::Settled);
+        self.start_job(TargetJob::CloseLinks, TargetAction::CloseLinks);
     }
 
     fn announce(&mut self, now: Moment, round: RoundId) {
@@ -696,15 +722,8 @@ impl Target {
             ))
         } else if attempt.sections.iter().any(|other| other.name == *name) {
             Some(format!("state of device {name:?} comes twice"))
-        } else if !self
-            .config
-            .devices
-            .iter()
-            .any(|device| device.name == *name)
-        {
-            Some(format!(
-                "state of device {name:?} comes, which does not exist here"
-            ))
+        } else if let Err(fault) = fits(&section, &self.config.devices) {
+            Some(fault)
         } else if attempt.section_bytes + section.bytes.len() as u64 > SECTIONS_BYTES_MAX {
             Some(format!(
                 "device state is over {SECTIONS_BYTES_MAX} bytes in all"
@@ -871,6 +890,28 @@ impl Target {
             self.actions.push_back(TargetAction::StatusChanged(to));
         }
     }
+}
+
+/// Whether a device of ours loads the section.
+fn fits(section: &Section, devices: &[DeviceSchema]) -> Result<(), String> {
+    let Section {
+        name,
+        schema,
+        version,
+        bytes: _,
+    } = section;
+    let Some(device) = devices.iter().find(|device| device.name == *name) else {
+        return Err(format!(
+            "state of device {name:?} comes, which does not exist here"
+        ));
+    };
+    if device.schema != *schema || !(device.version_min..=device.version_max).contains(version) {
+        return Err(format!(
+            "state of device {name:?} is {schema:?} version {version}, its hello allows {:?} versions {} to {}",
+            device.schema, device.version_min, device.version_max
+        ));
+    }
+    Ok(())
 }
 
 fn frame_name(frame: &SourceFrame) -> &'static str {
