@@ -1,0 +1,70 @@
+//! What `vmferry run` is told, checked once and then believed.
+
+use std::path::PathBuf;
+
+use vmferry_transport::control::Address;
+
+pub use crate::machine::AccelChoice;
+use crate::machine::workload::layout::{RAM_MAX, RAM_MIN};
+use crate::machine::{MachineConfig, MachineError};
+
+/// Longest name of a VM.
+pub const NAME_CHARS_MAX: usize = 64;
+
+/// How the guest gets into this process, if not by being started here.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Incoming {
+    /// `migrate-incoming` will say where to listen.
+    Defer,
+    /// Listen here at once.
+    Listen(Address),
+}
+
+/// A VM process.
+#[derive(Clone, Debug)]
+pub struct RunConfig {
+    /// For people and `query-name`.
+    pub name: Option<String>,
+    /// Accelerator.
+    pub accel: AccelChoice,
+    /// The machine. Its `incoming` is set exactly if [`incoming`](Self::incoming) is.
+    pub machine: MachineConfig,
+    /// Path of the QMP socket.
+    pub qmp: PathBuf,
+    /// Do not start the guest; `cont` does. With `incoming`: leave it stopped on arrival.
+    pub paused: bool,
+    /// Wait for a guest instead of starting one.
+    pub incoming: Option<Incoming>,
+}
+
+impl RunConfig {
+    /// Checks everything that can be known without the host.
+    ///
+    /// # Errors
+    /// The value that does not fit, and what would.
+    pub fn check(&self) -> Result<(), MachineError> {
+        let refuse = |text: String| Err(MachineError::Config(text));
+        let mem = self.machine.mem_bytes;
+        if !mem.is_multiple_of(4096) {
+            return refuse(format!("memory of {mem} bytes: must be a multiple of 4096"));
+        }
+        if !(RAM_MIN..=RAM_MAX).contains(&mem) {
+            let (min, max) = (RAM_MIN >> 20, RAM_MAX >> 30);
+            return refuse(format!(
+                "memory of {mem} bytes: must be from {min}M to {max}G"
+            ));
+        }
+        self.machine.workload.check(mem, self.machine.vcpus)?;
+        if let Some(name) = &self.name
+            && (name.is_empty() || name.chars().count() > NAME_CHARS_MAX)
+        {
+            return refuse(format!(
+                "the name must have 1 to {NAME_CHARS_MAX} characters"
+            ));
+        }
+        if let Err(error) = Address::unix(&self.qmp) {
+            return refuse(format!("QMP socket: {}", error.reason));
+        }
+        Ok(())
+    }
+}
