@@ -1,0 +1,110 @@
+//! The command line.
+//!
+//! `run` becomes a VM process; everything else is a QMP client ([`client`]) of one or two of those, or of QEMU.
+//! Errors go to standard error as one line with their causes; the exit status is 0 only if what was asked for has happened.
+
+pub mod client;
+mod demo;
+mod follow;
+mod image;
+mod migrate;
+mod run;
+pub mod size;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Live migration of KVM virtual machines.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmferry",
+    version,
+    about = "Live migration of KVM virtual machines",
+    max_term_width = 100,
+    after_help = "Start here:  vmferry demo\n\n\
+        Three terminals:\n  \
+        vmferry run --mem 1G --qmp /tmp/target.qmp --incoming tcp:127.0.0.1:4444\n  \
+        vmferry run --mem 1G --qmp /tmp/source.qmp\n  \
+        vmferry migrate --qmp /tmp/source.qmp tcp:127.0.0.1:4444\n\n\
+        ADDR is tcp:HOST:PORT (an IPv6 address in brackets) or unix:PATH.\n\
+        SIZE is a whole number with K, M, G or T (binary), like 512M.\n\
+        Environment: VMFERRY_LOG sets the log level (error, warn, info, debug, trace),\n\
+        VMFERRY_NO_URING=1 does without io_uring."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a virtual machine, or wait for one to arrive
+    Run(Box<run::RunArgs>),
+    /// Migrate a running VM and follow it to the end
+    Migrate(migrate::MigrateArgs),
+    /// Show how a VM and its migration are doing
+    Status(status::StatusArgs),
+    /// Cancel a migration; the guest goes on at the source
+    Cancel(status::CancelArgs),
+    /// Migrate a running VM between two processes of this machine, and check the result
+    Demo(demo::DemoArgs),
+    /// Write the built-in guest as an ELF file that other VMMs can boot
+    WorkloadImage(image::ImageArgs),
+}
+
+/// Which VM to talk to.
+#[derive(Args, Debug)]
+struct QmpArgs {
+    /// QMP socket of the VM (vmferry's or QEMU's)
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+}
+
+impl Cli {
+    /// Does what was asked for.
+    ///
+    /// # Errors
+    /// What went wrong, with its causes; to be shown to the user.
+    pub fn execute(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Run(args) => args.execute(),
+            Command::Migrate(args) => args.execute(),
+            Command::Status(args) => args.execute(),
+            Command::Cancel(args) => args.execute(),
+            Command::Demo(args) => args.execute(),
+            Command::WorkloadImage(args) => args.execute(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_is_explained_and_every_command_has_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name}");
+            assert!(
+                command
+                    .get_after_help()
+                    .is_some_and(|h| h.to_string().contains("vmferry ")),
+                "{name}"
+            );
+            for argument in command.get_arguments().filter(|a| !a.is_hide_set()) {
+                assert!(argument.get_help().is_some(), "{name} {argument}");
+            }
+        }
+    }
+}

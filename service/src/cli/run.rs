@@ -1,0 +1,253 @@
+//! `vmferry run`: becomes a VM process.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use vmferry_transport::control::{Address, AddressError};
+
+use super::size::{DirtyRate, Size};
+use crate::config::{AccelChoice, Incoming, RunConfig};
+use crate::machine::workload::WorkloadConfig;
+use crate::machine::{MachineConfig, SerialSink};
+
+/// Working set unless another one is asked for; a quarter of small memories.
+const WORKING_SET_DEFAULT: u64 = 64 << 20;
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    vmferry run --mem 1G --qmp /tmp/source.qmp\n  \
+    vmferry run --mem 4G --vcpus 2 --qmp /tmp/a.qmp --working-set 256M --dirty-rate max\n  \
+    vmferry run --mem 1G --qmp /tmp/target.qmp --incoming tcp:0.0.0.0:4444\n\n\
+    The machine runs a small program that keeps writing its working set and checks every page it\n\
+    wrote, so that a page lost on the way is noticed. The process ends with `quit` over QMP, with\n\
+    SIGTERM, or with Ctrl-C.")]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// Where to make the QMP socket (mode 0600)
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// Where the guest's serial port goes: stdio, null, or a file to append to
+    #[arg(long, value_name = "stdio|null|FILE", default_value = "null", value_parser = parse_serial)]
+    serial: SerialSink,
+    /// Do not start the guest; `cont` over QMP does
+    #[arg(long)]
+    paused: bool,
+    /// Name of the VM, for people
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Start no guest but wait for one: listen at ADDR, or where migrate-incoming will say
+    #[arg(long, value_name = "ADDR|defer", value_parser = parse_incoming)]
+    incoming: Option<Incoming>,
+    /// End when the process with this number, which must be the parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    end_with_parent: Option<u32>,
+}
+
+/// The machine; shared with `demo`.
+#[derive(Args, Clone, Debug)]
+pub(super) struct MachineArgs {
+    /// RAM, 8M to 256G; it exists only once touched
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub(super) mem: Size,
+    /// Virtual CPUs, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(super) vcpus: u32,
+    /// What runs the guest: KVM, or the same program on host threads
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub(super) accel: Accel,
+}
+
+/// What the guest does.
+#[derive(Args, Clone, Debug)]
+pub(super) struct GuestArgs {
+    /// Memory that the guest keeps writing [default: 64M, at most a quarter of RAM]
+    #[arg(long, value_name = "SIZE")]
+    working_set: Option<Size>,
+    /// Pages that the guest writes per second, or as fast as it can
+    #[arg(long, value_name = "PAGES_PER_SEC|max", default_value = "1000")]
+    dirty_rate: DirtyRate,
+    /// Memory that the guest fills once, at start, with incompressible data
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    fill: Size,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(super) enum Accel {
+    /// KVM if it works here, host threads otherwise
+    Auto,
+    /// KVM
+    Kvm,
+    /// Host threads, no KVM needed
+    Soft,
+}
+
+impl Accel {
+    /// As written on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Soft => "soft",
+        }
+    }
+}
+
+impl GuestArgs {
+    pub(super) fn workload(&self, mem: Size) -> WorkloadConfig {
+        let working_set = self.working_set.unwrap_or_else(|| working_set_default(mem));
+        WorkloadConfig {
+            working_set_bytes: working_set.0,
+            dirty_pages_per_sec: self.dirty_rate.0,
+            fill_bytes: self.fill.0,
+        }
+    }
+}
+
+/// [`WORKING_SET_DEFAULT`] or a quarter of RAM, whole pages.
+pub(super) fn working_set_default(mem: Size) -> Size {
+    Size((mem.0 / 4).min(WORKING_SET_DEFAULT) & !4095)
+}
+
+impl RunArgs {
+    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+        if let Some(parent) = self.end_with_parent {
+            end_with_parent(parent)?;
+        }
+        let config = self.config()?;
+        crate::engine::run(config)
+    }
+
+    fn config(self) -> anyhow::Result<RunConfig> {
+        let machine = MachineConfig {
+            mem_bytes: self.machine.mem.0,
+            vcpus: self.machine.vcpus,
+            workload: self.guest.workload(self.machine.mem),
+            serial: self.serial,
+            incoming: self.incoming.is_some(),
+        };
+        let accel = match self.machine.accel {
+            Accel::Auto => AccelChoice::Auto,
+            Accel::Kvm => AccelChoice::Kvm,
+            Accel::Soft => AccelChoice::Soft,
+        };
+        let config = RunConfig {
+            name: self.name,
+            accel,
+            machine,
+            qmp: self.qmp,
+            paused: self.paused,
+            incoming: self.incoming,
+        };
+        config.check().context("the machine cannot be built so")?;
+        Ok(config)
+    }
+}
+
+/// Asks the kernel to kill this process when its parent ends, so that `demo` leaves nothing behind however it ends.
+fn end_with_parent(parent: u32) -> anyhow::Result<()> {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot tie this process to its parent")?;
+    // The parent may have ended before the request.
+    let still = getppid().is_some_and(|pid| pid.as_raw_nonzero().get().unsigned_abs() == parent);
+    anyhow::ensure!(
+        still,
+        "process {parent} is not the parent of this one any more"
+    );
+    Ok(())
+}
+
+fn parse_serial(text: &str) -> Result<SerialSink, String> {
+    match text {
+        "" => Err("name a file, or write stdio or null".to_owned()),
+        "null" => Ok(SerialSink::Null),
+        "stdio" => Ok(SerialSink::Stdio),
+        file => Ok(SerialSink::File(file.into())),
+    }
+}
+
+fn parse_incoming(text: &str) -> Result<Incoming, String> {
+    if text == "defer" {
+        return Ok(Incoming::Defer);
+    }
+    let address: Address = text.parse().map_err(|error: AddressError| error.reason)?;
+    Ok(Incoming::Listen(address))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        run: RunArgs,
+    }
+
+    fn config(text: &str) -> anyhow::Result<RunConfig> {
+        let words = ["run"].into_iter().chain(text.split_whitespace());
+        Line::try_parse_from(words)?.run.config()
+    }
+
+    #[test]
+    fn little_needs_to_be_said() {
+        let config = config("--mem 1G --qmp /tmp/q").unwrap();
+        assert_eq!(config.machine.mem_bytes, 1 << 30);
+        assert_eq!(config.machine.vcpus, 1);
+        assert_eq!(config.machine.workload.working_set_bytes, 64 << 20);
+        assert_eq!(config.machine.workload.dirty_pages_per_sec, Some(1000));
+        assert_eq!(config.machine.workload.fill_bytes, 0);
+        assert_eq!(config.accel, AccelChoice::Auto);
+        assert_eq!(config.incoming, None);
+        assert!(!config.machine.incoming && !config.paused);
+    }
+
+    #[test]
+    fn everything_can_be_said() {
+        let config = config(
+            "--mem 2G --vcpus 2 --qmp q --accel soft --working-set 1M --dirty-rate max --fill 8M \
+             --serial /tmp/s --paused --name a --incoming unix:/tmp/i",
+        )
+        .unwrap();
+        assert_eq!(config.machine.workload.dirty_pages_per_sec, None);
+        assert_eq!(config.machine.serial, SerialSink::File("/tmp/s".into()));
+        assert_eq!(
+            config.incoming,
+            Some(Incoming::Listen("unix:/tmp/i".parse().unwrap()))
+        );
+        assert!(config.machine.incoming && config.paused);
+    }
+
+    #[test]
+    fn the_default_working_set_fits_small_memories() {
+        for mem in ["8M", "16M", "100M"] {
+            assert!(config(&format!("--mem {mem} --qmp q")).is_ok(), "{mem}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_refused_with_the_value() {
+        for (text, part) in [
+            ("--mem 1G", "--qmp"),
+            ("--mem 4M --qmp q", "must be from 8M"),
+            ("--mem 300G --qmp q", "to 256G"),
+            ("--mem 8388609 --qmp q", "multiple of 4096"),
+            ("--mem 1.5G --qmp q", "like 512M"),
+            ("--mem 1G --qmp q --vcpus 65", "1 to 64"),
+            ("--mem 64M --qmp q --working-set 64M", "room for"),
+            ("--mem 1G --qmp q --incoming here", "tcp:HOST:PORT"),
+            ("--mem 1G --qmp q --dirty-rate 0", "at least 1"),
+        ] {
+            let error = format!("{:#}", config(text).unwrap_err());
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

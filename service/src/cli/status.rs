@@ -1,0 +1,204 @@
+//! `vmferry status` and `vmferry cancel`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::{ClientError, QmpClient};
+use super::size::{Size, duration, rate};
+use super::{QmpArgs, follow};
+use crate::migration::status::MigrationStatus;
+use crate::qmp::schema::{MigrationInfo, StatusInfo, WorkloadInfo};
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  vmferry status --qmp /tmp/source.qmp")]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    vm: QmpArgs,
+    /// Print one JSON object instead
+    #[arg(long)]
+    json: bool,
+}
+
+impl StatusArgs {
+    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+        let mut client = QmpClient::connect(&self.vm.qmp)?;
+        let status: Value = client.query("query-status")?;
+        let migration: Value = client.query("query-migrate")?;
+        let workload = optional(client.query("x-query-workload"))?;
+        if self.json {
+            let all = json!({
+                "version": client.version(),
+                "status": status,
+                "migration": migration,
+                "workload": workload,
+            });
+            println!("{all:#}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!(
+            "{} at {}",
+            client.version().package.trim(),
+            self.vm.qmp.display()
+        );
+        println!(
+            "  guest      {}",
+            guest_line(&serde_json::from_value(status)?)
+        );
+        let workload: Option<WorkloadInfo> = workload.map(serde_json::from_value).transpose()?;
+        if let Some(workload) = workload {
+            println!("  workload   {}", workload_line(&workload));
+        }
+        for line in migration_lines(&serde_json::from_value(migration)?) {
+            println!("  migration  {line}");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  vmferry cancel --qmp /tmp/source.qmp\n\n\
+    Succeeds if there is nothing to cancel. After the commit a migration cannot be cancelled.")]
+pub(super) struct CancelArgs {
+    #[command(flatten)]
+    vm: QmpArgs,
+}
+
+impl CancelArgs {
+    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+        let mut client = QmpClient::connect(&self.vm.qmp)?;
+        client.execute("migrate_cancel", json!({}))?;
+        let (_, info) = follow::wait_for_end(&mut client, &mut follow::Quiet, &|| false)?;
+        match info.status {
+            None | Some(MigrationStatus::None) => println!("there was no migration"),
+            Some(status) => println!("{status}"),
+        }
+        let too_late = info.status == Some(MigrationStatus::Completed);
+        Ok(if too_late {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+/// `None` if the VM has no such command, or nothing to say to it.
+fn optional(answer: Result<Value, ClientError>) -> Result<Option<Value>, ClientError> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(ClientError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn guest_line(status: &StatusInfo) -> String {
+    let name = serde_json::to_value(status.status).unwrap_or_default();
+    let name = name.as_str().unwrap_or("unknown");
+    if status.running {
+        name.to_owned()
+    } else {
+        format!("{name} (stopped)")
+    }
+}
+
+pub(super) fn workload_line(workload: &WorkloadInfo) -> String {
+    let mut line = format!(
+        "{} passes, {} errors, longest gap {}",
+        workload.passes,
+        workload.errors,
+        duration(workload.longest_gap_us)
+    );
+    if workload.filled_pages < workload.fill_pages {
+        let percent = workload.filled_pages * 100 / workload.fill_pages;
+        line.push_str(&format!(", {percent}% filled"));
+    }
+    line
+}
+
+fn migration_lines(info: &MigrationInfo) -> Vec<String> {
+    let Some(status) = info.status else {
+        let listening = info
+            .socket_address
+            .iter()
+            .flatten()
+            .filter_map(|a| a.to_address().ok());
+        let lines: Vec<_> = listening
+            .map(|address| format!("waiting for one at {address}"))
+            .collect();
+        return if lines.is_empty() {
+            vec!["none so far".to_owned()]
+        } else {
+            lines
+        };
+    };
+    let mut lines = vec![status.to_string()];
+    if let Some(ram) = info.ram {
+        let sent = Size(ram.transferred);
+        let ms = info.total_time.unwrap_or(0);
+        lines.push(match status.is_end() {
+            true => format!(
+                "{sent} sent in {}, {}/s",
+                duration(ms * 1000),
+                rate(ram.transferred, ms * 1000)
+            ),
+            false => format!(
+                "{sent} sent, {} left, {}/s dirtied",
+                Size(ram.remaining),
+                Size(ram.dirty_pages_rate.saturating_mul(ram.page_size))
+            ),
+        });
+    }
+    if let Some(blackout) = &info.x_blackout {
+        lines.push(format!("blackout {}", duration(blackout.total_us)));
+    }
+    lines.extend(info.error_desc.clone());
+    lines.extend(
+        info.blocked_reasons
+            .iter()
+            .flatten()
+            .map(|reason| format!("blocked: {reason}")),
+    );
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::schema::RamInfo;
+
+    #[test]
+    fn nothing_so_far_is_said_in_words() {
+        assert_eq!(migration_lines(&MigrationInfo::default()), ["none so far"]);
+        let waiting: MigrationInfo = serde_json::from_value(json!({
+            "socket-address": [{"type": "inet", "host": "::1", "port": "4444"}]
+        }))
+        .unwrap();
+        assert_eq!(
+            migration_lines(&waiting),
+            ["waiting for one at tcp:[::1]:4444"]
+        );
+    }
+
+    #[test]
+    fn a_failure_shows_its_reason() {
+        let info = MigrationInfo {
+            status: Some(MigrationStatus::Failed),
+            ram: Some(RamInfo {
+                transferred: 1 << 20,
+                ..Default::default()
+            }),
+            error_desc: Some("the target has less memory".into()),
+            total_time: Some(500),
+            ..Default::default()
+        };
+        assert_eq!(
+            migration_lines(&info),
+            [
+                "failed",
+                "1 MiB sent in 500 ms, 2 MiB/s",
+                "the target has less memory"
+            ]
+        );
+    }
+}
