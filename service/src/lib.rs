@@ -1,9 +1,15 @@
 //! vmferry as a service: the engine that owns a migration, QMP, the command line and the built-in machine.
 //!
+//! - [`cli`]: the command line
+//! - [`config`]: what `vmferry run` is told
+//! - [`engine`]: owns the guest and the migrations, one event at a time
 //! - [`machine`]: the built-in machine and its guest
 //! - [`migration`]: what a migration is told and what it says of itself
 //! - [`qmp`]: the control interface
 
+pub mod cli;
+pub mod config;
+pub mod engine;
 pub mod machine;
 pub mod migration;
 pub mod qmp;

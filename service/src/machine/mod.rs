@@ -3,7 +3,10 @@
 //! Two kinds behind one trait: a real KVM guest ([`Accel::Kvm`]), and the same workload on host threads where /dev/kvm is missing
 //! ([`Accel::Soft`]). The engine sees [`Machine`] only.
 
+pub mod kvm;
 pub mod ram;
+pub mod read_back;
+pub mod serial;
 pub mod soft;
 pub mod workload;
 
@@ -32,6 +35,21 @@ impl fmt::Display for Accel {
         })
     }
 }
+
+/// Which kind of machine the operator wants.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum AccelChoice {
+    /// KVM where /dev/kvm can be opened, else host threads.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// Host threads, even where there is KVM.
+    Soft,
+}
+
+/// Takes what happens in a machine without being asked for. Called from vCPU threads: it must not block.
+pub type EventSink = std::sync::Arc<dyn Fn(MachineEvent) + Send + Sync>;
 
 /// How to build a machine. Sizes in bytes.
 #[derive(Clone, Debug)]
@@ -117,6 +135,33 @@ pub struct ResumeError {
     /// Why.
     #[source]
     pub source: MachineError,
+}
+
+/// Builds the kind of machine that `choice` asks for; for [`AccelChoice::Auto`], KVM wherever this process may open /dev/kvm.
+///
+/// # Errors
+/// When the configuration makes no machine, or the host lacks what was asked for.
+pub fn build(
+    config: &MachineConfig,
+    choice: AccelChoice,
+    events: EventSink,
+) -> Result<std::sync::Arc<dyn Machine>, MachineError> {
+    let soft = match choice {
+        AccelChoice::Kvm => false,
+        AccelChoice::Soft => true,
+        AccelChoice::Auto => match kvm_ioctls::Kvm::new() {
+            Ok(_) => false,
+            Err(error) => {
+                tracing::info!(%error, "/dev/kvm cannot be used, the workload runs on host threads");
+                true
+            }
+        },
+    };
+    Ok(if soft {
+        std::sync::Arc::new(soft::SoftMachine::new(config.clone(), events)?)
+    } else {
+        std::sync::Arc::new(kvm::KvmMachine::new(config, events)?)
+    })
 }
 
 /// What the engine needs of a VM. All calls may block for milliseconds and come from one thread at a time, except

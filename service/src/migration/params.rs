@@ -119,6 +119,8 @@ pub struct MigrationParameters {
     pub max_bandwidth_bytes_per_sec: u64,
     /// Compare a hash of all RAM and the vCPU state of both sides inside the blackout, before the target may run. Costs blackout.
     pub x_verify: bool,
+    /// Protect page data by CRC32C on the way. Costs one more copy per page on each side.
+    pub x_checksum: bool,
 }
 
 impl Default for MigrationParameters {
@@ -128,6 +130,7 @@ impl Default for MigrationParameters {
             downtime_limit_ms: 300,
             max_bandwidth_bytes_per_sec: 0,
             x_verify: false,
+            x_checksum: false,
         }
     }
 }
@@ -140,12 +143,14 @@ impl MigrationParameters {
             downtime_limit_ms,
             max_bandwidth_bytes_per_sec,
             x_verify,
+            x_checksum,
         } = *patch;
         self.multifd_channels = multifd_channels.unwrap_or(self.multifd_channels);
         self.downtime_limit_ms = downtime_limit_ms.unwrap_or(self.downtime_limit_ms);
         self.max_bandwidth_bytes_per_sec =
             max_bandwidth_bytes_per_sec.unwrap_or(self.max_bandwidth_bytes_per_sec);
         self.x_verify = x_verify.unwrap_or(self.x_verify);
+        self.x_checksum = x_checksum.unwrap_or(self.x_checksum);
     }
 }
 
@@ -160,6 +165,8 @@ pub struct ParameterPatch {
     pub max_bandwidth_bytes_per_sec: Option<u64>,
     /// See [`MigrationParameters::x_verify`].
     pub x_verify: Option<bool>,
+    /// See [`MigrationParameters::x_checksum`].
+    pub x_checksum: Option<bool>,
 }
 
 impl ParameterPatch {
@@ -187,10 +194,8 @@ impl ParameterPatch {
             "max-bandwidth" => {
                 self.max_bandwidth_bytes_per_sec = Some(integer(name, value, 0, u64::MAX)?);
             }
-            "x-verify" => {
-                let wrong = || value_error(name, "true or false".to_owned());
-                self.x_verify = Some(value.as_bool().ok_or_else(wrong)?);
-            }
+            "x-verify" => self.x_verify = Some(boolean(name, value)?),
+            "x-checksum" => self.x_checksum = Some(boolean(name, value)?),
             _ => return Err(no_such("parameter", name, &PARAMETERS_NOT_SUPPORTED)),
         }
         Ok(())
@@ -250,6 +255,10 @@ impl MigrationCapabilities {
         list.extend(CAPABILITIES_NOT_SUPPORTED.map(|name| status(name, false)));
         list
     }
+}
+
+fn boolean(name: &str, value: &Value) -> Result<bool, SettingError> {
+    value.as_bool().ok_or_else(|| value_error(name, "true or false".to_owned()))
 }
 
 fn integer(name: &str, value: &Value, min: u64, max: u64) -> Result<u64, SettingError> {
@@ -357,7 +366,7 @@ mod tests {
     fn the_query_uses_qemus_names() {
         let json = serde_json::to_value(MigrationParameters::default()).unwrap();
         let expected = json!({
-            "multifd-channels": 2, "downtime-limit": 300, "max-bandwidth": 0, "x-verify": false
+            "multifd-channels": 2, "downtime-limit": 300, "max-bandwidth": 0, "x-verify": false, "x-checksum": false
         });
         assert_eq!(json, expected);
         // What the query says, the setter takes.

@@ -1,0 +1,121 @@
+//! The engine's part in an incoming migration: listening, the guest, and what becomes of the process when it fails.
+
+use std::time::{Duration, Instant};
+
+use vmferry_transport::control::{Address, ListenError};
+use vmferry_transport::limits::LINGER_US;
+use vmferry_transport::proto::{MigrationStatus, TargetConfig, TargetError, TargetStatus};
+
+use super::event::TargetEvent;
+use super::guest::{Guest, StoppedGuest};
+use super::incoming::{Incoming, IncomingAction};
+use super::outgoing::chain;
+use super::{Ending, Engine, software};
+use crate::machine::ResumeError;
+use crate::qmp::QmpEvent;
+use crate::qmp::schema::RunState;
+
+/// Exit code of a process whose incoming migration has failed.
+const INCOMING_FAILED_CODE: u8 = 1;
+
+impl Engine {
+    /// Begins to listen for an incoming migration.
+    pub(super) async fn listen(&mut self, address: &Address) -> Result<(), ListenError> {
+        let config = TargetConfig {
+            blocks: self.block_infos(),
+            devices: self.machine.schemas(),
+            software: software(),
+        };
+        let (machine, events) = (self.machine.clone(), self.events.clone());
+        self.incoming = Some(Incoming::listen(address, config, machine, self.clock, events).await?);
+        Ok(())
+    }
+
+    /// Something happened to the incoming migration.
+    pub(super) fn target_event(&mut self, event: TargetEvent) {
+        let event = match event {
+            TargetEvent::Loaded(stopped, result) => {
+                self.guest = Guest::Stopped(stopped);
+                TargetEvent::LoadedInto(result)
+            }
+            TargetEvent::Started(Ok(resume_us)) => {
+                self.guest = Guest::Running;
+                self.set_runstate(RunState::Running);
+                self.emit(QmpEvent::resume());
+                TargetEvent::StartedWith(Ok(resume_us))
+            }
+            TargetEvent::Started(Err(ResumeError { proof, source })) => {
+                self.guest = Guest::Stopped(StoppedGuest::new(proof));
+                TargetEvent::StartedWith(Err(chain(&source)))
+            }
+            other => other,
+        };
+        if let Some(incoming) = &mut self.incoming {
+            incoming.handle(event);
+        }
+    }
+
+    /// Does what concerns more than the links.
+    pub(super) fn incoming_action(&mut self, action: IncomingAction) {
+        match action {
+            IncomingAction::StatusChanged(status) => {
+                tracing::info!(status = status.name(), "incoming migration");
+                if self.capabilities.events {
+                    self.emit(QmpEvent::migration(qmp_status(status)));
+                }
+            }
+            IncomingAction::Load { sections, verify } => {
+                if let (Guest::Stopped(stopped), Some(incoming)) = (
+                    std::mem::replace(&mut self.guest, Guest::Away),
+                    &self.incoming,
+                ) {
+                    incoming.load(&self.jobs, stopped, sections, verify);
+                }
+            }
+            IncomingAction::StartGuest { run } => self.take_over(run),
+            IncomingAction::Failed { error, linger } => self.incoming_failed(&error, linger),
+        }
+    }
+
+    /// COMMIT has come: the guest is ours.
+    fn take_over(&mut self, run: bool) {
+        let Some(incoming) = &mut self.incoming else {
+            return;
+        };
+        if !(run && self.autostart) {
+            incoming
+                .core_mut()
+                .handle_guest_started(self.clock.now(), 0);
+            self.set_runstate(RunState::Paused);
+            return;
+        }
+        if let Guest::Stopped(stopped) = std::mem::replace(&mut self.guest, Guest::Away) {
+            incoming.start_guest(&self.jobs, stopped);
+        }
+    }
+
+    /// The process has nothing left to do: its memory is half-filled. It stays reachable as long as the source may be in doubt.
+    fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
+        tracing::error!(%error, "incoming migration failed; this guest will never run here");
+        eprintln!("vmferry: incoming migration failed: {error}");
+        let at = linger.then(|| Instant::now() + Duration::from_micros(LINGER_US));
+        if self.ending.is_none() {
+            self.ending = Some(Ending {
+                code: INCOMING_FAILED_CODE,
+                at,
+            });
+        }
+    }
+}
+
+/// The same status in the words of QMP, which has one list for both sides.
+pub(super) fn qmp_status(status: TargetStatus) -> MigrationStatus {
+    match status {
+        TargetStatus::None => MigrationStatus::None,
+        TargetStatus::Setup => MigrationStatus::Setup,
+        TargetStatus::Active => MigrationStatus::Active,
+        TargetStatus::Completed => MigrationStatus::Completed,
+        TargetStatus::Failing => MigrationStatus::Failing,
+        TargetStatus::Failed => MigrationStatus::Failed,
+    }
+}

@@ -1,0 +1,133 @@
+//! The engine's part in an outgoing migration: what concerns the guest, the operator and the record.
+
+use std::sync::Arc;
+
+use vmferry_transport::proto::{Outcome, SourceJob};
+
+use super::Engine;
+use super::event::{Event, SourceEvent};
+use super::guest::{Guest, StoppedGuest};
+use super::info::Record;
+use super::outgoing::{OutgoingAction, chain};
+use crate::qmp::QmpEvent;
+use crate::qmp::schema::RunState;
+
+impl Engine {
+    /// Something happened to the outgoing attempt. News of an attempt that is over are dropped.
+    pub(super) fn source_event(&mut self, attempt: u64, event: SourceEvent) {
+        if self
+            .outgoing
+            .as_ref()
+            .is_none_or(|outgoing| outgoing.attempt() != attempt)
+        {
+            return;
+        }
+        match &event {
+            SourceEvent::Stopped(_) => {
+                self.set_runstate(RunState::FinishMigrate);
+                self.emit(QmpEvent::stop());
+            }
+            SourceEvent::JobFailed(SourceJob::StopGuest, _) => self.guest = Guest::Running,
+            SourceEvent::Resumed(Ok(())) => {
+                self.guest = Guest::Running;
+                self.set_runstate(RunState::Running);
+                self.emit(QmpEvent::resume());
+            }
+            _ => {}
+        }
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.handle(event);
+        }
+    }
+
+    /// Does what concerns more than the attempt.
+    pub(super) fn outgoing_action(&mut self, action: OutgoingAction) {
+        match action {
+            OutgoingAction::StatusChanged(status) => {
+                tracing::info!(%status, "outgoing migration");
+                if self.capabilities.events {
+                    self.emit(QmpEvent::migration(status));
+                }
+            }
+            OutgoingAction::PassStarted(pass) => {
+                if self.capabilities.events {
+                    self.emit(QmpEvent::migration_pass(pass));
+                }
+            }
+            OutgoingAction::StopGuest => self.stop_for_switchover(),
+            OutgoingAction::ResumeGuest(stopped) => {
+                let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+                let attempt = self.attempts;
+                self.jobs.run(move || {
+                    let result = machine.resume(stopped.into_proof());
+                    // The engine ends only with the process.
+                    let _ = events.send(Event::Source(attempt, SourceEvent::Resumed(result)));
+                });
+            }
+            OutgoingAction::Unresolved => {
+                let text = "the link was lost at the commit and the target does not answer: it may run the guest or not. \
+                            This side stays stopped. Look at the target, then say x-resolve here";
+                tracing::error!(text);
+                self.emit(QmpEvent::now(
+                    "x-MIGRATION_UNRESOLVED",
+                    serde_json::json!({ "desc": text }),
+                ));
+            }
+            OutgoingAction::Finished(outcome) => self.finish_outgoing(outcome),
+        }
+    }
+
+    /// The guest may have been stopped by the operator meanwhile; then its proof is here already.
+    pub(super) fn stop_for_switchover(&mut self) {
+        match std::mem::replace(&mut self.guest, Guest::Away) {
+            Guest::Stopped(stopped) => {
+                if let Some(outgoing) = &mut self.outgoing {
+                    outgoing.guest_stopped(stopped);
+                }
+                self.set_runstate(RunState::FinishMigrate);
+            }
+            // The operator's stop or cont is under way; its end brings us back here.
+            Guest::Away => self.switchover_waits = true,
+            Guest::Running => {
+                let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+                let attempt = self.attempts;
+                self.jobs.run(move || {
+                    let event = match machine.pause() {
+                        Ok(proof) => SourceEvent::Stopped(StoppedGuest::new(proof)),
+                        Err(error) => SourceEvent::JobFailed(SourceJob::StopGuest, chain(&error)),
+                    };
+                    // The engine ends only with the process.
+                    let _ = events.send(Event::Source(attempt, event));
+                });
+            }
+        }
+    }
+
+    fn finish_outgoing(&mut self, outcome: Outcome<StoppedGuest>) {
+        let Some(outgoing) = self.outgoing.take() else {
+            return;
+        };
+        let error = match &outcome {
+            Outcome::Completed(_) => None,
+            Outcome::Failed { reason, .. } => Some(reason.to_string()),
+        };
+        match outcome {
+            Outcome::Completed(stopped) => {
+                self.guest = Guest::Stopped(stopped);
+                self.set_runstate(RunState::Postmigrate);
+            }
+            Outcome::Failed {
+                stopped: Some(stopped),
+                ..
+            } => {
+                self.guest = Guest::Stopped(stopped);
+                self.set_runstate(RunState::Paused);
+            }
+            Outcome::Failed { stopped: None, .. } => {}
+        }
+        if let Some(error) = &error {
+            tracing::error!(error, "migration failed, the guest is still here");
+        }
+        self.record = Some(Record::of(&outgoing, error));
+    }
+}

@@ -1,0 +1,92 @@
+//! Everything that can happen to the engine, in one queue: the engine is the only one who changes anything, from these.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use tokio::sync::mpsc;
+use vmferry_devices::DeviceError;
+use vmferry_transport::control::Stream;
+use vmferry_transport::data::{DataSender, ReceiverEvent, RoundWork, SenderEvent};
+use vmferry_transport::memory::DirtyMap;
+use vmferry_transport::proto::{Connection, FirstRound, Loaded, SavedState, SourceJob};
+use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
+
+use super::guest::StoppedGuest;
+use super::link::LinkEvent;
+use super::outgoing::ArmedLog;
+use crate::machine::{MachineError, MachineEvent, ResumeError};
+use crate::qmp::EngineRequest;
+
+/// The engine's queue.
+pub(super) type Events = mpsc::UnboundedSender<Event>;
+
+/// New connections on their way to the engine. A stream belongs to the control thread while events come from every thread, so the event
+/// carries a number and the stream waits here.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Arrivals(Rc<RefCell<HashMap<u64, (Stream, FrameBuffer)>>>);
+
+impl Arrivals {
+    /// Leaves a stream, with what was read from it already.
+    pub(super) fn leave(&self, number: u64, stream: Stream, buffer: FrameBuffer) {
+        self.0.borrow_mut().insert(number, (stream, buffer));
+    }
+
+    /// Takes the stream of an event.
+    pub(super) fn take(&self, number: u64) -> Option<(Stream, FrameBuffer)> {
+        self.0.borrow_mut().remove(&number)
+    }
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A command of an operator.
+    Request(EngineRequest),
+    /// The machine did something unasked.
+    Machine(MachineEvent),
+    /// Of the outgoing attempt with this number; news of earlier attempts are dropped.
+    Source(u64, SourceEvent),
+    /// Of the incoming migration.
+    Target(TargetEvent),
+    /// A stop that an operator asked for is done.
+    Stopped(Result<StoppedGuest, MachineError>),
+    /// A resume that an operator asked for is done.
+    Resumed(Result<(), ResumeError>),
+    /// The process was asked to end by a signal.
+    Terminate,
+}
+
+/// Something that happened to the outgoing attempt.
+#[derive(Debug)]
+pub(super) enum SourceEvent {
+    /// The stream waits among the attempt's arrivals under this number.
+    Connected(u64),
+    DataConnected(DataSender),
+    Link(LinkEvent<TargetFrame>),
+    Data(SenderEvent),
+    LogStarted(ArmedLog, RoundWork, FirstRound),
+    Synced(ArmedLog, DirtyMap, u64),
+    Stopped(StoppedGuest),
+    Saved(SavedState),
+    LinksClosed,
+    LogStopped,
+    Resumed(Result<(), ResumeError>),
+    JobFailed(SourceJob, String),
+}
+
+/// Something that happened to the incoming migration.
+#[derive(Debug)]
+pub(super) enum TargetEvent {
+    /// A connection said its first frame; the stream waits among the arrivals under the connection's number.
+    First(Connection, SourceFrame),
+    Link(Connection, LinkEvent<SourceFrame>),
+    Data(ReceiverEvent),
+    /// The job is over; the engine takes the proof back before the core learns the result.
+    Loaded(StoppedGuest, Result<Loaded, DeviceError>),
+    LoadedInto(Result<Loaded, DeviceError>),
+    /// The same for starting the guest; the time is in microseconds.
+    Started(Result<u64, ResumeError>),
+    StartedWith(Result<u64, String>),
+    LinksClosed,
+}

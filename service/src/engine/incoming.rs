@@ -1,0 +1,525 @@
+//! Drives the target core: listens, takes connections in, receives into guest memory, loads state, starts the guest.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinHandle;
+use vmferry_transport::control::{Address, ListenError, Listener, Stream, runtime};
+use vmferry_transport::data::{
+    Backend, BackendChoice, DataError, DataReceiver, ReceiverConfig, ReceiverEvent,
+    ReceiverProgress,
+};
+use vmferry_transport::limits::HELLO_DEADLINE_US;
+use vmferry_transport::memory::{hash, populate};
+use vmferry_transport::proto::{
+    Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
+};
+use vmferry_transport::units::Moment;
+use vmferry_transport::wire::Section;
+use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame, Verification};
+
+use super::clock::{Clock, micros};
+use super::event::{Arrivals, Event, Events, TargetEvent};
+use super::guest::StoppedGuest;
+use super::jobs::JobThread;
+use super::link::{ControlLink, FirstFrameError, LinkEvent, first_frame};
+use super::outgoing::chain;
+use crate::machine::read_back::state_differences;
+use crate::machine::{Machine, VcpusStopped};
+
+/// Connections that have not said who they are yet. More wait in the kernel's queue.
+const STRANGERS_MAX: usize = 300;
+/// Pause after a failed accept: the process is out of descriptors, and trying at once would only burn time.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// What the engine must do for the incoming migration, because it concerns more than the links.
+#[derive(Debug)]
+pub(super) enum IncomingAction {
+    StatusChanged(TargetStatus),
+    /// Load these sections into the stopped guest; the result goes to [`Incoming::handle`].
+    Load {
+        sections: Vec<Section>,
+        verify: bool,
+    },
+    /// The guest belongs to this process; let it run if `run` says so and the operator did not ask otherwise.
+    StartGuest {
+        run: bool,
+    },
+    Failed {
+        error: TargetError,
+        linger: bool,
+    },
+}
+
+/// An incoming migration, from the listener on.
+pub(super) struct Incoming {
+    core: Target,
+    machine: Arc<dyn Machine>,
+    clock: Clock,
+    events: Events,
+    arrivals: Arrivals,
+    address: Address,
+    acceptor: Option<JoinHandle<()>>,
+    links: HashMap<Connection, Peer>,
+    data: Vec<Option<OwnedFd>>,
+    receiver: Option<DataReceiver>,
+    progress: ReceiverProgress,
+    backend: BackendChoice,
+}
+
+/// A connection that has said its first frame.
+enum Peer {
+    /// Not judged by the core yet: may become a control link or a data socket.
+    New(Stream),
+    Control(ControlLink),
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Incoming")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Incoming {
+    /// Listens on `address`.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on.
+    pub(super) async fn listen(
+        address: &Address,
+        config: TargetConfig,
+        machine: Arc<dyn Machine>,
+        clock: Clock,
+        events: Events,
+    ) -> Result<Self, ListenError> {
+        let listener = Listener::bind(address).await?;
+        let local = listener.local_address().clone();
+        let arrivals = Arrivals::default();
+        let acceptor = runtime::spawn(accept(listener, events.clone(), arrivals.clone()));
+        Ok(Self {
+            core: Target::new(config),
+            machine,
+            clock,
+            events,
+            arrivals,
+            address: local,
+            acceptor: Some(acceptor),
+            links: HashMap::new(),
+            data: Vec::new(),
+            receiver: None,
+            progress: ReceiverProgress::default(),
+            backend: Backend::detect(),
+        })
+    }
+
+    pub(super) fn core(&self) -> &Target {
+        &self.core
+    }
+
+    pub(super) fn core_mut(&mut self) -> &mut Target {
+        &mut self.core
+    }
+
+    /// Where it listens, the port resolved.
+    pub(super) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    pub(super) fn backend(&self) -> &BackendChoice {
+        &self.backend
+    }
+
+    pub(super) fn progress(&self) -> ReceiverProgress {
+        self.receiver
+            .as_ref()
+            .map_or_else(|| self.progress.clone(), DataReceiver::progress)
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Moment> {
+        self.core.poll_timeout()
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.core.handle_timeout(self.clock.now());
+    }
+
+    /// Stops listening: nobody will ask for the outcome any more. A unix socket's path is removed.
+    pub(super) fn stop_listening(&mut self) {
+        if let Some(acceptor) = self.acceptor.take() {
+            acceptor.abort();
+        }
+    }
+
+    pub(super) fn handle(&mut self, event: TargetEvent) {
+        let now = self.clock.now();
+        match event {
+            TargetEvent::First(connection, frame) => self.introduced(now, connection, frame),
+            TargetEvent::Link(connection, LinkEvent::Frame(frame)) => {
+                self.core.handle_frame(now, connection, frame)
+            }
+            TargetEvent::Link(connection, LinkEvent::Lost { error, protocol }) => {
+                self.links.remove(&connection);
+                self.core
+                    .handle_connection_lost(now, connection, &error, protocol);
+            }
+            TargetEvent::Data(ReceiverEvent::RoundReceived { round, last, .. }) => {
+                self.core.handle_round_placed(now, round, last);
+            }
+            TargetEvent::Data(ReceiverEvent::Failed { connection, error }) => {
+                self.core
+                    .handle_data_failed(now, data_error(connection, &error));
+            }
+            // Kinds of a later version of the transport concern somebody else.
+            TargetEvent::Data(_) => {}
+            TargetEvent::Loaded(..) | TargetEvent::Started(_) => {
+                unreachable!("the engine takes the proof out first")
+            }
+            TargetEvent::LoadedInto(Ok(loaded)) => self.core.handle_loaded(now, loaded),
+            TargetEvent::LoadedInto(Err(error)) => {
+                self.core.handle_job_failed(
+                    now,
+                    TargetJob::Load,
+                    AbortCode::Device,
+                    &chain(&error),
+                );
+            }
+            TargetEvent::StartedWith(Ok(resume_us)) => {
+                self.core.handle_guest_started(now, resume_us)
+            }
+            TargetEvent::StartedWith(Err(text)) => {
+                self.core
+                    .handle_job_failed(now, TargetJob::StartGuest, AbortCode::Internal, &text);
+            }
+            TargetEvent::LinksClosed => self.core.handle_links_closed(now),
+        }
+    }
+
+    fn introduced(&mut self, now: Moment, connection: Connection, frame: SourceFrame) {
+        let Some((stream, buffer)) = self.arrivals.take(connection.0) else {
+            return;
+        };
+        let peer = if matches!(frame, SourceFrame::DataHello(_)) {
+            if buffer.pending() > 0 {
+                tracing::warn!(
+                    peer = stream.peer(),
+                    "a data connection sends before it may"
+                );
+                stream.shutdown();
+                return;
+            }
+            Peer::New(stream)
+        } else {
+            let events = self.events.clone();
+            Peer::Control(ControlLink::start(stream, buffer, move |event| {
+                // The engine ends only with the process.
+                let _ = events.send(Event::Target(TargetEvent::Link(connection, event)));
+            }))
+        };
+        self.links.insert(connection, peer);
+        self.core.handle_first_frame(now, connection, frame);
+    }
+
+    /// Does what the core asks for, up to the next thing that is the engine's to do.
+    pub(super) fn poll(&mut self) -> Option<IncomingAction> {
+        while let Some(action) = self.core.poll_action() {
+            match action {
+                TargetAction::StatusChanged(status) => {
+                    return Some(IncomingAction::StatusChanged(status));
+                }
+                TargetAction::Load { sections, verify } => {
+                    return Some(IncomingAction::Load { sections, verify });
+                }
+                TargetAction::StartGuest { run } => {
+                    return Some(IncomingAction::StartGuest { run });
+                }
+                TargetAction::Failed { error, linger } => {
+                    return Some(IncomingAction::Failed { error, linger });
+                }
+                TargetAction::Settled => self.stop_listening(),
+                TargetAction::Send(connection, frame) => self.send(connection, &frame),
+                TargetAction::Close(connection) => {
+                    if let Some(peer) = self.links.remove(&connection) {
+                        runtime::spawn(close(peer));
+                    }
+                }
+                TargetAction::AdoptData { connection, index } => self.adopt(connection, index),
+                TargetAction::Prepare => self.prepare(),
+                TargetAction::CloseLinks => self.close_links(),
+            }
+        }
+        None
+    }
+
+    fn send(&mut self, connection: Connection, frame: &TargetFrame) {
+        match self.links.get(&connection) {
+            Some(Peer::Control(link)) => link.send(frame.encode()),
+            // A refused data connection is told why before it is closed.
+            Some(Peer::New(_)) => {
+                if let Some(Peer::New(stream)) = self.links.remove(&connection) {
+                    let bytes = frame.encode();
+                    runtime::spawn(async move {
+                        let (written, _) = stream.write_all(bytes).await;
+                        tracing::debug!(ok = written.is_ok(), "refused a data connection");
+                        stream.shutdown();
+                    });
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn adopt(&mut self, connection: Connection, index: u16) {
+        let Some(Peer::New(stream)) = self.links.remove(&connection) else {
+            return;
+        };
+        let index = usize::from(index);
+        if self.data.len() <= index {
+            self.data.resize_with(index + 1, || None);
+        }
+        match stream.into_socket() {
+            Ok(socket) => self.data[index] = Some(socket),
+            Err(error) => {
+                let error = TargetError::Link(format!("data connection {index}: {error}"));
+                self.core.handle_data_failed(self.clock.now(), error);
+            }
+        }
+    }
+
+    fn prepare(&mut self) {
+        let sockets: Option<Vec<OwnedFd>> = std::mem::take(&mut self.data).into_iter().collect();
+        let events = self.events.clone();
+        let config = ReceiverConfig {
+            backend: self.backend.backend,
+        };
+        let report = Arc::new(move |event| {
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::Data(event)));
+        });
+        let now = self.clock.now();
+        let Some(sockets) = sockets else {
+            let text = "a data connection was lost before the first page";
+            self.core
+                .handle_job_failed(now, TargetJob::Prepare, AbortCode::Resources, text);
+            return;
+        };
+        match DataReceiver::start(sockets, self.machine.ram().clone(), config, report) {
+            Ok(receiver) => {
+                self.receiver = Some(receiver);
+                self.core.handle_prepared(now);
+            }
+            Err(error) => {
+                self.core.handle_job_failed(
+                    now,
+                    TargetJob::Prepare,
+                    AbortCode::Resources,
+                    &chain(&error),
+                );
+            }
+        }
+    }
+
+    /// Data threads are joined on a thread of their own: the control thread never waits for them.
+    fn close_links(&mut self) {
+        let control = self
+            .core
+            .control()
+            .and_then(|control| self.links.remove(&control));
+        self.data.clear();
+        let receiver = self.receiver.take();
+        if let Some(receiver) = &receiver {
+            self.progress = receiver.progress();
+        }
+        let events = self.events.clone();
+        let (joined, join) = tokio::sync::oneshot::channel::<()>();
+        match receiver {
+            Some(receiver) => {
+                receiver.abort();
+                let end = move || {
+                    let totals = receiver.join();
+                    tracing::debug!(?totals, "data threads have ended");
+                    drop(joined);
+                };
+                if let Err(error) = std::thread::Builder::new()
+                    .name("vm-join".into())
+                    .spawn(end)
+                {
+                    tracing::warn!(
+                        error = &error as &dyn Error,
+                        "no thread to join the data threads with"
+                    );
+                }
+            }
+            // Nothing to wait for: the other end learns that this one is gone.
+            None => drop(joined),
+        }
+        runtime::spawn(async move {
+            if let Some(peer) = control {
+                close(peer).await;
+            }
+            // Resolves when the sending end is dropped, which is when the data threads are gone.
+            let _ = join.await;
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::LinksClosed));
+        });
+    }
+
+    /// Queues the job that loads the state; the proof comes back with the result.
+    pub(super) fn load(
+        &self,
+        jobs: &JobThread,
+        stopped: StoppedGuest,
+        sections: Vec<Section>,
+        verify: bool,
+    ) {
+        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        jobs.run(move || {
+            let proof = stopped.lend();
+            let loaded = load(machine.as_ref(), &proof, &sections, verify);
+            drop(proof);
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::Loaded(stopped, loaded)));
+        });
+    }
+
+    /// Queues the job that lets the guest run.
+    pub(super) fn start_guest(&self, jobs: &JobThread, stopped: StoppedGuest) {
+        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        jobs.run(move || {
+            let began = Instant::now();
+            let started = machine
+                .resume(stopped.into_proof())
+                .map(|()| micros(began.elapsed()));
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::Started(started)));
+        });
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.stop_listening();
+    }
+}
+
+fn load(
+    machine: &dyn Machine,
+    stopped: &VcpusStopped,
+    sections: &[Section],
+    verify: bool,
+) -> Result<Loaded, vmferry_devices::DeviceError> {
+    let host = |op: &str, source| vmferry_devices::DeviceError::Kernel {
+        device: "ram".to_owned(),
+        op: op.to_owned(),
+        source,
+    };
+    let began = Instant::now();
+    machine.load(stopped, sections)?;
+    let load_us = micros(began.elapsed());
+    let verification = if verify {
+        let began = Instant::now();
+        let hash =
+            hash::ram_hash(machine.ram()).map_err(|error| host("hashing guest memory", error))?;
+        let differences = state_differences(machine, stopped, sections)?;
+        Some(Verification {
+            ram_hash: hash.hash,
+            state_differences: differences.join("; "),
+            took_us: micros(began.elapsed()),
+        })
+    } else {
+        None
+    };
+    let populated_bytes = populate::populated_bytes(machine.ram())
+        .map_err(|error| host("looking up populated memory", error))?;
+    Ok(Loaded {
+        load_us,
+        populated_bytes,
+        verification,
+    })
+}
+
+fn data_error(connection: usize, error: &DataError) -> TargetError {
+    let text = format!("data connection {connection}: {}", chain(error));
+    match error {
+        DataError::Peer(_) => TargetError::Protocol(text),
+        DataError::Memory { .. } => TargetError::Local(AbortCode::Resources, text),
+        _ => TargetError::Link(text),
+    }
+}
+
+async fn close(peer: Peer) {
+    match peer {
+        Peer::New(stream) => stream.shutdown(),
+        Peer::Control(link) => link.close().await,
+    }
+}
+
+/// Takes connections in for as long as the listener lives. Each says its first frame on a task of its own, so that a silent one delays
+/// nobody.
+async fn accept(listener: Listener, events: Events, arrivals: Arrivals) {
+    let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
+    for number in 0.. {
+        let Ok(place) = Arc::clone(&strangers).acquire_owned().await else {
+            return;
+        };
+        let stream = loop {
+            match listener.accept().await {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn Error,
+                        "accepting a migration connection failed"
+                    );
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        };
+        let (events, arrivals) = (events.clone(), arrivals.clone());
+        runtime::spawn(async move {
+            introduce(Connection(number), stream, events, arrivals).await;
+            drop(place);
+        });
+    }
+}
+
+/// Reads the first frame under a deadline. The read itself is never cancelled: the deadline shuts the stream down, which ends it.
+async fn introduce(connection: Connection, stream: Stream, events: Events, arrivals: Arrivals) {
+    let stream = std::rc::Rc::new(stream);
+    let watched = std::rc::Rc::downgrade(&stream);
+    let deadline = runtime::spawn(async move {
+        tokio::time::sleep(Duration::from_micros(HELLO_DEADLINE_US)).await;
+        if let Some(stream) = watched.upgrade() {
+            stream.shutdown();
+        }
+    });
+    let first = first_frame(&stream).await;
+    deadline.abort();
+    let Some(stream) = std::rc::Rc::into_inner(stream) else {
+        return;
+    };
+    match first {
+        Ok((frame, buffer)) => {
+            arrivals.leave(connection.0, stream, buffer);
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::First(connection, frame)));
+        }
+        Err(error) => {
+            tracing::warn!(
+                peer = stream.peer(),
+                error = &error as &dyn Error,
+                "not a migration connection"
+            );
+            if let FirstFrameError::Wire(error) = &error {
+                let abort = Abort::new(AbortCode::Incompatible, error.to_string());
+                // A last word to somebody who may not understand it.
+                let _ = stream.write_all(TargetFrame::Abort(abort).encode()).await;
+            }
+            stream.shutdown();
+        }
+    }
+}

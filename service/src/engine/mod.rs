@@ -1,0 +1,344 @@
+//! The engine: one task that owns the guest, the settings, and the migration in either direction.
+//!
+//! ```text
+//!   QMP clients --requests--+                       +--> Outgoing (source core, links, data threads, dirty log)
+//!   vCPU threads --events---+--> queue --> Engine --+
+//!   jobs, links, timers ----+                       +--> Incoming (target core, listener, links, data threads)
+//! ```
+//!
+//! Everything that can happen is an [`Event`] in one queue, so nothing changes while something else decides. What blocks runs on the job
+//! thread or on data threads and comes back as an event.
+
+mod arrival;
+mod clock;
+mod commands;
+mod departure;
+mod event;
+mod guest;
+mod incoming;
+mod info;
+mod jobs;
+mod link;
+mod outgoing;
+mod run_control;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::Instant as TokioInstant;
+use vmferry_transport::control::{Address, Listener, runtime};
+use vmferry_transport::data::BandwidthLimit;
+use vmferry_transport::units::PAGE_SIZE;
+use vmferry_transport::wire::hello::BlockInfo;
+
+use crate::config::{Incoming as IncomingConfig, RunConfig};
+use crate::machine::{self, Machine, MachineEvent};
+use crate::migration::params::{MigrationCapabilities, MigrationParameters};
+use crate::qmp::schema::RunState;
+use crate::qmp::{EngineHandle, QmpError, QmpEvent, QmpServer, ShutdownReason};
+use clock::Clock;
+use event::{Event, Events};
+use guest::{Guest, StoppedGuest};
+use incoming::Incoming;
+use info::Record;
+use jobs::JobThread;
+use outgoing::Outgoing;
+
+/// How often the data threads' progress is looked at while a migration runs.
+const TICK: Duration = Duration::from_millis(100);
+
+type Reply = oneshot::Sender<Result<serde_json::Value, QmpError>>;
+
+/// Name and version of this software, as the other side and operators see it.
+pub(crate) fn software() -> String {
+    format!("vmferry {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// Runs a VM until it ends: the whole life of a `vmferry run`.
+///
+/// # Errors
+/// When the VM cannot be built or its sockets cannot be opened. What happens later goes to QMP and the log.
+pub fn run(config: RunConfig) -> anyhow::Result<ExitCode> {
+    runtime::run(run_engine(config)).context("cannot start the control thread")?
+}
+
+async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
+    let (events, queue) = mpsc::unbounded_channel();
+    let machine_events = events.clone();
+    let tell = Arc::new(move |event| {
+        // The engine ends only with the process.
+        let _ = machine_events.send(Event::Machine(event));
+    });
+    let machine =
+        machine::build(&config.machine, config.accel, tell).context("cannot build the machine")?;
+    let qmp_address = Address::unix(&config.qmp)?;
+    let listener = Listener::bind(&qmp_address).await?;
+    let (handle, inbox) = EngineHandle::channel();
+    forward_requests(inbox.requests, events.clone());
+    watch_signals(events.clone())?;
+
+    let mut engine = Engine::new(&config, machine, events, inbox.events)?;
+    let server = QmpServer::start(listener, handle);
+    tracing::info!(accel = %engine.machine.accel(), qmp = %config.qmp.display(), "machine is built");
+    eprintln!(
+        "vmferry: accelerator {}, QMP at {}",
+        engine.machine.accel(),
+        config.qmp.display()
+    );
+    engine.begin(&config).await?;
+    let code = engine.serve(queue).await;
+    server.finish().await;
+    Ok(code)
+}
+
+fn forward_requests(mut requests: mpsc::Receiver<crate::qmp::EngineRequest>, events: Events) {
+    runtime::spawn(async move {
+        while let Some(request) = requests.recv().await {
+            if events.send(Event::Request(request)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn watch_signals(events: Events) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ] {
+        let mut signals = signal(kind).context("cannot watch for signals")?;
+        let events = events.clone();
+        runtime::spawn(async move {
+            while signals.recv().await.is_some() {
+                // The engine ends only with the process.
+                let _ = events.send(Event::Terminate);
+            }
+        });
+    }
+    Ok(())
+}
+
+/// How the process is to end.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    code: u8,
+    /// Not before; a failed target stays reachable for a source in doubt.
+    at: Option<Instant>,
+}
+
+/// The owner of everything. See the module documentation.
+struct Engine {
+    name: Option<String>,
+    machine: Arc<dyn Machine>,
+    guest: Guest,
+    runstate: RunState,
+    /// Let an incoming guest run if it ran at the source; `stop` and `cont` change it while waiting.
+    autostart: bool,
+    parameters: MigrationParameters,
+    capabilities: MigrationCapabilities,
+    bandwidth: Arc<BandwidthLimit>,
+    clock: Clock,
+    jobs: JobThread,
+    events: Events,
+    clients: broadcast::Sender<QmpEvent>,
+    attempts: u64,
+    outgoing: Option<Outgoing>,
+    /// The last outgoing attempt that has ended.
+    record: Option<Record>,
+    incoming: Option<Incoming>,
+    /// `stop` and `cont` that wait for the job that does it.
+    waiting: Vec<Reply>,
+    /// A switchover began while such a job was under way.
+    switchover_waits: bool,
+    ending: Option<Ending>,
+}
+
+impl Engine {
+    fn new(
+        config: &RunConfig,
+        machine: Arc<dyn Machine>,
+        events: Events,
+        clients: broadcast::Sender<QmpEvent>,
+    ) -> anyhow::Result<Self> {
+        let parameters = MigrationParameters::default();
+        // The machine is built stopped; this takes the proof of it.
+        let proof = machine
+            .pause()
+            .context("cannot take the proof that the guest is stopped")?;
+        Ok(Self {
+            name: config.name.clone(),
+            machine,
+            guest: Guest::Stopped(StoppedGuest::new(proof)),
+            runstate: if config.incoming.is_some() {
+                RunState::Inmigrate
+            } else {
+                RunState::Prelaunch
+            },
+            autostart: !config.paused,
+            bandwidth: Arc::new(BandwidthLimit::new(parameters.max_bandwidth_bytes_per_sec)),
+            parameters,
+            capabilities: MigrationCapabilities::default(),
+            clock: Clock::new(),
+            jobs: JobThread::start().context("cannot start the job thread")?,
+            events,
+            clients,
+            attempts: 0,
+            outgoing: None,
+            record: None,
+            incoming: None,
+            waiting: Vec::new(),
+            switchover_waits: false,
+            ending: None,
+        })
+    }
+
+    async fn begin(&mut self, config: &RunConfig) -> anyhow::Result<()> {
+        match &config.incoming {
+            None if config.paused => {}
+            None => self.resume_guest(),
+            Some(IncomingConfig::Defer) => {}
+            Some(IncomingConfig::Listen(address)) => {
+                self.listen(address).await?;
+                let local = self.incoming.as_ref().map_or(address, Incoming::address);
+                eprintln!("vmferry: waiting for an incoming migration at {local}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Handles events until the process is to end; returns its exit code.
+    async fn serve(&mut self, mut queue: mpsc::UnboundedReceiver<Event>) -> ExitCode {
+        loop {
+            self.perform();
+            let now = Instant::now();
+            if let Some(ending) = self.ending
+                && ending.at.is_none_or(|at| now >= at)
+                && self.outgoing.is_none()
+            {
+                return ExitCode::from(ending.code);
+            }
+            let wake = TokioInstant::from_std(self.next_wake(now));
+            tokio::select! {
+                event = queue.recv() => match event {
+                    Some(event) => self.handle(event).await,
+                    None => return ExitCode::FAILURE,
+                },
+                () = tokio::time::sleep_until(wake) => {
+                    if let Some(outgoing) = &mut self.outgoing {
+                        outgoing.tick();
+                    }
+                    if let Some(incoming) = &mut self.incoming {
+                        incoming.tick();
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_wake(&self, now: Instant) -> Instant {
+        let tick = self.outgoing.as_ref().map(|_| now + TICK);
+        let outgoing = self.outgoing.as_ref().and_then(Outgoing::poll_timeout);
+        let incoming = self.incoming.as_ref().and_then(Incoming::poll_timeout);
+        let deadlines = [outgoing, incoming]
+            .into_iter()
+            .flatten()
+            .map(|moment| self.clock.instant(moment));
+        let ending = self.ending.and_then(|ending| ending.at);
+        deadlines
+            .chain(tick)
+            .chain(ending)
+            .min()
+            .unwrap_or(now + Duration::from_secs(3600))
+    }
+
+    async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Request(request) => self.execute(request).await,
+            Event::Machine(event) => self.machine_event(event),
+            Event::Source(attempt, event) => self.source_event(attempt, event),
+            Event::Target(event) => self.target_event(event),
+            Event::Stopped(result) => self.stopped(result),
+            Event::Resumed(result) => self.resumed(result),
+            Event::Terminate => self.end(0, ShutdownReason::HostSignal),
+        }
+    }
+
+    /// Does what the cores have asked for.
+    fn perform(&mut self) {
+        while let Some(action) = self
+            .outgoing
+            .as_mut()
+            .and_then(|outgoing| outgoing.poll(&self.jobs))
+        {
+            self.outgoing_action(action);
+        }
+        while let Some(action) = self.incoming.as_mut().and_then(Incoming::poll) {
+            self.incoming_action(action);
+        }
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::GuestExit(code) => {
+                tracing::info!(code, "the guest has ended");
+                self.set_runstate(RunState::Shutdown);
+                self.end(code, ShutdownReason::GuestShutdown);
+            }
+            MachineEvent::VcpuFailed(error) => {
+                tracing::error!(error, "the guest cannot go on");
+                self.set_runstate(RunState::InternalError);
+                self.emit(QmpEvent::stop());
+            }
+        }
+    }
+
+    /// Begins to end the process: what is under way is cancelled, and the loop leaves when that is done.
+    fn end(&mut self, code: u8, reason: ShutdownReason) {
+        if self.ending.is_some() {
+            // Asked twice: somebody is in a hurry, or a migration does not end.
+            self.outgoing = None;
+            return;
+        }
+        self.emit(QmpEvent::shutdown(reason));
+        self.ending = Some(Ending { code, at: None });
+        let now = self.clock.now();
+        if let Some(outgoing) = &mut self.outgoing
+            && outgoing.core_mut().handle_cancel(now).is_err()
+        {
+            // Handed over, or in doubt: this side is stopped, and stays so whether the process lives or not.
+            self.outgoing = None;
+        }
+        if let Some(incoming) = &mut self.incoming {
+            incoming.core_mut().handle_cancel(now);
+        }
+    }
+
+    fn emit(&self, event: QmpEvent) {
+        // Fails without clients, which means nothing.
+        let _ = self.clients.send(event);
+    }
+
+    fn set_runstate(&mut self, state: RunState) {
+        // A guest that has ended stays so, whatever a migration does with its remains.
+        if !matches!(self.runstate, RunState::Shutdown | RunState::InternalError) {
+            self.runstate = state;
+        }
+    }
+
+    fn block_infos(&self) -> Vec<BlockInfo> {
+        let page_bytes = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
+        let blocks = self.machine.ram().blocks().iter();
+        blocks
+            .map(|block| BlockInfo {
+                name: block.name().to_owned(),
+                pages: block.pages(),
+                page_bytes,
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,538 @@
+//! Drives the source core: does what its actions say with real sockets, rings, logs and vCPUs, and tells it what happened.
+
+use std::error::Error;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vmferry_transport::control::{Address, Stream, runtime};
+use vmferry_transport::data::{
+    Backend, BackendChoice, BandwidthLimit, DataSender, RoundWork, SenderConfig, SenderEvent,
+    SenderProgress, ZeroCopy,
+};
+use vmferry_transport::memory::extents::Extents;
+use vmferry_transport::memory::{DirtyLog, DirtyMap, hash};
+use vmferry_transport::proto::{
+    FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction,
+    SourceConfig, SourceJob, SourceTuning,
+};
+use vmferry_transport::units::{Moment, PageCount};
+use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame};
+use vmferry_transport::wire::hello::DataHello;
+
+use super::clock::{Clock, micros};
+use super::event::{Arrivals, Event, Events, SourceEvent};
+use super::guest::StoppedGuest;
+use super::jobs::JobThread;
+use super::link::{ControlLink, LinkEvent};
+use crate::machine::Machine;
+
+/// A dirty log that runs, with the pages it has reported and no round has sent.
+pub(super) struct ArmedLog {
+    log: Box<dyn DirtyLog>,
+}
+
+impl fmt::Debug for ArmedLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ArmedLog").field(&self.log.name()).finish()
+    }
+}
+
+/// What the engine must do for the attempt, because it concerns more than the attempt.
+#[derive(Debug)]
+pub(super) enum OutgoingAction {
+    StatusChanged(MigrationStatus),
+    PassStarted(u64),
+    /// Stop the guest, or hand over the proof if it is stopped.
+    StopGuest,
+    ResumeGuest(StoppedGuest),
+    Unresolved,
+    Finished(Outcome<StoppedGuest>),
+}
+
+/// An attempt to move the guest away.
+pub(super) struct Outgoing {
+    attempt: u64,
+    core: Source<StoppedGuest>,
+    address: Address,
+    machine: Arc<dyn Machine>,
+    clock: Clock,
+    events: Events,
+    arrivals: Arrivals,
+    control: Option<ControlLink>,
+    sender: Option<DataSender>,
+    /// Kept after the threads have ended, for the final record.
+    progress: SenderProgress,
+    backend: BackendChoice,
+    bandwidth: Arc<BandwidthLimit>,
+    checksum: bool,
+    log: Option<ArmedLog>,
+    work: RoundWork,
+    dirty: DirtyMap,
+    /// Proof lent to the job that saves the state.
+    lent: Option<Arc<crate::machine::VcpusStopped>>,
+    /// Connections that were under way when the links were closed end as soon as they notice.
+    closing: bool,
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outgoing")
+            .field("attempt", &self.attempt)
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an attempt is started with.
+#[derive(Debug)]
+pub(super) struct OutgoingStart {
+    pub(super) attempt: u64,
+    pub(super) address: Address,
+    pub(super) config: SourceConfig,
+    pub(super) tuning: SourceTuning,
+    pub(super) bandwidth: Arc<BandwidthLimit>,
+}
+
+impl Outgoing {
+    pub(super) fn start(
+        start: OutgoingStart,
+        machine: Arc<dyn Machine>,
+        clock: Clock,
+        events: Events,
+    ) -> Self {
+        let OutgoingStart {
+            attempt,
+            address,
+            config,
+            tuning,
+            bandwidth,
+        } = start;
+        let checksum = config.checksum;
+        let dirty = machine.ram().empty_map();
+        let mut core = Source::new(config, tuning);
+        core.start(clock.now());
+        Self {
+            attempt,
+            core,
+            address,
+            machine,
+            clock,
+            events,
+            arrivals: Arrivals::default(),
+            control: None,
+            sender: None,
+            progress: SenderProgress::default(),
+            backend: Backend::detect(),
+            bandwidth,
+            checksum,
+            log: None,
+            work: RoundWork::default(),
+            dirty,
+            lent: None,
+            closing: false,
+        }
+    }
+
+    pub(super) fn attempt(&self) -> u64 {
+        self.attempt
+    }
+
+    pub(super) fn core(&self) -> &Source<StoppedGuest> {
+        &self.core
+    }
+
+    pub(super) fn core_mut(&mut self) -> &mut Source<StoppedGuest> {
+        &mut self.core
+    }
+
+    pub(super) fn backend(&self) -> &BackendChoice {
+        &self.backend
+    }
+
+    pub(super) fn progress(&self) -> SenderProgress {
+        self.sender
+            .as_ref()
+            .map_or_else(|| self.progress.clone(), DataSender::progress)
+    }
+
+    /// Lets the core know how far the data threads are, and that time has passed.
+    pub(super) fn tick(&mut self) {
+        let now = self.clock.now();
+        if let Some(sender) = &self.sender {
+            self.core
+                .handle_progress(now, sender.progress().wire_bytes());
+        }
+        self.core.handle_timeout(now);
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Moment> {
+        self.core.poll_timeout()
+    }
+
+    /// The guest is stopped; the job that saves its state will look at the proof.
+    pub(super) fn guest_stopped(&mut self, stopped: StoppedGuest) {
+        self.lent = Some(stopped.lend());
+        self.core.handle_guest_stopped(self.clock.now(), stopped);
+    }
+
+    pub(super) fn handle(&mut self, event: SourceEvent) {
+        let now = self.clock.now();
+        match event {
+            SourceEvent::Connected(number) => {
+                if let Some((stream, _)) = self.arrivals.take(number) {
+                    self.connected(now, stream);
+                }
+            }
+            SourceEvent::DataConnected(sender) => {
+                if self.closing {
+                    end_sender(sender, None);
+                } else {
+                    self.sender = Some(sender);
+                    self.core.handle_data_connected(now);
+                }
+            }
+            SourceEvent::Link(LinkEvent::Frame(frame)) => self.core.handle_frame(now, frame),
+            SourceEvent::Link(LinkEvent::Lost { error, protocol }) => {
+                if self.control.is_some() {
+                    self.core.handle_link_lost(now, &error, protocol);
+                }
+            }
+            SourceEvent::Data(SenderEvent::RoundSent { stats, .. }) => {
+                let sent = RoundSent {
+                    data: PageCount(stats.counts.data_pages),
+                    zero: PageCount(stats.counts.zero_pages),
+                    wire_bytes: stats.wire_bytes,
+                };
+                self.core.handle_round_sent(now, sent);
+            }
+            SourceEvent::Data(SenderEvent::Failed { connection, error }) => {
+                let text = format!("data connection {connection}: {}", chain(&error));
+                self.core.handle_link_lost(now, &text, false);
+            }
+            // Kinds of a later version of the transport concern somebody else.
+            SourceEvent::Data(_) => {}
+            SourceEvent::LogStarted(log, work, found) => {
+                self.log = Some(log);
+                self.work = work;
+                self.core.handle_log_started(now, found);
+            }
+            SourceEvent::Synced(log, dirty, took_us) => {
+                self.log = Some(log);
+                let count = dirty.count();
+                self.dirty = dirty;
+                self.core.handle_synced(now, count, took_us);
+            }
+            SourceEvent::Stopped(stopped) => self.guest_stopped(stopped),
+            SourceEvent::Saved(saved) => self.core.handle_state_saved(now, saved),
+            SourceEvent::LinksClosed => {
+                self.closing = false;
+                self.core.handle_links_closed(now);
+            }
+            SourceEvent::LogStopped => self.core.handle_log_stopped(now),
+            SourceEvent::Resumed(Ok(())) => self.core.handle_guest_resumed(now),
+            SourceEvent::Resumed(Err(error)) => {
+                let text = chain(&error.source);
+                self.core
+                    .handle_resume_failed(now, StoppedGuest::new(error.proof), &text);
+            }
+            SourceEvent::JobFailed(job, error) => self.core.handle_job_failed(now, job, &error),
+        }
+    }
+
+    /// Does what the core asks for, up to the next thing that is the engine's to do.
+    pub(super) fn poll(&mut self, jobs: &JobThread) -> Option<OutgoingAction> {
+        while let Some(action) = self.core.poll_action() {
+            match action {
+                SourceAction::StatusChanged(status) => {
+                    return Some(OutgoingAction::StatusChanged(status));
+                }
+                SourceAction::PassStarted(pass) => return Some(OutgoingAction::PassStarted(pass)),
+                SourceAction::StopGuest => return Some(OutgoingAction::StopGuest),
+                SourceAction::ResumeGuest(stopped) => {
+                    self.lent = None;
+                    return Some(OutgoingAction::ResumeGuest(stopped));
+                }
+                SourceAction::Unresolved => return Some(OutgoingAction::Unresolved),
+                SourceAction::Finished(outcome) => {
+                    self.lent = None;
+                    return Some(OutgoingAction::Finished(outcome));
+                }
+                SourceAction::ConnectControl => self.connect_control(),
+                SourceAction::SendControl(frame) => {
+                    if let Some(control) = &self.control {
+                        control.send(frame.encode());
+                    }
+                }
+                SourceAction::ConnectData(hellos) => self.connect_data(hellos),
+                SourceAction::StartLog => self.start_log(jobs),
+                SourceAction::SendRound { round, last } => {
+                    let mut work = std::mem::take(&mut self.work);
+                    work.runs.extend(self.dirty.runs());
+                    self.dirty.clear();
+                    match &self.sender {
+                        Some(sender) => sender.send_round(round, work, last),
+                        // The links are being closed, which ends the job.
+                        None => tracing::debug!("a round without connections"),
+                    }
+                }
+                SourceAction::Sync => self.sync(jobs),
+                SourceAction::SaveState { hash_ram } => self.save(jobs, hash_ram),
+                SourceAction::CloseLinks => self.close_links(),
+                SourceAction::StopLog => self.stop_log(jobs),
+            }
+        }
+        None
+    }
+
+    fn reporter(&self) -> impl Fn(SourceEvent) + Clone + Send + Sync + 'static {
+        let (events, attempt) = (self.events.clone(), self.attempt);
+        move |event| {
+            // The engine outlives every attempt, except when the process ends.
+            let _ = events.send(Event::Source(attempt, event));
+        }
+    }
+
+    fn connect_control(&self) {
+        let (report, address, arrivals) =
+            (self.reporter(), self.address.clone(), self.arrivals.clone());
+        runtime::spawn(async move {
+            report(match Stream::connect(&address).await {
+                Ok(stream) => {
+                    // One connect at a time: the number only has to exist.
+                    arrivals.leave(0, stream, FrameBuffer::default());
+                    SourceEvent::Connected(0)
+                }
+                Err(error) => SourceEvent::JobFailed(SourceJob::ConnectControl, chain(&error)),
+            });
+        });
+    }
+
+    fn connected(&mut self, now: Moment, stream: Stream) {
+        if self.closing {
+            stream.shutdown();
+            return;
+        }
+        let report = self.reporter();
+        self.control = Some(ControlLink::start(
+            stream,
+            FrameBuffer::default(),
+            move |event| report(SourceEvent::Link(event)),
+        ));
+        self.core.handle_control_connected(now);
+    }
+
+    fn connect_data(&self, hellos: Vec<DataHello>) {
+        let (report, address, ram) = (
+            self.reporter(),
+            self.address.clone(),
+            self.machine.ram().clone(),
+        );
+        let config = SenderConfig {
+            backend: self.backend.backend,
+            checksum: self.checksum,
+            bandwidth: Arc::clone(&self.bandwidth),
+            zero_copy: ZeroCopy::Auto,
+        };
+        runtime::spawn(async move {
+            let dials: Vec<_> = hellos
+                .into_iter()
+                .map(|hello| runtime::spawn(dial(address.clone(), hello)))
+                .collect();
+            let mut sockets = Vec::with_capacity(dials.len());
+            for dial in dials {
+                match dial.await {
+                    Ok(Ok(socket)) => sockets.push(socket),
+                    Ok(Err(error)) => {
+                        return report(SourceEvent::JobFailed(SourceJob::ConnectData, error));
+                    }
+                    Err(error) => {
+                        return report(SourceEvent::JobFailed(
+                            SourceJob::ConnectData,
+                            error.to_string(),
+                        ));
+                    }
+                }
+            }
+            let tell = report.clone();
+            let started = DataSender::start(
+                sockets,
+                ram,
+                config,
+                Arc::new(move |event| tell(SourceEvent::Data(event))),
+            );
+            report(match started {
+                Ok(sender) => SourceEvent::DataConnected(sender),
+                Err(error) => SourceEvent::JobFailed(SourceJob::ConnectData, chain(&error)),
+            });
+        });
+    }
+
+    fn start_log(&self, jobs: &JobThread) {
+        let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
+        jobs.run(move || {
+            report(match arm(machine.as_ref()) {
+                Ok((log, work, found)) => SourceEvent::LogStarted(log, work, found),
+                Err(error) => SourceEvent::JobFailed(SourceJob::StartLog, error),
+            });
+        });
+    }
+
+    fn sync(&mut self, jobs: &JobThread) {
+        let report = self.reporter();
+        let empty = DirtyMap::default();
+        let (log, mut dirty) = (self.log.take(), std::mem::replace(&mut self.dirty, empty));
+        jobs.run(move || {
+            let Some(mut armed) = log else {
+                return report(SourceEvent::JobFailed(
+                    SourceJob::Sync,
+                    "the dirty log is not running".into(),
+                ));
+            };
+            let began = Instant::now();
+            match armed.log.fetch(&mut dirty) {
+                Ok(()) => report(SourceEvent::Synced(armed, dirty, micros(began.elapsed()))),
+                Err(error) => {
+                    stop_armed(armed);
+                    report(SourceEvent::JobFailed(SourceJob::Sync, chain(&error)));
+                }
+            }
+        });
+    }
+
+    fn save(&mut self, jobs: &JobThread, hash_ram: bool) {
+        let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
+        let lent = self.lent.take();
+        jobs.run(move || {
+            let Some(proof) = lent else {
+                return report(SourceEvent::JobFailed(
+                    SourceJob::SaveState,
+                    "the guest is not stopped".into(),
+                ));
+            };
+            let saved = machine.save(&proof);
+            drop(proof);
+            let began = Instant::now();
+            let ram_hash = hash_ram.then(|| hash::ram_hash(machine.ram()));
+            let hash_us = if hash_ram { micros(began.elapsed()) } else { 0 };
+            report(match (saved, ram_hash.transpose()) {
+                (Ok(sections), Ok(hash)) => SourceEvent::Saved(SavedState {
+                    sections,
+                    ram_hash: hash.map(|hash| hash.hash),
+                    hash_us,
+                }),
+                (Err(error), _) => SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)),
+                (_, Err(error)) => SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)),
+            });
+        });
+    }
+
+    /// Data threads are joined on a thread of their own: the control thread never waits for them.
+    fn close_links(&mut self) {
+        self.closing = true;
+        let report = self.reporter();
+        let (control, sender) = (self.control.take(), self.sender.take());
+        if let Some(sender) = &sender {
+            self.progress = sender.progress();
+        }
+        let (joined, join) = tokio::sync::oneshot::channel::<()>();
+        match sender {
+            Some(sender) => end_sender(sender, Some(joined)),
+            // Nothing to wait for: the other end learns that this one is gone.
+            None => drop(joined),
+        }
+        runtime::spawn(async move {
+            if let Some(control) = control {
+                control.close().await;
+            }
+            // Resolves when the sending end is dropped, which is when the data threads are gone.
+            let _ = join.await;
+            report(SourceEvent::LinksClosed);
+        });
+    }
+
+    fn stop_log(&mut self, jobs: &JobThread) {
+        let (report, log) = (self.reporter(), self.log.take());
+        jobs.run(move || {
+            if let Some(log) = log {
+                stop_armed(log);
+            }
+            report(SourceEvent::LogStopped);
+        });
+    }
+}
+
+async fn dial(address: Address, hello: DataHello) -> Result<OwnedFd, String> {
+    let stream = Stream::connect(&address)
+        .await
+        .map_err(|error| chain(&error))?;
+    let (written, _) = stream
+        .write_all(SourceFrame::DataHello(hello).encode())
+        .await;
+    written.map_err(|error| format!("data connection {}: {error}", hello.index))?;
+    stream
+        .into_socket()
+        .map_err(|error| format!("data connection {}: {error}", hello.index))
+}
+
+/// Starts the log first and looks which pages exist second: a page that comes into being in between is in the log.
+fn arm(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound), String> {
+    let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
+    log.start().map_err(|error| chain(&error))?;
+    let armed = ArmedLog { log };
+    match Extents::of(machine.ram()) {
+        Ok(extents) => {
+            let holes = PageCount(extents.holes.iter().map(|run| run.count.0).sum());
+            let found = FirstRound {
+                present: extents.data_pages(),
+                holes,
+            };
+            Ok((armed, RoundWork::all(extents), found))
+        }
+        Err(error) => {
+            stop_armed(armed);
+            Err(chain(&error))
+        }
+    }
+}
+
+fn stop_armed(mut armed: ArmedLog) {
+    if let Err(error) = armed.log.stop() {
+        tracing::warn!(
+            error = &error as &dyn Error,
+            "dirty log left running, the guest may be slow"
+        );
+    }
+}
+
+fn end_sender(sender: DataSender, joined: Option<tokio::sync::oneshot::Sender<()>>) {
+    sender.abort();
+    let join = move || {
+        let totals = sender.join();
+        tracing::debug!(?totals, "data threads have ended");
+        drop(joined);
+    };
+    if let Err(error) = std::thread::Builder::new()
+        .name("vm-join".into())
+        .spawn(join)
+    {
+        // The closure is dropped, and with it the sender, which ends its threads by itself.
+        tracing::warn!(
+            error = &error as &dyn Error,
+            "no thread to join the data threads with"
+        );
+    }
+}
+
+/// An error with all its causes in one line.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
