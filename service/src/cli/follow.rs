@@ -1,10 +1,12 @@
 //! Follows a migration to its end: a progress bar on a terminal, plain lines elsewhere.
 
+use std::fmt;
 use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde_json::Value;
 
 use super::client::{ClientError, QmpClient};
@@ -109,14 +111,21 @@ impl View {
 
     /// How much of the round is sent.
     fn percent(&self) -> u64 {
+        if self.round_bytes == 0 {
+            let began = matches!(
+                self.status,
+                MigrationStatus::None | MigrationStatus::Setup | MigrationStatus::Active
+            );
+            return if began { 0 } else { 100 };
+        }
         let sent = u128::from(self.round_bytes - self.left_bytes) * 100;
-        u64::try_from(sent / u128::from(self.round_bytes.max(1))).unwrap_or(100)
+        u64::try_from(sent / u128::from(self.round_bytes)).unwrap_or(100)
     }
 
     /// Where it stands, in a word or two.
     fn stage(&self) -> String {
         match self.status {
-            MigrationStatus::None | MigrationStatus::Setup => "connecting".to_owned(),
+            MigrationStatus::None | MigrationStatus::Setup => "setup".to_owned(),
             MigrationStatus::Active if self.round == 0 => "preparing".to_owned(),
             MigrationStatus::Active => format!("round {}", self.round),
             MigrationStatus::Device => "switchover".to_owned(),
@@ -127,6 +136,9 @@ impl View {
     fn details(&self) -> String {
         if let Some(problem) = &self.problem {
             return problem.clone();
+        }
+        if matches!(self.status, MigrationStatus::None | MigrationStatus::Setup) {
+            return "connecting, preparing both sides".to_owned();
         }
         let mut text = format!(
             "{} left, {}/s, dirtied {}/s",
@@ -141,30 +153,60 @@ impl View {
     }
 }
 
-struct Bar(ProgressBar);
+/// Two lines: a bar for the round, and the figures. Both are drawn from one view, so that they always belong together.
+struct Bar {
+    bar: ProgressBar,
+    view: Arc<Mutex<View>>,
+}
 
 impl Bar {
     fn new() -> Self {
         let bar = ProgressBar::with_draw_target(Some(100), ProgressDrawTarget::stderr());
+        let view = Arc::new(Mutex::new(View::default()));
+        let (stage, details) = (Arc::clone(&view), Arc::clone(&view));
         // The template is a constant; were it wrong, the plain style would show.
         if let Ok(style) =
-            ProgressStyle::with_template("{prefix:<10} {wide_bar} {pos:>3}%\n  {wide_msg}")
+            ProgressStyle::with_template("{stage:<10} {wide_bar} {pos:>3}%\n  {details}")
         {
-            bar.set_style(style.progress_chars("━━╌"));
+            let style = style
+                .progress_chars("━━╌")
+                .with_key(
+                    "stage",
+                    move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                        show(out, &lock(&stage).stage());
+                    },
+                )
+                .with_key(
+                    "details",
+                    move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                        show(out, &lock(&details).details());
+                    },
+                );
+            bar.set_style(style);
         }
-        Self(bar)
+        Self { bar, view }
     }
+}
+
+/// A view is whole whatever happened to the thread that held it.
+fn lock(view: &Mutex<View>) -> MutexGuard<'_, View> {
+    view.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn show(out: &mut dyn fmt::Write, text: &str) {
+    // Writing into the line buffer of the bar does not fail.
+    let _ = out.write_str(text);
 }
 
 impl Display for Bar {
     fn update(&mut self, view: &View) {
-        self.0.set_prefix(view.stage());
-        self.0.set_message(view.details());
-        self.0.set_position(view.percent());
+        lock(&self.view).clone_from(view);
+        self.bar.set_position(view.percent());
+        self.bar.tick();
     }
 
     fn finish(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 
@@ -181,7 +223,7 @@ impl Display for Lines {
             None => true,
         };
         if due && !view.status.is_idle() {
-            eprintln!("{stage}: {}%, {}", view.percent(), view.details());
+            eprintln!("{stage:<10} {:>3}%, {}", view.percent(), view.details());
             self.shown = Some((stage, Instant::now()));
         }
     }
@@ -265,7 +307,7 @@ mod tests {
     fn an_answer_of_qemu_is_enough() {
         let mut view = View::default();
         view.take(&info(json!({"status": "setup"})));
-        assert_eq!(view.stage(), "connecting");
+        assert_eq!(view.stage(), "setup");
         view.take(&info(json!({
             "status": "active", "expected-downtime": 300,
             "ram": {"remaining": 5, "dirty-sync-count": 3, "mbps": 1e300, "dirty-pages-rate": u64::MAX, "page-size": 4096}

@@ -325,11 +325,7 @@ fn listening_address(target: &mut VmProcess) -> anyhow::Result<Address> {
 }
 
 fn accelerator(info: KvmInfo) -> &'static str {
-    if info.enabled {
-        "KVM"
-    } else {
-        "host threads (no KVM)"
-    }
+    if info.enabled { "KVM" } else { "host threads" }
 }
 
 /// A pair of names and values for JSON.
