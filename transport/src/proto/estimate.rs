@@ -23,7 +23,7 @@ pub struct Estimate {
     bytes_per_sec: Option<u64>,
     /// The rate was measured with pages that had content, not with zeros alone.
     by_data: bool,
-    round_trip_us: u64,
+    round_trip_us: Option<u64>,
     sync_us: u64,
     dirty_pages_per_sec: u64,
     polished: u32,
@@ -49,9 +49,9 @@ impl Estimate {
         self.dirty_pages_per_sec
     }
 
-    /// Time of an exchange with the target.
+    /// Time of an exchange with the target. The shortest counts: whatever takes longer was held up by something else, once.
     pub fn note_round_trip(&mut self, micros: u64) {
-        self.round_trip_us = micros;
+        self.round_trip_us = Some(self.round_trip_us.map_or(micros, |known| known.min(micros)));
     }
 
     /// A round was placed at the target, `micros` after it began. Zero pages cost next to nothing, so they say something about the
@@ -84,7 +84,9 @@ impl Estimate {
 
     /// How long the guest would stand still if it were stopped now with `dirty` pages to send, in microseconds.
     pub fn blackout_us(&self, dirty: PageCount) -> u64 {
-        let fixed = FIXED_US + ROUND_TRIPS * self.round_trip_us + self.sync_us;
+        let fixed = FIXED_US
+            .saturating_add(ROUND_TRIPS.saturating_mul(self.round_trip_us.unwrap_or(0)))
+            .saturating_add(self.sync_us);
         fixed.saturating_add(self.sending_us(dirty))
     }
 
@@ -96,7 +98,9 @@ impl Estimate {
         }
         let sending_us = self.sending_us(dirty);
         // What the guest would dirty during another round, if it goes on as it did.
-        let round_us = sending_us + self.sync_us + self.round_trip_us;
+        let round_us = sending_us
+            .saturating_add(self.sync_us)
+            .saturating_add(self.round_trip_us.unwrap_or(0));
         let next = PageCount(self.dirty_pages_per_sec.saturating_mul(round_us) / 1_000_000);
         let clearly_less = self.sending_us(next).saturating_mul(100)
             < sending_us.saturating_mul(CLEARLY_LESS_PERCENT);
@@ -213,6 +217,21 @@ mod tests {
     }
 
     #[test]
+    fn one_slow_answer_is_not_believed_for_ever() {
+        let mut estimate = estimate(0);
+        estimate.note_round_trip(1_000_000);
+        assert_eq!(
+            estimate.decide(PageCount(0), LIMIT_US),
+            Decision::AnotherRound
+        );
+        estimate.note_round_trip(150);
+        assert_eq!(
+            estimate.decide(PageCount(0), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
     fn a_round_of_holes_teaches_nothing() {
         let mut estimate = Estimate::default();
         estimate.note_round(PageCount(0), PageCount(0), 1_000);
@@ -229,5 +248,9 @@ mod tests {
         estimate.note_round(PageCount(1 << 50), PageCount(1 << 50), 0);
         estimate.note_sync(PageCount(u64::MAX / 8192), 0, 0);
         estimate.decide(PageCount(1 << 50), u64::MAX);
+        let mut unknown = Estimate::default();
+        unknown.note_sync(PageCount(u64::MAX / 8192), 0, u64::MAX);
+        unknown.note_round_trip(u64::MAX);
+        unknown.decide(PageCount(1), u64::MAX);
     }
 }

@@ -1055,8 +1055,10 @@ impl<P: fmt::Debug> Source<P> {
             return;
         };
         let RoundSent { data, zero, .. } = self.round_sent;
-        self.estimate
-            .note_round(data, zero, now.micros_since(self.round_began));
+        let took_us = now.micros_since(self.round_began);
+        self.estimate.note_round(data, zero, took_us);
+        // A round is an exchange too, and a small one takes hardly longer.
+        self.estimate.note_round_trip(took_us);
         self.enter(now, State::Syncing);
         self.run(SourceJob::Sync, SourceAction::Sync);
     }
