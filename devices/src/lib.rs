@@ -7,6 +7,7 @@
 
 pub mod device;
 pub mod error;
+pub mod kvm;
 pub mod saved;
 pub mod soft;
 pub mod vmm_writes;
