@@ -21,7 +21,7 @@ use super::layout::{
     MAILBOX_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA, WORKING_SET_GPA, mailbox,
     params, port,
 };
-use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, USER_CODE64, USER_DATA};
+use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, TSS, USER_CODE64, USER_DATA};
 use super::pattern;
 
 /// Bits that RFLAGS has when the program starts: the one that is always set, and IOPL 3. Interrupts stay off.
@@ -68,6 +68,9 @@ vmferry_workload_start:
     mov ax, {USER_DATA}
     mov ds, ax
     mov es, ax
+    // The TSS allows the program's ports.
+    mov ax, {TSS}
+    ltr ax
     mov esp, {STUB_STACK}
     push {USER_DATA}
     push {MAILBOX} + {PAGE}
@@ -361,6 +364,7 @@ vmferry_workload_end:
     PAGE_TABLES = const PAGE_TABLES_GPA,
     PROGRAM = const PROGRAM_GPA,
     CODE64 = const CODE64,
+    TSS = const TSS,
     USER_DATA = const USER_DATA,
     USER_CODE64 = const USER_CODE64,
     STUB_STACK = const STUB_STACK_GPA,

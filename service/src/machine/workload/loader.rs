@@ -19,12 +19,19 @@ pub const USER_DATA: u16 = 0x18 | 3;
 pub const USER_CODE64: u16 = 0x20 | 3;
 /// Selector of the TSS.
 pub const TSS: u16 = 0x28;
+/// Bytes of the TSS with its I/O permission bitmap, less one.
+pub const TSS_LIMIT: u16 = TSS_IO_BITMAP_AT + TSS_IO_PORTS / 8;
 /// Bytes of the GDT, less one.
 pub const GDT_LIMIT: u16 = 0x37;
 /// Where the pseudo-descriptor for `lgdt` lies.
 pub const GDT_POINTER_GPA: u64 = TABLES_GPA + 0x100;
 /// Stack of the PVH entry; grows down from here.
 pub const STUB_STACK_GPA: u64 = TABLES_GPA + PAGE_BYTES;
+
+/// Where the I/O permission bitmap begins in the TSS.
+const TSS_IO_BITMAP_AT: u16 = 104;
+/// Ports that the bitmap allows, from 0 on.
+const TSS_IO_PORTS: u16 = 0x400;
 
 /// Present, writable, user, accessed: an upper-level entry. Accessed and dirty bits are set beforehand so that no CPU writes the
 /// page tables: they are sent once and stay clean.
@@ -164,7 +171,8 @@ fn mailbox_page(config: &WorkloadConfig, vcpus: u32, vcpu: u32) -> Piece {
     }
 }
 
-/// GDT and its pseudo-descriptor in the first page, an empty TSS in the second.
+/// GDT and its pseudo-descriptor in the first page, the TSS in the second. The TSS allows the ports that the program uses: KVM flavours
+/// that run CPL 3 with the real flags lose IOPL on the way.
 fn descriptor_tables() -> Piece {
     let mut page = Fields::new(2 * PAGE_BYTES);
     let tss_base = layout::TSS_GPA;
@@ -175,9 +183,16 @@ fn descriptor_tables() -> Piece {
     // 64-bit TSS, available; its base is split over the descriptor.
     page.set(
         u64::from(TSS),
-        0x0000_8900_0000_0067 | (tss_base & 0x00ff_ffff) << 16 | (tss_base >> 24 & 0xff) << 56,
+        0x0000_8900_0000_0000
+            | u64::from(TSS_LIMIT)
+            | (tss_base & 0x00ff_ffff) << 16
+            | (tss_base >> 24 & 0xff) << 56,
     );
     page.set(u64::from(TSS) + 8, tss_base >> 32);
+    // The bitmap's place is the upper half of the TSS's last word; its end is marked by a byte of ones.
+    let tss = layout::TSS_GPA - TABLES_GPA;
+    page.set(tss + 96, u64::from(TSS_IO_BITMAP_AT) << 48);
+    page.set(tss + u64::from(TSS_IO_BITMAP_AT + TSS_IO_PORTS / 8), 0xff);
     page.set(
         GDT_POINTER_GPA - TABLES_GPA,
         TABLES_GPA << 16 | u64::from(GDT_LIMIT),

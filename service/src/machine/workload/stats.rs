@@ -91,6 +91,8 @@ fn read<M: GuestMemoryBackend>(memory: &M, address: u64) -> Option<u64> {
         .map(u64::from_le)
 }
 
+/// Rounded up, so that only no gap at all is 0.
 fn ticks_to_us(ticks: u64, tsc_khz: u64) -> u64 {
-    u64::try_from(u128::from(ticks) * 1000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)
+    let us = (u128::from(ticks) * 1000).div_ceil(u128::from(tsc_khz));
+    u64::try_from(us).unwrap_or(u64::MAX)
 }

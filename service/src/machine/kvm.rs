@@ -1,0 +1,395 @@
+//! The built-in machine on KVM.
+//!
+//! ```text
+//! KvmMachine --- slots: RAM as KVM sees it --- ram: the same mappings for device models and migration
+//!      |
+//!    board --- control: who may run          (one mutex)
+//!          --- vcpus:   fd and kicker each   (thread holds the fd while in the guest)
+//!          --- serial, event sink, threads
+//! ```
+//!
+//! Building makes everything there is, with the vCPUs parked. A machine for an incoming migration is the same without the guest: its
+//! RAM is not touched until pages arrive, and loading its state needs no allocation in KVM.
+
+mod boot;
+mod control;
+mod state;
+mod vcpu_thread;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+use vmferry_devices::kvm::saved::VcpuV1;
+use vmferry_devices::kvm::{
+    ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmVcpu, MemorySlots, VcpuProfile,
+    install_kick_handler, restore_clock, save_clock, vcpu_name,
+};
+use vmferry_devices::saved::{decode, encode};
+use vmferry_devices::vmm_writes::VmmWriteLog;
+use vmferry_devices::{Device, DeviceError};
+use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
+use vmferry_transport::wire::{DeviceSchema, Section};
+
+use super::ram::MachineRam;
+use super::serial::SerialPort;
+use super::workload::loader::{self, LoadOptions};
+use super::workload::{WorkloadConfig, WorkloadStats, stats};
+use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
+use control::Control;
+use vcpu_thread::{Board, Vcpu, run_vcpu};
+
+pub use state::{MachineV1, WorkloadV1};
+
+/// Longest time to wait for the vCPUs to leave the guest. They need tens of microseconds; a host that takes longer is not scheduling.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// What a caller may choose besides [`MachineConfig`].
+#[derive(Clone, Debug, Default)]
+pub struct KvmOptions {
+    /// How the dirty log is driven; `None` for the best that KVM offers.
+    pub dirty_log: Option<DirtyLogMode>,
+    /// Passes after which the workload writes the exit port; `None` for never.
+    pub exit_after_passes: Option<u64>,
+}
+
+/// A virtual machine on KVM.
+#[derive(Debug)]
+pub struct KvmMachine {
+    config: MachineConfig,
+    ram: MachineRam,
+    // The threads go first, then the vCPUs with the board, then the slots, then the VM.
+    board: Arc<Board>,
+    slots: Arc<MemorySlots>,
+    vm: Arc<VmFd>,
+    profile: VcpuProfile,
+    /// What the guest does, once there is one.
+    workload: Mutex<Option<WorkloadConfig>>,
+    /// Whether guest memory may be read for statistics: not before a guest is loaded, because reading allocates.
+    guest_loaded: AtomicBool,
+}
+
+impl KvmMachine {
+    /// Builds the machine on new RAM, with its vCPUs parked; the workload is loaded unless `config.incoming`. `events` is called on a
+    /// vCPU's thread, with all vCPUs parked.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] for a configuration that makes no machine, [`MachineError::Host`] when the host refuses.
+    pub fn new(
+        config: &MachineConfig,
+        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
+    ) -> Result<Self, MachineError> {
+        let ram = MachineRam::create(config.mem_bytes)?;
+        Self::with_ram(config, ram, &KvmOptions::default(), events)
+    }
+
+    /// Builds the machine on `ram`, which has the size that `config` says.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_ram(
+        config: &MachineConfig,
+        ram: MachineRam,
+        options: &KvmOptions,
+        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
+    ) -> Result<Self, MachineError> {
+        config.workload.check(config.mem_bytes, config.vcpus)?;
+        if ram.blocks().pages().to_bytes() != config.mem_bytes {
+            return Err(MachineError::Config(format!(
+                "RAM has {} bytes, the machine {}",
+                ram.blocks().pages().to_bytes(),
+                config.mem_bytes
+            )));
+        }
+        install_kick_handler().map_err(host("install the signal handler"))?;
+        let kvm = Kvm::new().map_err(host("open /dev/kvm"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(host("KVM_CREATE_VM"))?);
+        let gpas: Vec<u64> = ram
+            .regions()
+            .iter()
+            .map(|region| region.start_addr().0)
+            .collect();
+        let slots = MemorySlots::new(vm.clone(), ram.blocks(), &gpas, options.dirty_log)
+            .map_err(host("give RAM to KVM"))?;
+        let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
+        let profile = match vcpus.first() {
+            Some(first) => VcpuProfile::probe(&kvm, &vm, &first.lock(), false)
+                .map_err(host("look at a vCPU's state"))?,
+            None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
+        };
+        let board = Arc::new(Board {
+            control: Control::new(config.vcpus),
+            vcpus,
+            serial: Mutex::new(SerialPort::new(state::SERIAL, &config.serial)?),
+            events,
+            threads: Mutex::new(Vec::new()),
+        });
+        let machine = Self {
+            config: config.clone(),
+            ram,
+            board,
+            slots: Arc::new(slots),
+            vm,
+            profile,
+            workload: Mutex::new(None),
+            guest_loaded: AtomicBool::new(false),
+        };
+        if !config.incoming {
+            machine.load_workload(options)?;
+        }
+        machine.start_threads()?;
+        Ok(machine)
+    }
+
+    /// The machine's RAM.
+    pub fn machine_ram(&self) -> &MachineRam {
+        &self.ram
+    }
+
+    /// What the guest does; `None` until one is loaded.
+    pub fn workload(&self) -> Option<WorkloadConfig> {
+        *self.workload.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the dirty log is driven.
+    pub fn dirty_log_mode(&self) -> DirtyLogMode {
+        self.slots.mode()
+    }
+
+    fn load_workload(&self, options: &KvmOptions) -> Result<(), MachineError> {
+        let tsc_khz = match self.board.vcpus.first() {
+            Some(vcpu) => vcpu
+                .lock()
+                .fd()
+                .get_tsc_khz()
+                .map_err(host("KVM_GET_TSC_KHZ"))?,
+            None => 0,
+        };
+        let pieces = loader::pieces(
+            &self.config.workload,
+            LoadOptions {
+                mem_bytes: self.config.mem_bytes,
+                vcpus: self.config.vcpus,
+                tsc_khz,
+                exit_after_passes: options.exit_after_passes,
+            },
+        )?;
+        for piece in pieces {
+            self.ram
+                .memory()
+                .write_slice(&piece.bytes, GuestAddress(piece.gpa))
+                .map_err(|error| host("load the workload")(io::Error::other(error)))?;
+        }
+        for (number, vcpu) in (0..).zip(&self.board.vcpus) {
+            boot::enter_workload(vcpu.lock().fd(), number).map_err(host("set up a vCPU"))?;
+        }
+        self.guest_is(Some(self.config.workload));
+        Ok(())
+    }
+
+    fn guest_is(&self, workload: Option<WorkloadConfig>) {
+        *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = workload;
+        self.guest_loaded
+            .store(workload.is_some(), Ordering::SeqCst);
+    }
+
+    fn start_threads(&self) -> Result<(), MachineError> {
+        let mut threads = self
+            .board
+            .threads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (number, index) in (0..).zip(0..self.board.vcpus.len()) {
+            let board = self.board.clone();
+            let thread = thread::Builder::new()
+                .name(vcpu_name(number))
+                .spawn(move || run_vcpu(&board, index))
+                .map_err(host("start a vCPU's thread"))?;
+            threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Loads one vCPU and reads it back: what the kernel dropped or changed is found here, before the source lets go of the guest.
+    fn load_vcpu(
+        &self,
+        vcpu: &Vcpu,
+        section: &Section,
+        clock: &ClockMove,
+    ) -> Result<(), DeviceError> {
+        let saved: VcpuV1 = decode(section)?;
+        let mut kvm = vcpu.lock();
+        kvm.restore(&self.profile, &saved, Some(clock))?;
+        let differences = saved.differences(&kvm.save(&self.profile)?);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(DeviceError::BadState {
+            device: section.name.clone(),
+            reason: format!("this host's KVM changed it: {}", differences.join("; ")),
+        })
+    }
+}
+
+impl Machine for KvmMachine {
+    fn accel(&self) -> Accel {
+        Accel::Kvm
+    }
+
+    fn ram(&self) -> &GuestRam {
+        self.ram.blocks()
+    }
+
+    fn schemas(&self) -> Vec<DeviceSchema> {
+        state::schemas(self.config.vcpus)
+    }
+
+    fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
+        let vmm_writes = VmmWriteLog::new(self.ram.regions().to_vec())
+            .map_err(|error| host("make a dirty log")(io::Error::other(error)))?;
+        Ok(Box::new(UnitedLog::new(vec![
+            Box::new(KvmDirtyLog::new(self.slots.clone())),
+            Box::new(vmm_writes),
+        ])))
+    }
+
+    fn pause(&self) -> Result<VcpusStopped, MachineError> {
+        if self
+            .board
+            .control
+            .stop_all(|| self.board.kick_all(), PAUSE_MAX)
+        {
+            return Ok(VcpusStopped::assert_all_parked());
+        }
+        // Whoever has parked goes on; a guest that has ended stays where it is.
+        let _ = self.board.control.run_all();
+        Err(MachineError::Host {
+            op: "stop the vCPUs".to_owned(),
+            source: io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("not all had left the guest after {PAUSE_MAX:?}"),
+            ),
+        })
+    }
+
+    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
+        for vcpu in &self.board.vcpus {
+            // Tells the guest's watchdogs that it was stopped. EINVAL: the guest does not use the paravirtual clock.
+            let _ = vcpu.lock().fd().kvmclock_ctrl();
+        }
+        self.board.control.run_all().map_err(|why| ResumeError {
+            proof,
+            source: MachineError::Ended(why),
+        })
+    }
+
+    fn save(&self, _stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError> {
+        let mut sections = vec![
+            state::save_machine(self.config.mem_bytes, self.config.vcpus, self.workload())?,
+            save_clock(&self.vm, state::CLOCK)?,
+        ];
+        for (number, vcpu) in (0..).zip(&self.board.vcpus) {
+            sections.push(encode(
+                &vcpu_name(number),
+                &vcpu.lock().save(&self.profile)?,
+            )?);
+        }
+        sections.push(
+            self.board
+                .serial
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .save()?,
+        );
+        Ok(sections)
+    }
+
+    fn load(&self, _stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError> {
+        let schemas = self.schemas();
+        let ordered = state::in_order(&schemas, sections)?;
+        let [machine, clock, vcpus @ .., serial] = ordered.as_slice() else {
+            return Err(DeviceError::Missing {
+                device: state::MACHINE.to_owned(),
+            });
+        };
+        let workload = state::load_machine(machine, self.config.mem_bytes, self.config.vcpus)?;
+        let clock = restore_clock(&self.vm, clock)?;
+        for (vcpu, section) in self.board.vcpus.iter().zip(vcpus) {
+            self.load_vcpu(vcpu, section, &clock)?;
+        }
+        self.board
+            .serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .restore(serial)?;
+        self.guest_is(workload);
+        Ok(())
+    }
+
+    fn workload_stats(&self) -> Option<WorkloadStats> {
+        if !self.guest_loaded.load(Ordering::SeqCst) {
+            return None;
+        }
+        stats::workload_stats(self.ram.memory())
+    }
+
+    fn reset_workload_gap(&self) {
+        if self.guest_loaded.load(Ordering::SeqCst) {
+            stats::reset_gap(self.ram.memory());
+        }
+    }
+}
+
+impl Drop for KvmMachine {
+    fn drop(&mut self) {
+        self.board.control.quit();
+        self.board.kick_all();
+        let threads = std::mem::take(
+            &mut *self
+                .board
+                .threads
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for thread in threads {
+            // A thread that panicked has been reported by its panic; there is nothing left to clean up after it. The machine may be
+            // dropped by the event sink, that is on a vCPU's own thread, which cannot wait for itself.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u32) -> Result<Vec<Vcpu>, MachineError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
+    (0..count)
+        .map(|number| {
+            let kvm = KvmVcpu::new(vm, number, &supported).map_err(host("make a vCPU"))?;
+            let kicker = Kicker::new(vm, kvm.fd()).map_err(host("map a vCPU's shared page"))?;
+            Ok(Vcpu {
+                kvm: Mutex::new(kvm),
+                kicker,
+            })
+        })
+        .collect()
+}
+
+/// Names what was asked of the host in its error.
+fn host<E: Into<io::Error>>(op: &str) -> impl FnOnce(E) -> MachineError {
+    let op = op.to_owned();
+    move |error| MachineError::Host {
+        op,
+        source: error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
