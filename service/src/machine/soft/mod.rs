@@ -15,26 +15,25 @@ mod saved;
 mod vcpu;
 
 use std::fmt;
-use std::fs::File;
 use std::io;
-use std::sync::mpsc::Sender;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 
 use vm_memory::{Bytes, GuestAddress};
-use vmferry_devices::DeviceError;
 use vmferry_devices::saved::{decode, encode, schema_of};
 use vmferry_devices::soft::PagemapLog;
 use vmferry_devices::vmm_writes::VmmWriteLog;
+use vmferry_devices::{Device, DeviceError};
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
-use super::ram::MachineRam;
+use super::ram::{MachineRam, RamMemory};
+use super::serial::SerialPort;
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
-    Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, SerialSink,
-    VcpusStopped,
+    Accel, EventSink, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped,
 };
 use gate::{Gate, Leave};
 use memory::VcpuMemory;
@@ -43,6 +42,8 @@ use vcpu::{Registers, Stopped, Vcpu};
 
 /// Name of the section about the machine as a whole.
 const MACHINE: &str = "machine";
+/// Name of the serial port.
+const SERIAL: &str = "serial/0";
 
 /// A machine whose vCPUs are host threads.
 pub struct SoftMachine {
@@ -52,6 +53,8 @@ pub struct SoftMachine {
     threads: Vec<JoinHandle<()>>,
     /// Identity of this boot of this host; empty if the host does not tell.
     boot_id: String,
+    /// Whether there is a guest whose memory may be looked at. Before, looking would only allocate memory.
+    guest_loaded: AtomicBool,
 }
 
 /// What the vCPU threads and the machine share.
@@ -61,17 +64,17 @@ struct Shared {
     mem_bytes: u64,
     /// Registers of each vCPU. A thread holds its own while it is in the guest, everybody else may while it is parked.
     registers: Vec<Mutex<Registers>>,
-    serial: Mutex<Box<dyn io::Write + Send>>,
-    events: Sender<MachineEvent>,
+    serial: Mutex<SerialPort>,
+    events: EventSink,
 }
 
 impl SoftMachine {
     /// Builds a machine with parked vCPUs and, unless it waits for an incoming migration, the workload in memory. What happens in
-    /// it goes to `events`; nobody needs to listen.
+    /// it goes to `events`.
     ///
     /// # Errors
     /// [`MachineError::Config`] for a configuration that makes no machine, [`MachineError::Host`] when the host refuses.
-    pub fn new(config: MachineConfig, events: Sender<MachineEvent>) -> Result<Self, MachineError> {
+    pub fn new(config: MachineConfig, events: EventSink) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
         let ram = MachineRam::create(config.mem_bytes)?;
         Self::with_ram(config, ram, events)
@@ -84,10 +87,18 @@ impl SoftMachine {
     pub fn with_ram(
         config: MachineConfig,
         ram: MachineRam,
-        events: Sender<MachineEvent>,
+        events: EventSink,
     ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
-        if !config.incoming {
+        let incoming = config.incoming;
+        if ram.blocks().pages().to_bytes() != config.mem_bytes {
+            return Err(MachineError::Config(format!(
+                "RAM has {} bytes, the machine {}",
+                ram.blocks().pages().to_bytes(),
+                config.mem_bytes
+            )));
+        }
+        if !incoming {
             load_workload(&config, &ram)?;
         }
         let shared = Arc::new(Shared {
@@ -95,7 +106,7 @@ impl SoftMachine {
             memory: VcpuMemory::new(&ram)?,
             mem_bytes: config.mem_bytes,
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
-            serial: Mutex::new(open_serial(&config)?),
+            serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
             events,
         });
         let mut machine = Self {
@@ -104,6 +115,7 @@ impl SoftMachine {
             shared,
             threads: Vec::new(),
             boot_id: boot_id(),
+            guest_loaded: AtomicBool::new(!incoming),
         };
         for vcpu in 0..machine.config.vcpus {
             let shared = machine.shared.clone();
@@ -114,6 +126,13 @@ impl SoftMachine {
             machine.threads.push(thread);
         }
         Ok(machine)
+    }
+
+    /// Guest memory, once there is a guest in it.
+    fn guest_memory(&self) -> Option<&RamMemory> {
+        self.guest_loaded
+            .load(Ordering::Acquire)
+            .then(|| self.ram.memory())
     }
 
     fn save_machine(&self) -> SoftMachineV1 {
@@ -154,7 +173,8 @@ impl Machine for SoftMachine {
     }
 
     fn schemas(&self) -> Vec<DeviceSchema> {
-        let mut schemas = vec![schema_of::<SoftMachineV1>(MACHINE)];
+        let serial = lock(&self.shared.serial).schema();
+        let mut schemas = vec![schema_of::<SoftMachineV1>(MACHINE), serial];
         schemas
             .extend((0..self.config.vcpus).map(|vcpu| schema_of::<SoftVcpuV1>(&vcpu_name(vcpu))));
         schemas
@@ -180,6 +200,10 @@ impl Machine for SoftMachine {
     }
 
     fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
+        if self.guest_memory().is_none() {
+            let source = MachineError::Config("no guest has been loaded yet".to_owned());
+            return Err(ResumeError { proof, source });
+        }
         self.shared.gate.resume().map_err(|ended| ResumeError {
             proof,
             source: MachineError::Ended(ended.0),
@@ -187,7 +211,8 @@ impl Machine for SoftMachine {
     }
 
     fn save(&self, _stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError> {
-        let mut sections = vec![encode(MACHINE, &self.save_machine())?];
+        let serial = lock(&self.shared.serial).save()?;
+        let mut sections = vec![encode(MACHINE, &self.save_machine())?, serial];
         for (vcpu, registers) in (0..).zip(&self.shared.registers) {
             let name = vcpu_name(vcpu);
             let saved = save_registers(parked(&name, registers)?.clone());
@@ -197,33 +222,41 @@ impl Machine for SoftMachine {
     }
 
     fn load(&self, _stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError> {
+        // The machine's own section comes first, so that state of another kind of machine is refused as such and not for its details.
+        let machine = sections
+            .iter()
+            .find(|section| section.name == MACHINE)
+            .ok_or_else(|| missing(MACHINE))?;
+        let same_clock = self.check_machine(&decode(machine)?)?;
         let names: Vec<_> = self
             .schemas()
             .into_iter()
             .map(|schema| schema.name)
             .collect();
         let sections = in_order(&names, sections)?;
-        // The machine's section comes first: state of another kind of machine is refused as such.
-        let Some((machine, vcpus)) = sections.split_first() else {
-            return Err(missing(MACHINE));
+        let [_machine, serial, vcpus @ ..] = &sections[..] else {
+            return Err(missing(SERIAL));
         };
-        let same_clock = self.check_machine(&decode(machine)?)?;
         let registers = vcpus
             .iter()
             .map(|section| load_registers(section, same_clock))
             .collect::<Result<Vec<_>, _>>()?;
+        lock(&self.shared.serial).restore(serial)?;
         for ((slot, section), registers) in self.shared.registers.iter().zip(vcpus).zip(registers) {
             *parked(&section.name, slot)? = registers;
         }
+        self.guest_loaded.store(true, Ordering::Release);
         Ok(())
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {
-        stats::workload_stats(self.ram.memory())
+        self.guest_memory().and_then(stats::workload_stats)
     }
 
     fn reset_workload_gap(&self) {
-        stats::reset_gap(self.ram.memory());
+        if let Some(memory) = self.guest_memory() {
+            stats::reset_gap(memory);
+        }
     }
 }
 
@@ -247,9 +280,7 @@ impl fmt::Debug for SoftMachine {
 
 impl Shared {
     fn vcpu_thread(&self, vcpu: u32) {
-        // Nobody listening is no reason to stop.
-        let report = |event| drop(self.events.send(event));
-        while self.gate.park(report) == Leave::Run {
+        while self.gate.park(|event| (self.events)(event)) == Leave::Run {
             match self.enter_guest(vcpu) {
                 Ok(()) => {}
                 Err(Stopped::Exit(code)) => {
@@ -276,15 +307,10 @@ impl Shared {
             .unwrap_or_else(|_| Err(Stopped::Failed(format!("vCPU {vcpu}: internal error"))))
     }
 
-    /// The serial port. Output that cannot be written is lost, as on a real one.
+    /// The guest writes to the serial port.
     fn say(&self, text: &str) {
         let mut serial = lock(&self.serial);
-        let written = serial
-            .write_all(text.as_bytes())
-            .and_then(|()| serial.flush());
-        if let Err(error) = written {
-            tracing::warn!(%error, "serial output lost");
-        }
+        text.bytes().for_each(|byte| serial.write(0, byte));
     }
 }
 
@@ -322,22 +348,6 @@ fn load_workload(config: &MachineConfig, ram: &MachineRam) -> Result<(), Machine
             .map_err(|error| host_error("load the workload".to_owned(), io::Error::other(error)))?;
     }
     Ok(())
-}
-
-fn open_serial(config: &MachineConfig) -> Result<Box<dyn io::Write + Send>, MachineError> {
-    Ok(match &config.serial {
-        SerialSink::Null => Box::new(io::sink()),
-        SerialSink::Stdio => Box::new(io::stdout()),
-        SerialSink::File(path) => Box::new(
-            File::options()
-                .append(true)
-                .create(true)
-                .open(path)
-                .map_err(|source| {
-                    host_error(format!("open {} for serial output", path.display()), source)
-                })?,
-        ),
-    })
 }
 
 fn boot_id() -> String {

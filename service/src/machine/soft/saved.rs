@@ -8,7 +8,8 @@ use vmferry_transport::wire::Section;
 use super::vcpu::Registers;
 use crate::machine::workload::layout::mailbox;
 
-/// What the machine as a whole was, to compare with the machine that loads.
+/// What the machine as a whole was, to compare with the machine that loads. A machine of another kind has another schema, so that
+/// neither loads the other's.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub(super) struct SoftMachineV1 {
     /// RAM size.
@@ -20,7 +21,7 @@ pub(super) struct SoftMachineV1 {
 }
 
 impl SavedState for SoftMachineV1 {
-    const SCHEMA: &'static str = "soft-machine";
+    const SCHEMA: &'static str = "machine-soft";
     const VERSION: u32 = 1;
 }
 

@@ -1,8 +1,10 @@
 //! The soft machine as a whole. Waiting is for events, with a generous end; no duration is asserted.
 
 use super::*;
+use crate::machine::{AccelChoice, SerialSink, build as build_machine};
 
 use std::hash::{DefaultHasher, Hasher};
+use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -34,6 +36,8 @@ fn config(vcpus: u32) -> MachineConfig {
 
 fn build(config: &MachineConfig) -> (SoftMachine, Receiver<MachineEvent>) {
     let (events, seen) = channel();
+    // Nobody has to listen.
+    let events = Arc::new(move |event| drop(events.send(event)));
     (SoftMachine::new(config.clone(), events).unwrap(), seen)
 }
 
@@ -337,25 +341,26 @@ fn ram_above_the_device_hole_is_used_and_logged_as_the_second_block() {
 }
 
 #[test]
-fn the_greeting_is_said_once_and_not_again_after_a_move() {
+fn the_greeting_is_said_at_the_start_and_not_after_a_move() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("serial");
-    let mut config = config(2);
-    config.serial = SerialSink::File(path.clone());
-    let source = started(&config);
-    wait_passes(&source, 1);
+    let serial_to = |name| MachineConfig {
+        serial: SerialSink::File(dir.path().join(name)),
+        ..config(2)
+    };
+    let said = |name| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let source = started(&serial_to("source"));
+    wait_for(&source, |now| {
+        now.passes > 0 && said("source") == "vmferry workload started\r\n"
+    });
     let stopped = source.pause().unwrap();
-    let target = incoming(&config);
+    let target = incoming(&serial_to("target"));
     let target_stopped = target.pause().unwrap();
     copy_ram(&source, &target, None);
     let sections = source.save(&stopped).unwrap();
     target.load(&target_stopped, &sections).unwrap();
     target.resume(target_stopped).unwrap();
-    wait_passes(&target, 2);
-    assert_eq!(
-        std::fs::read_to_string(path).unwrap(),
-        "vmferry workload started\r\n"
-    );
+    wait_passes(&target, 20);
+    assert_eq!(said("target"), "");
 }
 
 #[test]
@@ -376,26 +381,39 @@ fn the_exit_port_ends_the_guest_and_parks_everybody() {
 }
 
 #[test]
-fn an_empty_machine_that_is_resumed_fails_instead_of_running() {
-    let (machine, events) = build(&MachineConfig {
+fn an_empty_machine_stays_empty_and_does_not_run_until_a_guest_is_loaded() {
+    let target = incoming(&config(2));
+    assert!(target.workload_stats().is_none());
+    target.reset_workload_gap();
+    let stopped = target.pause().unwrap();
+    let refused = target.resume(stopped).unwrap_err();
+    assert!(matches!(refused.source, MachineError::Config(_)));
+    let mut files = target.ram.files();
+    assert!(files.all(|file| file.metadata().unwrap().blocks() == 0));
+
+    let (source, _) = build(&config(2));
+    let sections = source.save(&source.pause().unwrap()).unwrap();
+    copy_ram(&source, &target, None);
+    target.load(&refused.proof, &sections).unwrap();
+    target.resume(refused.proof).unwrap();
+    assert_eq!(wait_passes(&target, 1).errors, 0);
+}
+
+#[test]
+fn memory_without_a_workload_fails_the_vcpu() {
+    let (target, events) = build(&MachineConfig {
         incoming: true,
         ..config(2)
     });
-    assert!(machine.workload_stats().is_none());
-    machine.reset_workload_gap();
-    let proof = machine.pause().unwrap();
-    machine.resume(proof).unwrap();
+    let (source, _) = build(&config(2));
+    let sections = source.save(&source.pause().unwrap()).unwrap();
+    let stopped = target.pause().unwrap();
+    target.load(&stopped, &sections).unwrap();
+    target.resume(stopped).unwrap();
     match events.recv_timeout(PATIENCE).unwrap() {
         MachineEvent::VcpuFailed(reason) => assert!(reason.contains("no workload"), "{reason}"),
         other => panic!("{other:?}"),
     }
-    let allocated = machine
-        .ram
-        .files()
-        .map(|file| std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()))
-        .sum::<u64>();
-    // The parameters and mailboxes that were looked at.
-    assert!(allocated <= 8 * 4, "{allocated}");
 }
 
 #[test]
@@ -425,12 +443,12 @@ fn hostile_registers_are_refused_or_harmless() {
     wait_passes(&machine, 1);
     let stopped = machine.pause().unwrap();
     let sections = machine.save(&stopped).unwrap();
-    let good: SoftVcpuV1 = decode(&sections[1]).unwrap();
+    let good: SoftVcpuV1 = decode(&sections[2]).unwrap();
     let with = |change: &dyn Fn(&mut SoftVcpuV1)| {
         let mut saved = good.clone();
         change(&mut saved);
         let vcpu = encode("vcpu/0", &saved).unwrap();
-        machine.load(&stopped, &[sections[0].clone(), vcpu])
+        machine.load(&stopped, &[sections[0].clone(), sections[1].clone(), vcpu])
     };
     assert!(with(&|saved| saved.phase = 99).is_err());
     assert!(with(&|saved| saved.pass = 0).is_err());
@@ -456,6 +474,29 @@ fn hostile_registers_are_refused_or_harmless() {
     });
 }
 
+#[test]
+fn soft_and_kvm_machines_refuse_each_others_state() {
+    if let Err(error) = kvm_ioctls::Kvm::new() {
+        eprintln!("SKIPPED: no /dev/kvm here ({error}); nothing was tested");
+        return;
+    }
+    let config = config(1);
+    let build = |choice| build_machine(&config, choice, Arc::new(|_| ())).unwrap();
+    let (kvm, soft) = (build(AccelChoice::Kvm), build(AccelChoice::Soft));
+    assert_eq!(build(AccelChoice::Auto).accel(), Accel::Kvm);
+    assert_eq!((kvm.accel(), soft.accel()), (Accel::Kvm, Accel::Soft));
+    let (kvm_stopped, soft_stopped) = (kvm.pause().unwrap(), soft.pause().unwrap());
+    let of_kvm = kvm.save(&kvm_stopped).unwrap();
+    let text = soft.load(&soft_stopped, &of_kvm).unwrap_err().to_string();
+    assert_eq!(
+        text,
+        "device machine: state is machine-kvm version 1, this side loads machine-soft version 1"
+    );
+    let of_soft = soft.save(&soft_stopped).unwrap();
+    let text = kvm.load(&kvm_stopped, &of_soft).unwrap_err().to_string();
+    assert!(text.contains("soft"), "{text}");
+}
+
 /// What a section of a KVM machine looks like from here.
 #[derive(Serialize, serde::Deserialize)]
 struct KvmLike {
@@ -463,7 +504,7 @@ struct KvmLike {
 }
 
 impl SavedState for KvmLike {
-    const SCHEMA: &'static str = "kvm-machine";
+    const SCHEMA: &'static str = "machine-kvm";
     const VERSION: u32 = 1;
 }
 
@@ -478,26 +519,35 @@ fn sections_of_another_machine_are_refused_by_name() {
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     };
     let kvm = KvmLike { regs: vec![1, 2] };
-    let foreign = encode(MACHINE, &kvm).unwrap();
+    let with = |at: usize, section: Section| {
+        let mut sections = good.clone();
+        sections[at] = section;
+        sections
+    };
     refuse(
-        &[foreign.clone(), good[1].clone()],
-        &["machine", "kvm-machine", "soft-machine"],
+        &with(0, encode(MACHINE, &kvm).unwrap()),
+        &["machine", "machine-kvm", "machine-soft"],
     );
     refuse(
-        &[good[0].clone(), encode("vcpu/0", &kvm).unwrap()],
-        &["vcpu/0", "kvm-machine", "soft-vcpu"],
+        &with(1, encode(SERIAL, &kvm).unwrap()),
+        &["serial/0", "machine-kvm", "serial-16550"],
     );
-    let clock = encode("kvm-clock", &kvm).unwrap();
     refuse(
-        &[good[0].clone(), good[1].clone(), clock],
+        &with(2, encode("vcpu/0", &kvm).unwrap()),
+        &["vcpu/0", "machine-kvm", "soft-vcpu"],
+    );
+    refuse(
+        &with(2, encode("kvm-clock", &kvm).unwrap()),
         &["kvm-clock", "no such device"],
     );
-    refuse(&good[..1], &["vcpu/0"]);
-    refuse(&good[1..], &["machine"]);
-    refuse(
-        &[good[0].clone(), good[1].clone(), good[1].clone()],
-        &["vcpu/0", "twice"],
-    );
+    for missing in 0..good.len() {
+        let mut sections = good.clone();
+        let name = sections.remove(missing).name;
+        refuse(&sections, &[&name]);
+    }
+    let mut doubled = good.clone();
+    doubled.push(good[2].clone());
+    refuse(&doubled, &["vcpu/0", "twice"]);
     machine.load(&stopped, &good).unwrap();
 
     let mut other = config;
@@ -522,10 +572,10 @@ fn times_of_another_boot_are_forgotten() {
     let mut machine: SoftMachineV1 = decode(&sections[0]).unwrap();
     machine.boot_id = "another".to_owned();
     sections[0] = encode(MACHINE, &machine).unwrap();
-    let mut vcpu: SoftVcpuV1 = decode(&sections[1]).unwrap();
+    let mut vcpu: SoftVcpuV1 = decode(&sections[2]).unwrap();
     vcpu.heartbeat_ns = Some(0);
     vcpu.batch_due_ns = u64::MAX;
-    sections[1] = encode("vcpu/0", &vcpu).unwrap();
+    sections[2] = encode("vcpu/0", &vcpu).unwrap();
 
     let target = incoming(&config);
     let target_stopped = target.pause().unwrap();
