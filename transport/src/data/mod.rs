@@ -33,7 +33,7 @@ mod receiver;
 mod receiving;
 mod sender;
 mod sending;
-mod sockets;
+pub(crate) mod sockets;
 #[cfg(test)]
 mod tests;
 mod work;

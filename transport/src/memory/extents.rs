@@ -12,6 +12,11 @@ use rustix::io::Errno;
 use super::{GuestRam, RamBlock};
 use crate::units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
+/// `f_type` of tmpfs, where memfds live.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// Unit of `st_blocks`, whatever the file system.
+const STAT_BLOCK_BYTES: i64 = 512;
+
 /// All pages of the RAM, sorted by whether memory exists for them. Each page is in exactly one of both lists.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Extents {
@@ -51,6 +56,10 @@ impl Extents {
             self.data.push(run(0, pages));
             return Ok(());
         };
+        if is_full(file, file_start + pages * PAGE_SIZE)? {
+            self.data.push(run(0, pages));
+            return Ok(());
+        }
         let mut page = 0;
         while page < pages {
             // Outwards to whole pages: a page that exists in part exists.
@@ -76,6 +85,15 @@ impl Extents {
         }
         Ok(())
     }
+}
+
+/// Whether every page of a memfd (or other file of tmpfs) exists up to `block_end`, which spares the search: 10 ms per GiB. Other file systems count
+/// blocks that hold no data, so there the search decides.
+fn is_full(file: &File, block_end: u64) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(file)?;
+    let covers = u64::try_from(stat.st_size).is_ok_and(|size| size >= block_end);
+    let full = stat.st_blocks.saturating_mul(STAT_BLOCK_BYTES) >= stat.st_size;
+    Ok(covers && full && rustix::fs::fstatfs(file)?.f_type == TMPFS_MAGIC)
 }
 
 /// `None` when there is nothing of the kind up to the end of the file.
@@ -196,6 +214,18 @@ pub(crate) mod tests {
             expected,
             "looking changes nothing"
         );
+    }
+
+    #[test]
+    fn a_full_file_is_recognised_and_one_missing_page_too() {
+        let ram = memfd_ram(&[10]);
+        for page in 0..10 {
+            assert!(!Extents::of(&ram).unwrap().holes.is_empty());
+            let page = GuestPage::of(&ram.blocks()[0], PageIndex(page)).unwrap();
+            page.copy_from(&[1; 4096]);
+        }
+        let all = Extents::of(&ram).unwrap();
+        assert_eq!((all.data, all.holes), (vec![run(0, 0, 10)], vec![]));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::ring::{OPS_MAX, OpKind, Ring, Token};
 use crate::data::ZeroCopy;
 use crate::data::lent::LentMessage;
 use crate::data::link::{Link, ZeroCopyCounts};
+use crate::data::sockets::leaves_the_host;
 use crate::limits::STALL_US;
 
 /// Zero-copy sends whose memory the kernel may still read; one place of the slab stays free for the next operation.
@@ -181,18 +182,4 @@ fn is_zero_copy_refusal(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOMEM | libc::ENOBUFS)
     )
-}
-
-/// Whether the peer is another host. On the same host the kernel always copies; what only looks like another host (namespaces) shows
-/// in the first notification.
-fn leaves_the_host(socket: &OwnedFd) -> bool {
-    let address = |address: rustix::io::Result<Option<rustix::net::SocketAddrAny>>| {
-        std::net::SocketAddr::try_from(address.ok()??).ok()
-    };
-    let peer = address(rustix::net::getpeername(socket));
-    let own = address(rustix::net::getsockname(socket).map(Some));
-    match (peer, own) {
-        (Some(peer), Some(own)) => !peer.ip().to_canonical().is_loopback() && peer.ip() != own.ip(),
-        _ => false,
-    }
 }

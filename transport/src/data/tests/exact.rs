@@ -224,13 +224,17 @@ fn a_writer_during_the_rounds_is_caught_up_with_by_the_last() {
 fn short_writes_and_tiny_buffers_change_nothing() {
     for (transport, backend) in EVERYWHERE {
         let (ours, theirs) = socket_pairs(transport, 2);
-        // Not the receive buffers: TCP drops segments that do not fit and then waits for timers.
-        for socket in &ours {
-            sockopt::set_socket_send_buffer_size(socket, 1).unwrap();
-        }
+        let kept: Vec<_> = ours
+            .iter()
+            .map(|socket| socket.try_clone().unwrap())
+            .collect();
         let (source, target) = (memfd_ram(&BLOCKS), memfd_ram(&BLOCKS));
         fill_randomly(&source, &mut Random(3));
         let mut ferry = Ferry::over(ours, theirs, sender_config(backend), source, target);
+        // Not the receive buffers: TCP drops segments that do not fit and then waits for timers.
+        for socket in kept {
+            sockopt::set_socket_send_buffer_size(socket, 1).unwrap();
+        }
         ferry.first_round(true);
         let (source, target) = ferry.finish();
         assert_eq!(source.hash, target.hash);
