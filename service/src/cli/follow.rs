@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde_json::Value;
 
 use super::client::{ClientError, QmpClient};
+use super::output;
 use super::size::{Size, duration, rate};
 use crate::migration::status::MigrationStatus;
 use crate::qmp::schema::MigrationInfo;
@@ -223,7 +224,11 @@ impl Display for Lines {
             None => true,
         };
         if due && !view.status.is_idle() {
-            eprintln!("{stage:<10} {:>3}%, {}", view.percent(), view.details());
+            output::note(format_args!(
+                "{stage:<10} {:>3}%, {}",
+                view.percent(),
+                view.details()
+            ));
             self.shown = Some((stage, Instant::now()));
         }
     }

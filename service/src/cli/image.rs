@@ -6,15 +6,16 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 
+use super::output;
 use super::run::GuestArgs;
 use super::size::Size;
 use crate::machine::workload::{elf, loader::LoadOptions};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  \
-    vmferry workload-image --mem 1G --working-set 64M --dirty-rate max -o workload.elf\n  \
-    qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off,isa-serial=on -accel kvm -m 1G \\\n    \
-    -kernel workload.elf -nodefaults -display none -serial null")]
+    vmferry workload-image --mem 1G --dirty-rate max -o workload.elf\n  \
+    qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off,isa-serial=on \\\n    \
+    -accel kvm -m 1G -kernel workload.elf -nodefaults -display none -serial null")]
 pub(super) struct ImageArgs {
     /// RAM of the machine that will run it; the program has to know
     #[arg(long, value_name = "SIZE")]
@@ -47,7 +48,11 @@ impl ImageArgs {
             .context("no image can be made so")?;
         std::fs::write(&self.output, &image)
             .with_context(|| format!("cannot write {}", self.output.display()))?;
-        println!("{}: {}", self.output.display(), Size(image.len() as u64));
+        output::line(format_args!(
+            "{}: {}",
+            self.output.display(),
+            Size(image.len() as u64)
+        ))?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -8,16 +8,17 @@ use serde_json::json;
 use vmferry_transport::control::{Address, AddressError};
 
 use super::client::QmpClient;
-use super::{QmpArgs, follow};
+use super::status::GuestStatus;
+use super::{QmpArgs, follow, output};
 use crate::migration::status::MigrationStatus;
-use crate::qmp::schema::{MigrationInfo, StatusInfo};
+use crate::qmp::schema::MigrationInfo;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     vmferry migrate --qmp /tmp/source.qmp tcp:192.0.2.7:4444\n  \
     vmferry migrate --qmp /tmp/source.qmp unix:/tmp/target.sock --streams 4 --json\n\n\
-    Exit status 0 means that the guest has moved. Ctrl-C stops following, not the migration;\n\
-    `vmferry cancel` stops that.")]
+    Exit status 0 means that the guest has moved. Ctrl-C stops following, not the\n\
+    migration; `vmferry cancel` stops that.")]
 pub(super) struct MigrateArgs {
     #[command(flatten)]
     vm: QmpArgs,
@@ -52,11 +53,11 @@ impl MigrateArgs {
         let (record, info) = follow::wait_for_end(&mut client, display.as_mut(), &|| false)
             .context("lost sight of the migration")?;
         if self.json {
-            println!("{record:#}");
+            output::line(format_args!("{record:#}"))?;
         } else if !self.quiet {
-            follow::summary(&info)
-                .iter()
-                .for_each(|line| println!("{line}"));
+            for line in follow::summary(&info) {
+                output::line(format_args!("{line}"))?;
+            }
         }
         if info.status == Some(MigrationStatus::Completed) {
             return Ok(ExitCode::SUCCESS);
@@ -78,21 +79,18 @@ pub(super) fn set_streams(client: &mut QmpClient, streams: u8) -> anyhow::Result
 }
 
 /// Why it did not work, and how the guest is.
-fn explain(info: &MigrationInfo, status: Option<StatusInfo>) {
+fn explain(info: &MigrationInfo, status: Option<GuestStatus>) {
     let outcome = info.status.unwrap_or_default();
     match &info.error_desc {
-        Some(reason) => eprintln!("vmferry: migration {outcome}: {reason}"),
-        None => eprintln!("vmferry: migration {outcome}"),
+        Some(reason) => output::note(format_args!("vmferry: migration {outcome}: {reason}")),
+        None => output::note(format_args!("vmferry: migration {outcome}")),
     }
-    match status {
-        Some(StatusInfo { running: true, .. }) => {
-            eprintln!("vmferry: the guest goes on running at the source")
-        }
-        Some(StatusInfo { running: false, .. }) => {
-            eprintln!("vmferry: the guest is stopped at the source")
-        }
-        None => eprintln!("vmferry: the source does not answer any more"),
-    }
+    let guest = match status {
+        Some(status) if status.running => "the guest goes on running at the source",
+        Some(_) => "the guest is stopped at the source",
+        None => "the source does not answer any more",
+    };
+    output::note(format_args!("vmferry: {guest}"));
 }
 
 fn parse_address(text: &str) -> Result<Address, String> {

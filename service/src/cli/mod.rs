@@ -8,6 +8,7 @@ mod demo;
 mod follow;
 mod image;
 mod migrate;
+mod output;
 mod run;
 pub mod size;
 mod status;

@@ -18,11 +18,11 @@ const WORKING_SET_DEFAULT: u64 = 64 << 20;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     vmferry run --mem 1G --qmp /tmp/source.qmp\n  \
-    vmferry run --mem 4G --vcpus 2 --qmp /tmp/a.qmp --working-set 256M --dirty-rate max\n  \
+    vmferry run --mem 4G --vcpus 2 --qmp /tmp/a.qmp --fill 2G --dirty-rate max\n  \
     vmferry run --mem 1G --qmp /tmp/target.qmp --incoming tcp:0.0.0.0:4444\n\n\
-    The machine runs a small program that keeps writing its working set and checks every page it\n\
-    wrote, so that a page lost on the way is noticed. The process ends with `quit` over QMP, with\n\
-    SIGTERM, or with Ctrl-C.")]
+    The machine runs a small program that keeps writing its working set and\n\
+    checks every page it wrote, so that a page lost on the way is noticed. The\n\
+    process ends with `quit` over QMP, with SIGTERM, or with Ctrl-C.")]
 pub(super) struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,
@@ -57,7 +57,7 @@ pub(super) struct MachineArgs {
     /// Virtual CPUs, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) vcpus: u32,
-    /// What runs the guest: KVM, or the same program on host threads
+    /// What runs the guest: kvm, soft (the same program on host threads), or what works here
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub(super) accel: Accel,
 }
@@ -78,11 +78,8 @@ pub(super) struct GuestArgs {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(super) enum Accel {
-    /// KVM if it works here, host threads otherwise
     Auto,
-    /// KVM
     Kvm,
-    /// Host threads, no KVM needed
     Soft,
 }
 

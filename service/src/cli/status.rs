@@ -1,15 +1,17 @@
 //! `vmferry status` and `vmferry cancel`.
 
+use std::fmt;
 use std::process::ExitCode;
 
 use clap::Args;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{ClientError, QmpClient};
 use super::size::{Size, duration, rate};
-use super::{QmpArgs, follow};
+use super::{QmpArgs, follow, output};
 use crate::migration::status::MigrationStatus;
-use crate::qmp::schema::{MigrationInfo, StatusInfo, WorkloadInfo};
+use crate::qmp::schema::{MigrationInfo, WorkloadInfo};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  vmferry status --qmp /tmp/source.qmp")]
@@ -34,24 +36,24 @@ impl StatusArgs {
                 "migration": migration,
                 "workload": workload,
             });
-            println!("{all:#}");
+            output::line(format_args!("{all:#}"))?;
             return Ok(ExitCode::SUCCESS);
         }
-        println!(
+        output::line(format_args!(
             "{} at {}",
             client.version().package.trim(),
             self.vm.qmp.display()
-        );
-        println!(
+        ))?;
+        output::line(format_args!(
             "  guest      {}",
-            guest_line(&serde_json::from_value(status)?)
-        );
+            client.parse::<GuestStatus>("query-status", &status)?
+        ))?;
         let workload: Option<WorkloadInfo> = workload.map(serde_json::from_value).transpose()?;
         if let Some(workload) = workload {
-            println!("  workload   {}", workload_line(&workload));
+            output::line(format_args!("  workload   {}", workload_line(&workload)))?;
         }
         for line in migration_lines(&serde_json::from_value(migration)?) {
-            println!("  migration  {line}");
+            output::line(format_args!("  migration  {line}"))?;
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -59,7 +61,8 @@ impl StatusArgs {
 
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  vmferry cancel --qmp /tmp/source.qmp\n\n\
-    Succeeds if there is nothing to cancel. After the commit a migration cannot be cancelled.")]
+    Succeeds if there is nothing to cancel. After the commit a migration cannot\n\
+    be cancelled any more.")]
 pub(super) struct CancelArgs {
     #[command(flatten)]
     vm: QmpArgs,
@@ -68,18 +71,41 @@ pub(super) struct CancelArgs {
 impl CancelArgs {
     pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
         let mut client = QmpClient::connect(&self.vm.qmp)?;
+        let before: MigrationInfo = client.query("query-migrate")?;
+        if before.status.is_none_or(MigrationStatus::is_idle) {
+            output::line(format_args!("there is no migration under way"))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         client.execute("migrate_cancel", json!({}))?;
         let (_, info) = follow::wait_for_end(&mut client, &mut follow::Quiet, &|| false)?;
-        match info.status {
-            None | Some(MigrationStatus::None) => println!("there was no migration"),
-            Some(status) => println!("{status}"),
-        }
-        let too_late = info.status == Some(MigrationStatus::Completed);
+        let outcome = info.status.unwrap_or_default();
+        output::line(format_args!("{outcome}"))?;
+        // It may have been faster.
+        let too_late = outcome == MigrationStatus::Completed;
         Ok(if too_late {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS
         })
+    }
+}
+
+/// `query-status` of any VM, whatever states it has.
+#[derive(Debug, Deserialize)]
+pub(super) struct GuestStatus {
+    /// Whether vCPUs run.
+    pub(super) running: bool,
+    status: String,
+}
+
+impl fmt::Display for GuestStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.status)?;
+        if self.running {
+            Ok(())
+        } else {
+            f.write_str(" (stopped)")
+        }
     }
 }
 
@@ -92,17 +118,7 @@ fn optional(answer: Result<Value, ClientError>) -> Result<Option<Value>, ClientE
     }
 }
 
-fn guest_line(status: &StatusInfo) -> String {
-    let name = serde_json::to_value(status.status).unwrap_or_default();
-    let name = name.as_str().unwrap_or("unknown");
-    if status.running {
-        name.to_owned()
-    } else {
-        format!("{name} (stopped)")
-    }
-}
-
-pub(super) fn workload_line(workload: &WorkloadInfo) -> String {
+fn workload_line(workload: &WorkloadInfo) -> String {
     let mut line = format!(
         "{} passes, {} errors, longest gap {}",
         workload.passes,

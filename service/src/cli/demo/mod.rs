@@ -16,10 +16,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmferry_transport::control::Address;
 
-use super::follow;
 use super::migrate::set_streams;
 use super::run::{MachineArgs, working_set_default};
 use super::size::{DirtyRate, Size};
+use super::{follow, output};
 use crate::migration::status::MigrationStatus;
 use crate::qmp::schema::{KvmInfo, MigrationInfo, StatusInfo, WorkloadInfo};
 use process::VmProcess;
@@ -41,8 +41,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
     vmferry demo\n  \
     vmferry demo --mem 4G --streams 4 --dirty-rate max\n  \
     vmferry demo --accel soft --via unix --json\n\n\
-    Both sides hash all RAM and compare vCPU state inside the blackout, which a real migration\n\
-    does not do; the report shows that time as `verify`. Exit status 0 means that every check passed.")]
+    Both sides hash all RAM and compare vCPU state inside the blackout, which a\n\
+    real migration does not do; the report shows that time as `verify`. Exit\n\
+    status 0 means that every check passed.")]
 pub(super) struct DemoArgs {
     #[command(flatten)]
     machine: MachineArgs,
@@ -58,7 +59,7 @@ pub(super) struct DemoArgs {
     /// Data connections, 1 to 255
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..))]
     streams: u8,
-    /// What the two processes are connected by
+    /// What connects the two processes: TCP over 127.0.0.1, or a unix socket
     #[arg(long, value_enum, default_value_t = Via::Tcp)]
     via: Via,
     /// Print the report as JSON
@@ -71,9 +72,7 @@ pub(super) struct DemoArgs {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Via {
-    /// TCP over 127.0.0.1
     Tcp,
-    /// A unix socket
     Unix,
 }
 
@@ -91,9 +90,9 @@ impl DemoArgs {
         };
         let report = demo.run()?;
         if self.json {
-            println!("{:#}", report.json());
+            output::line(format_args!("{:#}", report.json()))?;
         } else {
-            print!("{report}");
+            output::text(format_args!("{report}"))?;
         }
         Ok(if report.passed() {
             ExitCode::SUCCESS
@@ -308,7 +307,7 @@ impl Demo<'_> {
 
     fn say(&self, text: &str) {
         if !self.args.quiet && !self.args.json {
-            eprintln!("{text}");
+            output::note(format_args!("{text}"));
         }
     }
 }

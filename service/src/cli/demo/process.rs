@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::cli::client::QmpClient;
+use crate::cli::output;
 
 /// How long a process may take to build its machine and answer.
 const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -84,7 +85,7 @@ impl VmProcess {
     pub(super) fn show_log(&self) {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         for line in log.lines() {
-            eprintln!("{}: {line}", self.role);
+            output::note(format_args!("{}: {line}", self.role));
         }
     }
 
