@@ -5,5 +5,7 @@
     reason = "a test that cannot go on panics; clippy exempts test functions but not what they call"
 )]
 
+mod program; // the vmferry binary under test
+mod qmp_client; // QEMU's own QMP client drives migrations
 mod tidy; // rules of the house that the compiler does not check
 mod wire_compat; // I5: the wire format stays what it is, corrupt frames are refused for the right reason

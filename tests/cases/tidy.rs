@@ -5,7 +5,9 @@
 
 mod source;
 
-use source::{SourceFile, code_only, files, imports, line_of, root, without_tests, words};
+use source::{SourceFile, code_only, files, imports, line_of, without_tests, words};
+
+use crate::program::root;
 
 /// The only files that may contain `unsafe`, and what for. ARCHITECTURE.md repeats the list for readers.
 const UNSAFE_FILES: &[(&str, &str)] = &[

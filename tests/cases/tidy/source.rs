@@ -1,7 +1,8 @@
 //! Reading our own sources: which files there are, and what in them is code.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use crate::program::root;
 
 /// One text file of the repository.
 pub(super) struct SourceFile {
@@ -15,14 +16,6 @@ impl SourceFile {
     pub(super) fn is_rust(&self) -> bool {
         self.path.ends_with(".rs")
     }
-}
-
-/// Root of the repository.
-pub(super) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the tests package lies in the root")
-        .to_path_buf()
 }
 
 /// All text files that are, or without an ignore rule would be, part of the repository.
