@@ -67,7 +67,10 @@ pub enum ZeroCopy {
     Auto,
     /// Always copy.
     Never,
-    /// Even where it cannot help.
+    /// As `Auto`, but also tried within the host, where it is in vain.
+    #[cfg(test)]
+    Anywhere,
+    /// Even if the kernel reports that it copies.
     #[cfg(test)]
     Always,
 }

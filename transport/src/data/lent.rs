@@ -29,8 +29,9 @@ pub(crate) struct LentMessage {
     /// First buffer that still has bytes to move.
     next: usize,
     bytes_left: u64,
-    /// What the kernel reads; boxed so that its address survives moves of `self`.
-    header: Box<libc::msghdr>,
+    /// What the kernel reads: one element, on the heap so that its address survives moves of `self`. Not a box, which would claim to
+    /// be the only pointer to it.
+    header: Vec<libc::msghdr>,
     own: OwnBuffer,
     ram: GuestRam,
 }
@@ -51,7 +52,7 @@ impl LentMessage {
             buffers: Vec::with_capacity(BUFFERS_MAX),
             next: 0,
             bytes_left: 0,
-            header: Box::new(empty_header()),
+            header: vec![empty_header()],
             own: OwnBuffer::new(own_bytes),
             ram,
         }
@@ -139,9 +140,9 @@ impl LentMessage {
     /// changed; moving `self` is harmless.
     pub(crate) fn header(&mut self) -> *mut libc::msghdr {
         let rest = &mut self.buffers[self.next..];
-        self.header.msg_iov = rest.as_mut_ptr();
-        self.header.msg_iovlen = rest.len() as _;
-        &raw mut *self.header
+        self.header[0].msg_iov = rest.as_mut_ptr();
+        self.header[0].msg_iovlen = rest.len() as _;
+        self.header.as_mut_ptr()
     }
 
     /// Sends what is left with one blocking call and returns how many bytes the kernel took.

@@ -35,8 +35,8 @@ pub(crate) trait Link {
 pub struct ZeroCopyCounts {
     /// Messages sent with zero-copy.
     pub sends: u64,
-    /// Messages for which zero-copy was tried in vain: the kernel copied nevertheless or refused. Afterwards the connection uses
-    /// plain sends.
+    /// Zero-copy sends that were in vain: the kernel copied nevertheless, or refused and the message was sent again. Unless the
+    /// refusal was for a moment, the connection uses plain sends from then on.
     pub fallbacks: u64,
 }
 

@@ -38,7 +38,9 @@ impl<B: Bitmap + Send + Sync> HostMapping for GuestRegionMmap<B> {
     }
 
     fn file_offset(&self) -> Option<&FileOffset> {
-        GuestMemoryRegion::file_offset(self)
+        // What a private mapping holds is not in its file, and the file must not be changed.
+        let shared = self.flags() & libc::MAP_SHARED != 0;
+        GuestMemoryRegion::file_offset(self).filter(|_| shared)
     }
 }
 

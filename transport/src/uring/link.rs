@@ -23,8 +23,8 @@ const ZERO_COPY_BYTES_MIN: u64 = 32 << 10;
 /// How long the peer may take to acknowledge the last zero-copy sends before the connection is torn down. As long as a link on which
 /// nothing moves is taken for alive.
 const ACKNOWLEDGE_MAX: Duration = Duration::from_micros(STALL_US);
-/// How often it is checked meanwhile whether waiting is still wanted.
-const ACKNOWLEDGE_NAP: Duration = Duration::from_millis(50);
+/// How often a wait for an acknowledgement looks whether it is still wanted.
+const NAP: Duration = Duration::from_millis(50);
 
 /// A socket driven by a ring of its own.
 #[derive(Debug)]
@@ -34,30 +34,37 @@ pub(crate) struct UringLink {
     /// Zero-copy sends that the kernel has taken and still reads, oldest first.
     lent: VecDeque<Token>,
     zero_copy: bool,
-    counts: ZeroCopyCounts,
+    /// Keep to zero-copy although the kernel copies; only tests want that.
+    insists: bool,
+    zero_copy_sends: u64,
+    zero_copy_refusals: u64,
     stopped: Arc<AtomicBool>,
 }
 
 impl UringLink {
-    /// Makes a ring for a blocking socket, on the thread that will use it.
-    /// `stopped` tells when waiting for the peer has become pointless.
+    /// Makes a ring for a blocking socket, on the thread that will use it. `stopped` tells when waiting for the peer has become
+    /// pointless.
     pub(crate) fn open(
         socket: Arc<OwnedFd>,
         zero_copy: ZeroCopy,
         stopped: Arc<AtomicBool>,
     ) -> io::Result<Self> {
-        let zero_copy = match zero_copy {
-            ZeroCopy::Auto => leaves_the_host(&socket),
-            ZeroCopy::Never => false,
+        let (zero_copy, insists) = match zero_copy {
+            ZeroCopy::Auto => (leaves_the_host(&socket), false),
+            ZeroCopy::Never => (false, false),
             #[cfg(test)]
-            ZeroCopy::Always => true,
+            ZeroCopy::Anywhere => (true, false),
+            #[cfg(test)]
+            ZeroCopy::Always => (true, true),
         };
         Ok(Self {
             ring: Ring::new(socket)?,
             sending: None,
             lent: VecDeque::with_capacity(LENT_MAX),
             zero_copy,
-            counts: ZeroCopyCounts::default(),
+            insists,
+            zero_copy_sends: 0,
+            zero_copy_refusals: 0,
             stopped,
         })
     }
@@ -72,19 +79,58 @@ impl UringLink {
         Ok(())
     }
 
-    /// The kernel says that it copied, or refuses: zero-copy costs more than it saves on this connection.
-    fn give_up_zero_copy(&mut self) {
-        if self.zero_copy {
-            tracing::info!("zero-copy has no effect on a data connection, plain sends are used");
+    /// Zero-copy costs more than it saves on this connection.
+    fn give_up_zero_copy(&mut self, reason: &'static str) {
+        if std::mem::take(&mut self.zero_copy) {
+            tracing::info!(reason, "zero-copy given up on a data connection");
         }
-        self.zero_copy = false;
-        self.counts.fallbacks += 1;
     }
 
-    fn check_copied(&mut self) {
-        if self.zero_copy && self.ring.copied() > 0 {
-            self.give_up_zero_copy();
+    /// The kernel refused a zero-copy send. If that is because too much memory is lent, one part of it is waited for.
+    fn handle_refusal(&mut self, error: &io::Error) -> io::Result<()> {
+        self.zero_copy_refusals += 1;
+        let out_of_memory = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
+        match self.lent.front() {
+            Some(&oldest) if out_of_memory => {
+                self.reclaim(oldest)?;
+                self.lent.pop_front();
+            }
+            _ => self.give_up_zero_copy("the kernel refuses it"),
         }
+        Ok(())
+    }
+
+    /// Waits until the kernel no longer reads the memory of a zero-copy send. Only the peer's acknowledgement ends this, which
+    /// `shutdown` does not bring about, so the wait looks whether it is still wanted.
+    fn reclaim(&mut self, token: Token) -> io::Result<LentMessage> {
+        loop {
+            if let Some(message) = self.ring.try_release(token) {
+                return Ok(message);
+            }
+            if self.stopped.load(Ordering::Acquire) {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            self.ring.wait(NAP)?;
+        }
+    }
+
+    /// A message to use again from those whose memory the kernel has let go. Waits only if it holds too many.
+    fn spare(&mut self) -> io::Result<Option<LentMessage>> {
+        let Some(&oldest) = self.lent.front() else {
+            return Ok(None);
+        };
+        let released = if self.lent.len() >= LENT_MAX {
+            Some(self.reclaim(oldest)?)
+        } else {
+            self.ring.try_release(oldest)
+        };
+        if released.is_some() {
+            self.lent.pop_front();
+        }
+        if self.ring.copied() > 0 && !self.insists {
+            self.give_up_zero_copy("the kernel copies nevertheless");
+        }
+        Ok(released)
     }
 }
 
@@ -101,13 +147,13 @@ impl Link for UringLink {
             let sent = match completion.result {
                 Ok(sent) => sent,
                 Err(error) if zero_copy && is_zero_copy_refusal(&error) => {
-                    self.give_up_zero_copy();
+                    self.handle_refusal(&error)?;
                     0
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(error),
             };
-            self.counts.sends += u64::from(zero_copy);
+            self.zero_copy_sends += u64::from(zero_copy);
             let mut message = match completion.message {
                 Some(message) => message,
                 None if self.ring.bytes_left(token) == sent as u64 => {
@@ -115,7 +161,7 @@ impl Link for UringLink {
                     break;
                 }
                 // The rest cannot be sent from memory that is lent already: wait for it. Short zero-copy sends are rare.
-                None => self.ring.release(token)?,
+                None => self.reclaim(token)?,
             };
             message.advance(sent);
             if message.bytes_left() == 0 {
@@ -123,19 +169,7 @@ impl Link for UringLink {
             }
             self.start(message)?;
         }
-        let Some(&oldest) = self.lent.front() else {
-            return Ok(None);
-        };
-        let released = if self.lent.len() >= LENT_MAX {
-            Some(self.ring.release(oldest)?)
-        } else {
-            self.ring.try_release(oldest)
-        };
-        if released.is_some() {
-            self.lent.pop_front();
-        }
-        self.check_copied();
-        Ok(released)
+        self.spare()
     }
 
     fn receive(&mut self, mut message: LentMessage) -> io::Result<LentMessage> {
@@ -154,7 +188,10 @@ impl Link for UringLink {
     }
 
     fn zero_copy(&self) -> ZeroCopyCounts {
-        self.counts
+        ZeroCopyCounts {
+            sends: self.zero_copy_sends,
+            fallbacks: self.zero_copy_refusals + self.ring.copied(),
+        }
     }
 }
 
@@ -169,7 +206,7 @@ impl Drop for UringLink {
         {
             if self.ring.try_release(token).is_some() {
                 self.lent.pop_front();
-            } else if self.ring.wait(ACKNOWLEDGE_NAP).is_err() {
+            } else if self.ring.wait(NAP).is_err() {
                 return;
             }
         }

@@ -153,8 +153,9 @@ impl Ring {
             message,
             state: OpState::InKernel,
         });
-        self.in_kernel += 1;
         self.queue(&entry.user_data(at as u64))?;
+        // From here on the kernel owes a completion, even if it has not looked at the queue yet.
+        self.in_kernel += 1;
         self.enter(0)?;
         Ok(Token(at))
     }
@@ -191,20 +192,7 @@ impl Ring {
         }
     }
 
-    /// Waits until the kernel no longer reads the memory of an operation whose result was fetched.
-    ///
-    /// # Errors
-    /// When waiting itself fails.
-    pub(crate) fn release(&mut self, token: Token) -> io::Result<LentMessage> {
-        loop {
-            if let Some(message) = self.take_if_done(token) {
-                return Ok(message);
-            }
-            self.reap(1)?;
-        }
-    }
-
-    /// As [`release`](Self::release) without waiting.
+    /// The message of an operation whose result was fetched, once the kernel no longer reads its memory. Does not wait.
     pub(crate) fn try_release(&mut self, token: Token) -> Option<LentMessage> {
         self.deliver();
         self.take_if_done(token)
@@ -350,4 +338,71 @@ impl Drop for Ring {
 
 fn io_result(result: i32) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::memory::extents::tests::{memfd_ram, run};
+
+    #[test]
+    fn a_ring_that_is_dropped_waits_for_the_kernel_before_it_frees_memory() {
+        let ram = memfd_ram(&[4]);
+        let mapping = Arc::clone(ram.blocks()[0].mapping());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut ring = Ring::new(Arc::new(ours.into())).unwrap();
+        let mut message = LentMessage::new(ram, 10);
+        message.push_own(0..10);
+        message.push_pages(run(0, 0, 4));
+        // Nothing was sent, so the kernel holds on to this.
+        ring.start(OpKind::Receive, message).unwrap();
+        assert_eq!(ring.in_kernel, 1);
+        drop(ring);
+        assert_eq!(Arc::strong_count(&mapping), 1);
+        // The connection is over for the peer as well.
+        assert_eq!(theirs.read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn several_operations_keep_their_memory_until_each_is_complete() {
+        let ram = memfd_ram(&[4]);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut ring = Ring::new(Arc::new(ours.into())).unwrap();
+        let tokens: Vec<_> = (0..OPS_MAX as u8)
+            .map(|value| {
+                let mut message = LentMessage::new(ram.clone(), 100);
+                message.own_mut().fill(value);
+                message.push_own(0..100);
+                ring.start(OpKind::Send, message).unwrap()
+            })
+            .collect();
+        for (value, token) in (0..).zip(tokens) {
+            let completion = ring.result(token).unwrap();
+            assert_eq!(completion.result.unwrap(), 100);
+            assert_eq!(completion.message.unwrap().own(), [value; 100]);
+        }
+        assert_eq!(ring.in_kernel, 0);
+        let mut received = [0; 100 * OPS_MAX];
+        theirs.read_exact(&mut received).unwrap();
+    }
+
+    #[test]
+    fn a_failed_operation_gives_its_memory_back_with_the_reason() {
+        let ram = memfd_ram(&[4]);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let mut ring = Ring::new(Arc::new(ours.into())).unwrap();
+        let mut message = LentMessage::new(ram, 10);
+        message.push_own(0..10);
+        let token = ring.start(OpKind::Send, message).unwrap();
+        let completion = ring.result(token).unwrap();
+        assert_eq!(
+            completion.result.unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
+        assert!(completion.message.is_some());
+    }
 }

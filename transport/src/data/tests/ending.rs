@@ -96,6 +96,43 @@ fn nothing_holds_the_ram_or_the_sockets_afterwards() {
     }
 }
 
+/// Goal: after any ending the process has as many threads and files as before. Method: other tests run in this process at the same
+/// time, so the counting is done in a process of its own, which runs this test alone.
+#[test]
+fn no_thread_and_no_file_is_left_behind() {
+    const ALONE: &str = "VMFERRY_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "data::tests::ending::no_thread_and_no_file_is_left_behind";
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--test-threads=1"])
+            .env(ALONE, "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let count = |what: &str| std::fs::read_dir(what).unwrap().count();
+    let census = || [count("/proc/self/fd"), count("/proc/self/task")];
+    let before = census();
+    for (transport, backend) in EVERYWHERE {
+        for ending in 0..3 {
+            let (source, target) = (memfd_ram(&[100]), memfd_ram(&[100]));
+            let mut ferry = Ferry::new(transport, 8, sender_config(backend), source, target);
+            ferry.first_round(ending == 0);
+            match ending {
+                0 => drop(ferry.finish()),
+                1 => drop(ferry),
+                _ => {
+                    ferry.sender.abort();
+                    let event = ferry.received.recv_timeout(PATIENCE).unwrap();
+                    assert!(matches!(event, ReceiverEvent::Failed { .. }));
+                }
+            }
+        }
+    }
+    assert_eq!(census(), before);
+}
+
 #[test]
 fn a_bandwidth_limit_holds_for_all_connections_together() {
     // No upper bound on the time is asserted: the machine may be busy. The lower bound is the limit itself.
