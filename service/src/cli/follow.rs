@@ -22,6 +22,9 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
+/// Parts of the blackout in a line of 80 columns.
+const PARTS_PER_LINE: usize = 3;
+
 /// Shows how far a migration is.
 pub(super) trait Display {
     /// A new state.
@@ -237,41 +240,44 @@ impl Display for Lines {
 /// The end in a few lines for people.
 pub(super) fn summary(info: &MigrationInfo) -> Vec<String> {
     let status = info.status.unwrap_or_default();
-    let mut lines = Vec::new();
+    let mut lines = vec![status.to_string()];
     if let Some(ram) = &info.ram {
         let us = info.total_time.unwrap_or(0).saturating_mul(1000);
         let rounds = info.x_round.unwrap_or(ram.dirty_sync_count);
-        let mut line = format!(
-            "{status} in {}: {} in {rounds} {}, {}/s",
+        lines[0] = format!(
+            "{status} in {}: {} in {}, {}/s",
             duration(us),
             Size(ram.transferred),
-            if rounds == 1 { "round" } else { "rounds" },
+            counted(rounds, "round"),
             rate(ram.transferred, us),
         );
-        if let (Some(count), Some(backend)) = (info.x_connections, &info.x_backend) {
-            let s = if count == 1 { "" } else { "s" };
-            line.push_str(&format!(" over {count} connection{s} ({backend})"));
-        }
-        lines.push(line);
-    } else {
-        lines.push(status.to_string());
+    }
+    if let (Some(count), Some(backend)) = (info.x_connections, &info.x_backend) {
+        lines.push(format!(
+            "over {} ({backend})",
+            counted(count, "data connection")
+        ));
     }
     if let Some(blackout) = &info.x_blackout {
-        let parts: Vec<_> = blackout
-            .parts()
-            .iter()
-            .filter(|(_, us)| *us > 0)
-            .map(|(name, us)| format!("{name} {}", duration(*us)))
+        lines.push(format!("blackout {}", duration(blackout.total_us)));
+        let parts = blackout.parts().into_iter().filter(|(_, us)| *us > 0);
+        let parts: Vec<_> = parts
+            .map(|(name, us)| format!("{name} {}", duration(us)))
             .collect();
-        lines.push(format!(
-            "blackout {}: {}",
-            duration(blackout.total_us),
-            parts.join(", ")
-        ));
+        lines.extend(
+            parts
+                .chunks(PARTS_PER_LINE)
+                .map(|some| format!("  {}", some.join(", "))),
+        );
     } else if let Some(ms) = info.downtime {
         lines.push(format!("blackout {ms} ms"));
     }
     lines
+}
+
+fn counted(count: u64, what: &str) -> String {
+    let s = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{s}")
 }
 
 #[cfg(test)]
@@ -349,13 +355,12 @@ mod tests {
             "ram": {"transferred": 1 << 20},
             "x-blackout": {"total-us": 1500, "pause-us": 500, "last-round-us": 1000}
         })));
-        assert_eq!(
-            lines[0],
-            "completed in 500 ms: 1 MiB in 1 round, 2 MiB/s over 1 connection (io_uring)"
-        );
-        assert_eq!(
-            lines[1],
-            "blackout 1.50 ms: pause 500 µs, last round 1.00 ms"
-        );
+        let expected = [
+            "completed in 500 ms: 1 MiB in 1 round, 2 MiB/s",
+            "over 1 data connection (io_uring)",
+            "blackout 1.50 ms",
+            "  pause 500 µs, last round 1.00 ms",
+        ];
+        assert_eq!(lines, expected);
     }
 }

@@ -13,10 +13,12 @@ mod run;
 pub mod size;
 mod status;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
 /// Live migration of KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -62,6 +64,24 @@ struct QmpArgs {
     /// QMP socket of the VM (vmferry's or QEMU's)
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
+}
+
+/// The whole program: the arguments of this process, logging, and errors as one line.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("VMFERRY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    match cli.execute() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vmferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 impl Cli {

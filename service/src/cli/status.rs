@@ -11,7 +11,7 @@ use super::client::{ClientError, QmpClient};
 use super::size::{Size, duration, rate};
 use super::{QmpArgs, follow, output};
 use crate::migration::status::MigrationStatus;
-use crate::qmp::schema::{MigrationInfo, WorkloadInfo};
+use crate::qmp::schema::{MigrationInfo, RamInfo, WorkloadInfo};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  vmferry status --qmp /tmp/source.qmp")]
@@ -150,20 +150,7 @@ fn migration_lines(info: &MigrationInfo) -> Vec<String> {
     };
     let mut lines = vec![status.to_string()];
     if let Some(ram) = info.ram {
-        let sent = Size(ram.transferred);
-        let ms = info.total_time.unwrap_or(0);
-        lines.push(match status.is_end() {
-            true => format!(
-                "{sent} sent in {}, {}/s",
-                duration(ms * 1000),
-                rate(ram.transferred, ms * 1000)
-            ),
-            false => format!(
-                "{sent} sent, {} left, {}/s dirtied",
-                Size(ram.remaining),
-                Size(ram.dirty_pages_rate.saturating_mul(ram.page_size))
-            ),
-        });
+        lines.push(ram_line(status, ram, info.total_time));
     }
     if let Some(blackout) = &info.x_blackout {
         lines.push(format!("blackout {}", duration(blackout.total_us)));
@@ -178,10 +165,29 @@ fn migration_lines(info: &MigrationInfo) -> Vec<String> {
     lines
 }
 
+fn ram_line(status: MigrationStatus, ram: RamInfo, total_ms: Option<u64>) -> String {
+    let moved = Size(ram.transferred);
+    match total_ms.map(|ms| ms.saturating_mul(1000)) {
+        // The target of a migration does not count time.
+        None => format!("{moved} received"),
+        Some(us) if status.is_end() => {
+            format!(
+                "{moved} sent in {}, {}/s",
+                duration(us),
+                rate(ram.transferred, us)
+            )
+        }
+        Some(_) => format!(
+            "{moved} sent, {} left, {}/s dirtied",
+            Size(ram.remaining),
+            Size(ram.dirty_pages_rate.saturating_mul(ram.page_size))
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qmp::schema::RamInfo;
 
     #[test]
     fn nothing_so_far_is_said_in_words() {

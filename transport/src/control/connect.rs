@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Address, Stream};
+use crate::limits;
 
-/// Longest time for resolving and connecting, all addresses of a name together.
-pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest time for resolving and connecting, all addresses of a name together: half of what a migration has for all of its
+/// connections.
+pub const CONNECT_DEADLINE: Duration = Duration::from_micros(limits::CONNECT_DEADLINE_US / 2);
 /// Pause before trying again when a unix listener's queue is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
 
