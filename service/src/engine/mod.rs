@@ -6,7 +6,7 @@
 //!   jobs, links, timers ----+                       +--> Incoming (target core, listener, links, data threads)
 //! ```
 //!
-//! Everything that can happen is an [`Event`] in one queue, so nothing changes while something else decides. What blocks runs on the job
+//! Everything that can happen is an `Event` in one queue, so nothing changes while something else decides. What blocks runs on the job
 //! thread or on data threads and comes back as an event.
 
 mod arrival;
