@@ -1,1 +1,3 @@
 //! Deterministic simulation of two hosts, and what the integration tests share.
+
+pub mod sim;

@@ -1,0 +1,82 @@
+//! Runs that once broke an invariant. A seed means a run only as long as the simulation draws its numbers in the same order, so a run
+//! worth keeping is written out as a world and its faults.
+
+use vmferry_tests::sim::faults::{Faults, Freeze, Kill, Since};
+use vmferry_tests::sim::{Ending, Report, World, check, check_seed};
+
+/// Seeds that failed, with what was wrong.
+const SEEDS: &[(u64, &str)] = &[
+    (
+        6408,
+        "the estimate overflowed when nothing was known of the link and the downtime limit was huge",
+    ),
+    (
+        7580,
+        "a slow answer to the hello was taken for the round trip, for ever",
+    ),
+];
+
+fn run(seed: u64, faults: &Faults) -> Report {
+    check(|| {
+        let mut world = World::new(seed);
+        world.faults = faults.clone();
+        world.set_name("cargo test -p vmferry-tests --release regressions");
+        world
+    })
+}
+
+#[test]
+fn seeds_that_failed_once_pass() {
+    for (seed, _what) in SEEDS {
+        check_seed(*seed);
+    }
+}
+
+/// The source is frozen while the answer to its hello waits to be read: a round trip of a second, which says nothing about the next.
+#[test]
+fn a_slow_answer_to_the_hello_does_not_keep_a_migration_from_converging() {
+    for seed in 0..200 {
+        let without = run(seed, &Faults::default());
+        for step in 3..7 {
+            let freeze_source = Some(Freeze {
+                step,
+                micros: 1_000_000,
+            });
+            let report = run(
+                seed,
+                &Faults {
+                    freeze_source,
+                    ..Faults::default()
+                },
+            );
+            assert_eq!(report.ending, Some(Ending::Completed));
+            assert!(
+                !report.limit_raised || without.limit_raised,
+                "world {seed}, frozen at step {step}"
+            );
+        }
+    }
+}
+
+/// Nobody but the operator can know what became of the guest: the target took it and died, or died and never had it.
+#[test]
+fn a_target_that_dies_right_after_commit_leaves_the_decision_to_the_operator() {
+    for seed in 0..200 {
+        for step in 0..6 {
+            let faults = Faults {
+                since: Since::Commit,
+                kill_target: Some(Kill {
+                    step,
+                    silent: false,
+                }),
+                ..Faults::default()
+            };
+            let report = run(seed, &faults);
+            let knows = report.ending == Some(Ending::Completed);
+            assert!(
+                knows || report.operator_decided,
+                "world {seed}, killed {step} steps after COMMIT: {report:?}"
+            );
+        }
+    }
+}

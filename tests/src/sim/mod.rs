@@ -1,0 +1,840 @@
+//! Two hosts, a network and a clock in one thread, all from one seed.
+//!
+//! The real protocol cores and the real frame codec run here; links, dirty log, memory, vCPUs, data threads and jobs are models with the
+//! same contracts as the real ones. Time is a number. Every event is a step; after each step the invariants are checked:
+//!
+//! - **I1** at most one side may run vCPUs; after COMMIT the source resumes only on the target's or the operator's word;
+//! - **I2** when the target starts the guest, its memory and vCPU state equal the source's at the pause;
+//! - **I3** an attempt that fails before the commit leaves the guest as it was, its debts paid in order, and a second attempt succeeds;
+//! - **I6** every run settles within a bounded number of steps and a bounded time, and no timer fires in a circle.
+//!
+//! `faults` says what can go wrong. [`check_seed`] runs a seed, and when it fails runs it again with a trace.
+
+pub mod faults;
+mod frames;
+mod guest;
+pub mod hostile;
+mod net;
+pub mod rng;
+mod source_host;
+mod target_host;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use vmferry_transport::proto::{
+    MigrationStatus, Source, SourceConfig, SourceTuning, Target, TargetConfig,
+};
+use vmferry_transport::units::{MigrationId, Moment, PageCount};
+use vmferry_transport::wire::DeviceSchema;
+use vmferry_transport::wire::frame::Resolution;
+use vmferry_transport::wire::hello::BlockInfo;
+
+use faults::{Faults, Kill, Since};
+use guest::{Dirtier, Memory, ProofCount, Snapshot};
+use net::{Item, LinkId, Use};
+use rng::Rng;
+pub use source_host::Ending;
+use source_host::SourceHost;
+use target_host::{AfterFailure, TargetHost, Vcpus};
+
+/// A run that takes more steps than this is going in a circle.
+const STEPS_MAX: u64 = 100_000;
+/// A run that takes longer, in microseconds of its own time, is stuck: all deadlines together are far shorter.
+const TIME_US_MAX: u64 = 3_600_000_000;
+/// How long it may take, in microseconds, until a side whose peer is gone has noticed and cleaned up: silence, slow jobs, lingering.
+const DUST_US: u64 = 200_000_000;
+/// Passes after which the operator loses patience with a migration that does not converge and raises its downtime limit.
+const PASSES_MAX: u64 = 100;
+/// Events shown when a run fails.
+const TRACE_MAX: usize = 40;
+
+/// One of the two sides.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    /// Where the guest comes from.
+    Source,
+    /// Where it goes.
+    Target,
+}
+
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct JobId(u64);
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// A side's driver or kernel moves on with writing.
+    Flush(LinkId, Side),
+    /// Something that a side sent arrives.
+    Deliver(LinkId, Side),
+    /// A data thread of the source goes on.
+    Pump(LinkId),
+    /// The data connections are made.
+    Dial(JobId),
+    SourceJob(JobId),
+    TargetJob(JobId),
+    /// The target's data threads have placed a round.
+    Placed {
+        generation: u64,
+        round: u32,
+        last: bool,
+    },
+    HelloDeadline(LinkId),
+    ListenAgain,
+    Exit,
+    /// The operator looks at the target and says what became of the guest.
+    Operator,
+    /// The operator lets a guest that was paused go on.
+    Continue,
+    Stranger,
+}
+
+#[derive(Debug)]
+struct Scheduled {
+    at: u64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// What a run was like; for tests that repeat it with a fault at every place of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Report {
+    /// How the attempt ended at the source; `None` if the source died.
+    pub ending: Option<Ending>,
+    /// The guest is at the target.
+    pub arrived: bool,
+    /// The outcome could not be learnt, and the operator decided.
+    pub operator_decided: bool,
+    /// The operator raised the downtime limit because the migration did not converge.
+    pub limit_raised: bool,
+    /// Steps taken.
+    pub steps: u64,
+    /// Bytes that the first control connection carried, from the source and from the target.
+    pub control_bytes: [u64; 2],
+    /// The same for the second one, if there was one: it asks for the outcome.
+    pub asking_bytes: [u64; 2],
+    /// Batches and ends of rounds that the first data connections carried, most of all.
+    pub data_items_max: u64,
+    /// Data connections.
+    pub data_connections: u16,
+}
+
+/// Two hosts and what lies between them.
+#[derive(Debug)]
+pub struct World {
+    name: String,
+    rng: Rng,
+    /// What goes wrong. Set before [`run`](Self::run).
+    pub faults: Faults,
+    now: u64,
+    step: u64,
+    events: BinaryHeap<Reverse<Scheduled>>,
+    scheduled: u64,
+    jobs: u64,
+    delay_us_max: u64,
+    job_us_max: u64,
+    links: Vec<net::Link>,
+    control_connections: u64,
+    blocks: Vec<u64>,
+    devices: Vec<DeviceSchema>,
+    data_connections: u16,
+    verify: bool,
+    source: SourceHost,
+    source_memory: Memory,
+    source_vcpus: u64,
+    target: TargetHost,
+    dirtier: Dirtier,
+    dirtied_at: u64,
+    pause: Option<Snapshot>,
+    proofs: ProofCount,
+    guest_should_run: bool,
+    resume_failed: bool,
+    frozen_until: [u64; 2],
+    limit_raised: bool,
+    stopped_at_step: Option<u64>,
+    committed_at_step: Option<u64>,
+    trace: Option<VecDeque<String>>,
+}
+
+impl World {
+    /// A world without faults, in every other respect drawn from the seed.
+    pub fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let blocks: Vec<u64> = (0..rng.within(1..=3))
+            .map(|_| rng.pick(&[16, 40, 120, 300, 512]))
+            .collect();
+        let devices = (0..rng.within(1..=3)).map(device).collect();
+        let dirtier = Dirtier {
+            pages_per_sec: rng.pick(&[0, 200, 5_000, 200_000]),
+            hot: rng.pick(&[20, 300, 1000]),
+            left_over: 0,
+            next: 0,
+        };
+        let mut world = Self {
+            name: format!(
+                "VMFERRY_SIM_SEED={seed} cargo test -p vmferry-tests --release simulation::replay -- --nocapture"
+            ),
+            faults: Faults::default(),
+            now: 0,
+            step: 0,
+            events: BinaryHeap::new(),
+            scheduled: 0,
+            jobs: 0,
+            delay_us_max: rng.pick(&[20, 300, 20_000]),
+            job_us_max: rng.pick(&[10, 1_000, 300_000]),
+            links: Vec::new(),
+            control_connections: 0,
+            data_connections: rng.within(1..=8) as u16,
+            verify: rng.chance(500),
+            source: SourceHost::new(Source::new(no_config(), tuning(0)), &blocks),
+            source_memory: Memory::zeroed(&blocks),
+            source_vcpus: 0,
+            target: TargetHost::new(Target::new(target_config(&blocks, &[])), &blocks),
+            dirtier,
+            dirtied_at: 0,
+            pause: None,
+            proofs: ProofCount::default(),
+            guest_should_run: true,
+            resume_failed: false,
+            frozen_until: [0; 2],
+            limit_raised: false,
+            stopped_at_step: None,
+            committed_at_step: None,
+            trace: None,
+            blocks,
+            devices,
+            rng,
+        };
+        world.boot();
+        world
+    }
+
+    /// A world and faults, both drawn from the seed.
+    pub fn with_random_faults(seed: u64) -> Self {
+        let mut world = Self::new(seed);
+        world.faults = Faults::random(&mut world.rng);
+        world
+    }
+
+    /// Says how to repeat the run when it fails.
+    pub fn set_name(&mut self, name: impl Into<String>) {
+        self.name = name.into();
+    }
+
+    /// Keeps the last events and shows them when the run fails.
+    pub fn keep_trace(&mut self) {
+        self.trace = Some(VecDeque::new());
+    }
+
+    /// The guest has run for a while; some of its memory was never touched.
+    fn boot(&mut self) {
+        self.source.running = true;
+        let blocks = self.blocks.clone();
+        for _ in 0..self.rng.below(12) {
+            let mut writes = self.dirtier;
+            writes.pages_per_sec = 1_000_000;
+            let written = writes.write(&mut self.rng, &blocks, 1_000);
+            self.dirtier.next = writes.next;
+            self.guest_writes(Side::Source, written);
+        }
+        if self.rng.chance(120) {
+            self.guest_should_run = false;
+            self.source.proof = Some(self.pause_guest());
+        }
+        self.target = self.new_target();
+    }
+
+    fn new_target(&mut self) -> TargetHost {
+        let config = target_config(&self.blocks, &self.devices);
+        let mut target = TargetHost::new(Target::new(config), &self.blocks);
+        target.eager = self.rng.chance(300);
+        target.after_failure = self.rng.pick(&[
+            AfterFailure::ListenAgain,
+            AfterFailure::ListenAgain,
+            AfterFailure::Exit,
+        ]);
+        target
+    }
+
+    fn start_attempt(&mut self) {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.rng.bits().to_le_bytes());
+        let config = SourceConfig {
+            migration_id: MigrationId(id),
+            data_connections: self.data_connections,
+            checksum: false,
+            verify: self.verify,
+            software: "simulated source".to_owned(),
+            blocks: block_infos(&self.blocks),
+            devices: self.devices.clone(),
+            guest_runs: self.guest_should_run,
+        };
+        let limit = self.rng.pick(&[300_000, 300_000, 20_000]);
+        self.source.begin_again(Source::new(config, tuning(limit)));
+        let now = self.moment();
+        self.source.core.start(now);
+    }
+
+    /// Runs one migration with the faults; if it fails and the source lives, runs a second one without faults, which must succeed.
+    pub fn run(mut self) -> Report {
+        for _ in 0..self.faults.strangers {
+            let at = self.rng.below(200_000);
+            self.schedule(at, Event::Stranger);
+        }
+        self.start_attempt();
+        self.run_until_settled();
+        let report = self.report();
+        self.let_dust_settle();
+        if let Some(ending) = self.source.ending.filter(|_| self.source.alive)
+            && ending != Ending::Completed
+        {
+            self.run_again();
+        }
+        report
+    }
+
+    fn run_again(&mut self) {
+        self.note(|| "the second attempt begins".to_owned());
+        if self.resume_failed {
+            // The operator tries once more.
+            self.source.proof = None;
+            self.source.running = self.guest_should_run;
+            self.resume_failed = false;
+        }
+        if !self.target.alive {
+            self.target = self.new_target();
+        }
+        self.start_attempt();
+        self.run_until_settled();
+        assert_eq!(
+            self.source.ending,
+            Some(Ending::Completed),
+            "I3: the second attempt succeeds"
+        );
+        assert!(self.target.owns_guest(), "I3: the guest has arrived");
+    }
+
+    fn report(&self) -> Report {
+        let carried =
+            |used| [Side::Source, Side::Target].map(|from| self.carried(used, from).unwrap_or(0));
+        let items = (0..self.data_connections)
+            .filter_map(|index| self.carried(Use::Data(index), Side::Source));
+        Report {
+            ending: self.source.ending.filter(|_| self.source.alive),
+            arrived: self.target.owns_guest(),
+            operator_decided: self.source.operator.is_some(),
+            limit_raised: self.limit_raised,
+            steps: self.step,
+            control_bytes: carried(Use::Control(0)),
+            asking_bytes: carried(Use::Control(1)),
+            data_items_max: items.max().unwrap_or(0),
+            data_connections: self.data_connections,
+        }
+    }
+
+    fn run_until_settled(&mut self) {
+        let last_step = self.step + STEPS_MAX;
+        let last_time = self.now + TIME_US_MAX;
+        loop {
+            self.drive_source();
+            self.drive_target();
+            self.check_invariants();
+            if self.is_settled() {
+                break;
+            }
+            assert!(self.step < last_step, "I6: the run goes in a circle");
+            assert!(self.now < last_time, "I6: the run does not settle");
+            self.step += 1;
+            if !self.meet_step_faults() {
+                self.take_step();
+            }
+        }
+        self.check_endings();
+    }
+
+    fn check_endings(&self) {
+        if let Some(ending) = self.source.ending.filter(|_| self.source.alive) {
+            self.check_source_ending(ending);
+            if ending != Ending::Completed {
+                assert!(!self.target.owns_guest(), "I1: the guest is at both sides");
+            }
+        }
+    }
+
+    /// What is still on its way arrives, whoever waits for something that will not come gives up, and nothing changes by that.
+    fn let_dust_settle(&mut self) {
+        self.faults = Faults::default();
+        self.frozen_until = [0; 2];
+        let (last_step, last_time) = (self.step + STEPS_MAX, self.now + DUST_US);
+        while self.next_at().is_some_and(|at| at <= last_time) {
+            assert!(self.step < last_step, "I6: it never gets quiet");
+            self.step += 1;
+            self.take_step();
+            self.drive_source();
+            self.drive_target();
+            self.check_invariants();
+        }
+        assert!(self.target.is_at_rest(), "I6: the target waits for ever");
+        self.check_endings();
+    }
+
+    /// When the next step is due.
+    fn next_at(&self) -> Option<u64> {
+        let event = self.events.peek().map(|Reverse(event)| event.at);
+        let timers = [Side::Source, Side::Target].map(|side| self.timer(side));
+        timers.into_iter().chain([event]).flatten().min()
+    }
+
+    /// Nothing will change any more, except by the operator's will.
+    fn is_settled(&self) -> bool {
+        let source_rests = !self.source.alive || self.source.ending.is_some();
+        source_rests && self.target.is_at_rest()
+    }
+
+    fn check_invariants(&self) {
+        let both = self.source.may_run() && self.target.may_run();
+        assert!(!both, "I1: both sides run");
+        if self.source.alive {
+            let expected = u32::from(!self.source.running);
+            assert_eq!(
+                self.proofs.get(),
+                expected,
+                "proofs that the guest is stopped"
+            );
+        }
+    }
+
+    /// Takes whatever comes first: an event or a timer.
+    fn take_step(&mut self) {
+        let timer = [Side::Source, Side::Target]
+            .into_iter()
+            .filter_map(|side| self.timer(side).map(|at| (at, side)))
+            .min_by_key(|(at, _)| *at);
+        let event = self.events.peek().map(|Reverse(event)| event.at);
+        match (timer, event) {
+            (Some((at, side)), event) if event.is_none_or(|event| at <= event) => {
+                self.pass_time(at);
+                self.time_out(side);
+            }
+            (_, Some(at)) => {
+                let Some(Reverse(Scheduled { event, .. })) = self.events.pop() else {
+                    return;
+                };
+                if let Some(thaw) = self.thaw(event).filter(|thaw| *thaw > at) {
+                    self.schedule_at(thaw, event);
+                    return;
+                }
+                self.pass_time(at);
+                self.handle(event);
+            }
+            _ => panic!("I6: nothing will ever happen again"),
+        }
+    }
+
+    fn timer(&self, side: Side) -> Option<u64> {
+        let (alive, at) = match side {
+            Side::Source => (
+                self.source.alive && self.source.ending.is_none(),
+                self.source.core.poll_timeout(),
+            ),
+            Side::Target => (self.target.alive, self.target.core.poll_timeout()),
+        };
+        let at = at.filter(|_| alive)?;
+        Some(at.0.max(self.now).max(self.frozen_until[side as usize]))
+    }
+
+    fn time_out(&mut self, side: Side) {
+        let now = self.moment();
+        self.note(|| format!("the timer of {side:?}"));
+        let next = match side {
+            Side::Source => {
+                self.source.core.handle_timeout(now);
+                self.source.core.poll_timeout()
+            }
+            Side::Target => {
+                self.target.core.handle_timeout(now);
+                self.target.core.poll_timeout()
+            }
+        };
+        assert!(
+            next.is_none_or(|next| next > now),
+            "I6: the timer of {side:?} fires in a circle"
+        );
+    }
+
+    /// When the process that an event belongs to goes on.
+    fn thaw(&mut self, event: Event) -> Option<u64> {
+        let side = match event {
+            Event::Flush(link, side) if self.link(link).used != Use::Stranger => side,
+            Event::Deliver(_, from) => from.other(),
+            Event::Pump(_) | Event::Dial(_) | Event::SourceJob(_) => Side::Source,
+            Event::TargetJob(_)
+            | Event::Placed { .. }
+            | Event::HelloDeadline(_)
+            | Event::ListenAgain
+            | Event::Exit => Side::Target,
+            _ => return None,
+        };
+        Some(self.frozen_until[side as usize])
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Flush(link, side) => self.flush(link, side),
+            Event::Deliver(link, from) => self.deliver(link, from),
+            Event::Pump(link) if self.source.alive => self.pump(link),
+            Event::Dial(job) if self.source.alive => self.dial(job),
+            Event::SourceJob(job) if self.source.alive => self.source_job(job),
+            Event::TargetJob(job) if self.target.alive => self.target_job(job),
+            Event::Placed {
+                generation,
+                round,
+                last,
+            } if self.target.alive => self.placed(generation, round, last),
+            Event::HelloDeadline(link) if self.target.alive => self.hello_deadline(link),
+            Event::ListenAgain => self.listen_again(),
+            Event::Exit => self.exit_target(),
+            Event::Operator => self.operator_decides(),
+            Event::Continue => self.operator_continues(),
+            Event::Stranger => self.stranger_connects(),
+            _ => {}
+        }
+    }
+
+    /// Time passes, and the guest writes wherever it runs.
+    fn pass_time(&mut self, to: u64) {
+        self.now = to;
+        let side = if self.source.alive && self.source.running {
+            Side::Source
+        } else if self.target.alive && self.target.vcpus == Vcpus::Running {
+            Side::Target
+        } else {
+            self.dirtied_at = to;
+            return;
+        };
+        if self.frozen_until[side as usize] > to {
+            return;
+        }
+        let elapsed_us = to - std::mem::replace(&mut self.dirtied_at, to);
+        let written = self.dirtier.write(&mut self.rng, &self.blocks, elapsed_us);
+        self.guest_writes(side, written);
+    }
+
+    fn guest_writes(&mut self, side: Side, written: Vec<(guest::Page, u64)>) {
+        for (page, content) in written {
+            match side {
+                Side::Source => {
+                    self.source_vcpus += 1;
+                    self.source_memory.set(page, content);
+                    self.source.present.insert(page);
+                    if self.source.log_on {
+                        self.source.log.insert(page);
+                    }
+                }
+                Side::Target => self.target.memory.set(page, content),
+            }
+        }
+    }
+
+    /// Whether anything happened: that is a step of its own then.
+    fn meet_step_faults(&mut self) -> bool {
+        let Some(begun) = self.faults_since() else {
+            return false;
+        };
+        let step = self.step - begun;
+        let mut happened = false;
+        let at = |fault: &Option<Kill>| fault.filter(|kill| kill.step == step);
+        if let Some(kill) = at(&self.faults.kill_source).filter(|_| self.source.alive) {
+            happened = true;
+            self.note(|| format!("the source dies: {kill:?}"));
+            self.source.alive = false;
+            self.close_all(Side::Source, kill.silent);
+        }
+        if let Some(kill) = at(&self.faults.kill_target).filter(|_| self.target.alive) {
+            happened = true;
+            self.note(|| format!("the target dies: {kill:?}"));
+            self.target.alive = false;
+            self.close_all(Side::Target, kill.silent);
+        }
+        for (side, freeze) in [
+            (Side::Source, self.faults.freeze_source),
+            (Side::Target, self.faults.freeze_target),
+        ] {
+            if let Some(freeze) = freeze.filter(|freeze| freeze.step == step) {
+                self.note(|| format!("{side:?} is frozen for {} us", freeze.micros));
+                self.frozen_until[side as usize] = self.now + freeze.micros;
+            }
+        }
+        if self.faults.cancel_source == Some(step) && self.is_awake(Side::Source) {
+            happened = true;
+            self.operator_cancels();
+        }
+        if self.faults.cancel_target == Some(step) && self.is_awake(Side::Target) {
+            happened = true;
+            self.note(|| "the operator cancels at the target".to_owned());
+            let now = self.moment();
+            self.target.core.handle_cancel(now);
+        }
+        if self.faults.pause == Some(step)
+            && self.is_awake(Side::Source)
+            && self.may_pause()
+            && self.source.running
+        {
+            happened = true;
+            self.note(|| "the operator pauses the guest".to_owned());
+            self.source.proof = Some(self.pause_guest());
+            self.guest_should_run = false;
+            self.source.core.set_guest_runs(false);
+            let delay = self.rng.below(20_000);
+            self.schedule(delay, Event::Continue);
+        }
+        happened
+    }
+
+    fn is_awake(&self, side: Side) -> bool {
+        let alive = match side {
+            Side::Source => self.source.alive,
+            Side::Target => self.target.alive,
+        };
+        alive && self.frozen_until[side as usize] <= self.now
+    }
+
+    fn operator_cancels(&mut self) {
+        let (now, status, was_over) = (
+            self.moment(),
+            self.source.core.status(),
+            self.source.ending.is_some(),
+        );
+        let answer = self.source.core.handle_cancel(now);
+        self.note(|| format!("the operator cancels at the source: {answer:?}"));
+        match answer {
+            Ok(()) => {
+                // An attempt that is failing already ends as failed.
+                self.source.cancelled |= !was_over
+                    && !matches!(status, MigrationStatus::Failing | MigrationStatus::Failed);
+            }
+            Err(_) => assert!(
+                self.source.commit_sent,
+                "refused although nothing is committed"
+            ),
+        }
+    }
+
+    /// The guest may be paused and continued while rounds are sent, as with `stop` and `cont`.
+    fn may_pause(&self) -> bool {
+        self.source.ending.is_none()
+            && matches!(
+                self.source.core.status(),
+                MigrationStatus::Setup | MigrationStatus::Active
+            )
+    }
+
+    fn operator_continues(&mut self) {
+        if self.is_awake(Side::Source) && self.may_pause() && self.source.proof.take().is_some() {
+            self.note(|| "the operator lets the guest go on".to_owned());
+            self.source.running = true;
+            self.guest_should_run = true;
+            self.source.core.set_guest_runs(true);
+        }
+    }
+
+    /// The operator looks at the target. If it might still take the guest, it is fenced first.
+    fn operator_decides(&mut self) {
+        if !self.source.alive || !self.source.core.is_unresolved() {
+            return;
+        }
+        let decision = if self.target.owns_guest() {
+            Resolution::Committed
+        } else {
+            if self.target.alive {
+                self.target.alive = false;
+                self.close_all(Side::Target, false);
+            }
+            Resolution::NotCommitted
+        };
+        self.note(|| format!("the operator says {decision:?}"));
+        self.source.operator = Some(decision);
+        let now = self.moment();
+        assert!(self.source.core.handle_operator_resolution(now, decision));
+    }
+
+    fn stranger_connects(&mut self) {
+        if !self.target.alive || !self.target.listens {
+            return;
+        }
+        let link = self.open_link(Use::Stranger);
+        self.target_accepts(link);
+        let bytes = hostile::stranger_bytes(&mut self.rng, &self.blocks);
+        self.note(|| format!("a stranger on {link:?}"));
+        if !bytes.is_empty() {
+            self.write(link, Side::Source, Item::Bytes(bytes));
+        }
+        if self.rng.chance(500) {
+            self.close_link(link, Side::Source, true);
+        }
+    }
+
+    fn moment(&self) -> Moment {
+        Moment(self.now)
+    }
+
+    fn new_job(&mut self) -> JobId {
+        self.jobs += 1;
+        JobId(self.jobs)
+    }
+
+    fn schedule(&mut self, delay_us: u64, event: Event) {
+        self.schedule_at(self.now + delay_us, event);
+    }
+
+    fn schedule_at(&mut self, at: u64, event: Event) {
+        self.scheduled += 1;
+        let number = self.scheduled;
+        self.events.push(Reverse(Scheduled { at, number, event }));
+    }
+
+    /// Whether a fault happens now.
+    fn chance(&mut self, of: impl Fn(&Faults) -> u32) -> bool {
+        let per_mille = of(&self.faults);
+        let quiet = self
+            .faults
+            .quiet_after_us
+            .is_some_and(|after| self.now > after);
+        !quiet && self.faults_since().is_some() && self.rng.chance(per_mille)
+    }
+
+    /// At which step the faults began, if they have.
+    fn faults_since(&self) -> Option<u64> {
+        match self.faults.since {
+            Since::Start => Some(0),
+            Since::Stop => self.stopped_at_step,
+            Since::Commit => self.committed_at_step,
+        }
+    }
+
+    fn hangs(&mut self) -> bool {
+        self.chance(|faults| faults.hang_connect)
+    }
+
+    fn link_delay(&mut self) -> u64 {
+        self.rng.below(self.delay_us_max)
+    }
+
+    fn job_delay(&mut self) -> u64 {
+        if self.chance(|faults| faults.slow_job) {
+            return self.rng.below(40_000_000);
+        }
+        self.rng.below(self.job_us_max)
+    }
+
+    fn note(&mut self, text: impl FnOnce() -> String) {
+        let (now, step) = (self.now, self.step);
+        if let Some(trace) = &mut self.trace {
+            if trace.len() == TRACE_MAX {
+                trace.pop_front();
+            }
+            trace.push_back(format!("{now:>12} us, step {step:>5}: {}", text()));
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(trace) = &self.trace
+        {
+            eprintln!("\nThe last events of the simulated run:");
+            trace.iter().for_each(|line| eprintln!("  {line}"));
+            eprintln!("Faults: {:?}", self.faults);
+            eprintln!("Repeat it with: {}\n", self.name);
+        }
+    }
+}
+
+/// Runs a world; if that fails, runs the same once more with a trace.
+pub fn check(make: impl Fn() -> World) -> Report {
+    let quick = std::panic::AssertUnwindSafe(|| make().run());
+    std::panic::catch_unwind(quick).unwrap_or_else(|_| {
+        let mut world = make();
+        world.keep_trace();
+        world.run()
+    })
+}
+
+/// Runs a seed with random faults. Panics with a trace and the command that repeats it if an invariant is broken.
+pub fn check_seed(seed: u64) -> Report {
+    check(|| World::with_random_faults(seed))
+}
+
+fn device(number: u64) -> DeviceSchema {
+    DeviceSchema {
+        name: format!("device/{number}"),
+        schema: "simulated".to_owned(),
+        version_min: 1,
+        version_max: 2,
+    }
+}
+
+fn block_infos(blocks: &[u64]) -> Vec<BlockInfo> {
+    let infos = blocks.iter().enumerate().map(|(number, pages)| BlockInfo {
+        name: format!("ram{number}"),
+        pages: PageCount(*pages),
+        page_bytes: 4096,
+    });
+    infos.collect()
+}
+
+fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetConfig {
+    TargetConfig {
+        blocks: block_infos(blocks),
+        devices: devices.to_vec(),
+        software: "simulated target".to_owned(),
+    }
+}
+
+fn tuning(downtime_limit_us: u64) -> SourceTuning {
+    SourceTuning { downtime_limit_us }
+}
+
+/// Stands in until the first attempt begins.
+fn no_config() -> SourceConfig {
+    SourceConfig {
+        migration_id: MigrationId::default(),
+        data_connections: 1,
+        checksum: false,
+        verify: false,
+        software: String::new(),
+        blocks: Vec::new(),
+        devices: Vec::new(),
+        guest_runs: false,
+    }
+}
