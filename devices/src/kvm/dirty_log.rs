@@ -1,16 +1,24 @@
 //! KVM's dirty log as a [`DirtyLog`]: reports what vCPUs, and KVM on their behalf, have written.
 //!
-//! With [`DirtyLogMode::ManualClear`] the log begins with every bit set and nothing protected. `start` clears all of it, which
-//! write-protects what the guest has mapped, in pieces so that vCPUs that fault meanwhile are not kept waiting for all memory. From
-//! then on a set bit means a write after `start`. `fetch` copies the bitmap and clears just the words that have bits; a write that
-//! comes between the two is in the copy already, and a write after the clear sets its bit anew, so the caller may read the pages
-//! once `fetch` has returned.
+//! With [`DirtyLogMode::ManualClear`] the log begins with every bit set and nothing protected. Clearing a page's bit is what
+//! write-protects it; from then on a set bit means a write. `start` clears all memory that exists, in pieces, so that vCPUs that fault
+//! meanwhile are not kept waiting. `fetch` copies the bitmap and clears just the words that have bits. A write that comes between the
+//! two is in the copy already, and a write after the clear sets its bit anew, so the caller may read the pages once `fetch` has
+//! returned.
+//!
+//! Holes of the file behind a block are left out: clearing them costs as much as clearing memory (10 ms/GiB where KVM shadows page
+//! tables), though there is nothing to protect. A piece of memory is *armed* once it has been cleared. A piece that is not armed was
+//! all holes when last looked at, its bits mean nothing, and a page of it has been written only if it exists by now: `fetch` asks the
+//! file. What it finds it arms, first clearing and then listing, so that a page is in the list or its bit is set again.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
-use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap};
-use vmferry_transport::units::{BlockId, PageIndex};
+use rustix::fs::{SeekFrom, seek};
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, PageBitmap};
+use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
 
 use super::ioctl::{clear_dirty_log, get_dirty_log};
 use super::slots::{DirtyLogMode, MemorySlots};
@@ -18,33 +26,78 @@ use super::slots::{DirtyLogMode, MemorySlots};
 const NAME: &str = "kvm";
 /// Words of the bitmap per KVM_CLEAR_DIRTY_LOG: 64 pages each, so 64 MiB of guest memory. Bounds how long KVM holds its MMU lock.
 const WORDS_PER_CLEAR: usize = 256;
+/// Words per piece that is armed at a time: 16 MiB of guest memory.
+const WORDS_PER_PIECE: usize = 64;
+const PIECE_BYTES: u64 = WORDS_PER_PIECE as u64 * 64 * PAGE_SIZE;
 
 /// KVM's log over all memory slots of a VM. Slot n is block n.
 #[derive(Debug)]
 pub struct KvmDirtyLog {
     slots: Arc<MemorySlots>,
-    /// One bitmap per slot, kept from fetch to fetch.
-    words: Vec<Vec<u64>>,
+    /// One per slot, kept from fetch to fetch.
+    logs: Vec<SlotLog>,
+}
+
+#[derive(Debug)]
+struct SlotLog {
+    pages: u64,
+    words: Vec<u64>,
+    /// Which pieces are armed.
+    armed: Vec<bool>,
 }
 
 impl KvmDirtyLog {
     /// A log over `slots`, not started. Only one may be started per VM at a time.
     pub fn new(slots: Arc<MemorySlots>) -> Self {
-        let words = slots
+        let logs = slots
             .pages()
-            .map(|pages| vec![0; usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)])
+            .map(|pages| {
+                let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
+                SlotLog {
+                    pages,
+                    words: vec![0; words],
+                    armed: vec![false; words.div_ceil(WORDS_PER_PIECE)],
+                }
+            })
             .collect();
-        Self { slots, words }
+        Self { slots, logs }
     }
 
-    fn clear_everything(&mut self) -> io::Result<()> {
-        for ((slot, words), pages) in (0..).zip(&mut self.words).zip(self.slots.pages()) {
-            words.fill(u64::MAX);
-            for at in (0..words.len()).step_by(WORDS_PER_CLEAR) {
-                let end = words.len().min(at + WORDS_PER_CLEAR);
-                clear_words(&self.slots, slot, pages, words, at..end)?;
+    /// Arms all memory that exists; all of it where the block has no file that could tell.
+    fn arm_everything(&mut self) -> io::Result<()> {
+        for (slot, log) in (0..).zip(&mut self.logs) {
+            log.words.fill(u64::MAX);
+            match self.slots.file(slot) {
+                Some((file, offset)) => {
+                    log.armed.fill(false);
+                    mark_pieces_with_data(file, offset, &mut log.armed)?;
+                }
+                None => log.armed.fill(true),
+            }
+            for range in log.armed_ranges() {
+                log.clear(&self.slots, slot, range)?;
             }
         }
+        Ok(())
+    }
+
+    fn fetch_slot(
+        slots: &MemorySlots,
+        slot: u32,
+        log: &mut SlotLog,
+        into: &mut PageBitmap,
+    ) -> Result<(), DirtyLogError> {
+        get_dirty_log(slots.vm(), slot, log.pages, &mut log.words).map_err(failed("reading"))?;
+        if slots.mode() == DirtyLogMode::ManualClear {
+            if let Some((file, offset)) = slots.file(slot) {
+                log.arm_new_pieces(slots, slot, file, offset, into)
+                    .map_err(failed("looking at new memory"))?;
+            }
+            for range in dirty_ranges(&log.words) {
+                log.clear(slots, slot, range).map_err(failed("clearing"))?;
+            }
+        }
+        into.union_words(PageIndex(0), &log.words);
         Ok(())
     }
 }
@@ -60,7 +113,7 @@ impl DirtyLog for KvmDirtyLog {
             .set_logging(true)
             .map_err(failed("switching it on"));
         let started = started.and_then(|()| match self.slots.mode() {
-            DirtyLogMode::ManualClear => self.clear_everything().map_err(failed("first clearing")),
+            DirtyLogMode::ManualClear => self.arm_everything().map_err(failed("first clearing")),
             DirtyLogMode::GetClears => Ok(()),
         });
         if started.is_err() {
@@ -73,16 +126,9 @@ impl DirtyLog for KvmDirtyLog {
     /// # Panics
     /// If `into` has fewer blocks than the VM has slots.
     fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError> {
-        for ((slot, words), pages) in (0_u16..).zip(&mut self.words).zip(self.slots.pages()) {
-            get_dirty_log(self.slots.vm(), slot.into(), pages, words).map_err(failed("reading"))?;
-            if self.slots.mode() == DirtyLogMode::ManualClear {
-                for range in dirty_ranges(words) {
-                    clear_words(&self.slots, slot.into(), pages, words, range)
-                        .map_err(failed("clearing"))?;
-                }
-            }
-            into.block_mut(BlockId(slot))
-                .union_words(PageIndex(0), words);
+        for (slot, log) in (0_u16..).zip(&mut self.logs) {
+            let into = into.block_mut(BlockId(slot));
+            Self::fetch_slot(&self.slots, slot.into(), log, into)?;
         }
         Ok(())
     }
@@ -94,23 +140,110 @@ impl DirtyLog for KvmDirtyLog {
     }
 }
 
-/// Clears the pages whose bits are set in `words[range]`.
-fn clear_words(
-    slots: &MemorySlots,
-    slot: u32,
-    pages: u64,
-    words: &[u64],
-    range: std::ops::Range<usize>,
-) -> io::Result<()> {
-    let first = range.start as u64 * 64;
-    // The last piece ends with the slot, which need not be a whole word.
-    let count = (range.len() as u64 * 64).min(pages.saturating_sub(first));
-    let count = u32::try_from(count).map_err(io::Error::other)?;
-    clear_dirty_log(slots.vm(), slot, first, count, &words[range])
+impl SlotLog {
+    /// Arms the pieces that got their first memory since the last look, and marks that memory in `into`. Zeroes the words of all
+    /// pieces that were not armed before: what KVM says of them means nothing.
+    fn arm_new_pieces(
+        &mut self,
+        slots: &MemorySlots,
+        slot: u32,
+        file: &File,
+        offset: u64,
+        into: &mut PageBitmap,
+    ) -> io::Result<()> {
+        if self.armed.iter().all(|armed| *armed) {
+            return Ok(());
+        }
+        let was_armed = self.armed.clone();
+        mark_pieces_with_data(file, offset, &mut self.armed)?;
+        for piece in (0..was_armed.len()).filter(|piece| !was_armed[*piece]) {
+            let words = piece_words(piece, self.words.len());
+            if self.armed[piece] {
+                self.words[words.clone()].fill(u64::MAX);
+                self.clear(slots, slot, words.clone())?;
+                mark_data(file, offset, piece, into)?;
+            }
+            self.words[words].fill(0);
+        }
+        Ok(())
+    }
+
+    /// Armed pieces as ranges of words, none longer than [`WORDS_PER_CLEAR`].
+    fn armed_ranges(&self) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for piece in (0..self.armed.len()).filter(|piece| self.armed[*piece]) {
+            let words = piece_words(piece, self.words.len());
+            match ranges.last_mut() {
+                Some(last)
+                    if last.end == words.start && words.end - last.start <= WORDS_PER_CLEAR =>
+                {
+                    last.end = words.end;
+                }
+                _ => ranges.push(words),
+            }
+        }
+        ranges
+    }
+
+    /// Clears the pages whose bits are set in `self.words[range]`.
+    fn clear(&self, slots: &MemorySlots, slot: u32, range: Range<usize>) -> io::Result<()> {
+        let first = range.start as u64 * 64;
+        // The last piece ends with the slot, which need not be a whole word.
+        let count = (range.len() as u64 * 64).min(self.pages.saturating_sub(first));
+        let count = u32::try_from(count).map_err(io::Error::other)?;
+        clear_dirty_log(slots.vm(), slot, first, count, &self.words[range])
+    }
+}
+
+/// Words of `piece` in a bitmap of `words` words.
+fn piece_words(piece: usize, words: usize) -> Range<usize> {
+    let start = piece * WORDS_PER_PIECE;
+    start..words.min(start + WORDS_PER_PIECE)
+}
+
+/// Sets the flag of every piece that has memory, among those whose flag is not set. The block begins at `offset` of `file`.
+fn mark_pieces_with_data(file: &File, offset: u64, pieces: &mut [bool]) -> io::Result<()> {
+    let mut piece = 0;
+    while let Some(unmarked) = pieces[piece..].iter().position(|marked| !marked) {
+        let from = offset + (piece + unmarked) as u64 * PIECE_BYTES;
+        let Some(data) = next_data(file, from)? else {
+            return Ok(());
+        };
+        let found = usize::try_from((data - offset) / PIECE_BYTES).unwrap_or(usize::MAX);
+        let Some(marked) = pieces.get_mut(found) else {
+            return Ok(());
+        };
+        *marked = true;
+        piece = found + 1;
+    }
+    Ok(())
+}
+
+/// Marks all pages of `piece` that exist.
+fn mark_data(file: &File, offset: u64, piece: usize, into: &mut PageBitmap) -> io::Result<()> {
+    let mut at = offset + piece as u64 * PIECE_BYTES;
+    let end = at + PIECE_BYTES;
+    while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
+        let hole = seek(file, SeekFrom::Hole(data))?.clamp(data + 1, end);
+        let first = (data - offset) / PAGE_SIZE;
+        let pages = (hole - offset).div_ceil(PAGE_SIZE) - first;
+        into.set_range(PageIndex(first), PageCount(pages));
+        at = hole;
+    }
+    Ok(())
+}
+
+/// First byte at or after `from` that the file has memory for. The file's position moves, which nobody uses.
+fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match seek(file, SeekFrom::Data(from)) {
+        Ok(at) => Ok(Some(at)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Ranges of words to clear: none longer than [`WORDS_PER_CLEAR`], each from its first word with bits to its last.
-fn dirty_ranges(words: &[u64]) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn dirty_ranges(words: &[u64]) -> impl Iterator<Item = Range<usize>> {
     words
         .chunks(WORDS_PER_CLEAR)
         .enumerate()
@@ -133,6 +266,8 @@ fn failed(op: &'static str) -> impl Fn(io::Error) -> DirtyLogError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn ranges_cover_all_set_words_and_stay_within_their_piece() {
@@ -143,5 +278,43 @@ mod tests {
         let ranges: Vec<_> = dirty_ranges(&words).collect();
         assert_eq!(ranges, [3..256, 256..257, 999..1000]);
         assert_eq!(dirty_ranges(&[0; 300]).count(), 0);
+    }
+
+    #[test]
+    fn armed_pieces_are_cleared_in_bounded_ranges() {
+        let mut log = SlotLog {
+            pages: 0,
+            words: vec![0; 10 * WORDS_PER_PIECE - 5],
+            armed: vec![true; 10],
+        };
+        log.armed[1] = false;
+        let end = log.words.len();
+        assert_eq!(log.armed_ranges(), [0..64, 128..384, 384..end]);
+    }
+
+    #[test]
+    fn pieces_and_pages_with_memory_are_found_and_holes_are_not() {
+        let file = File::from(memfd_create("pieces", MemfdFlags::CLOEXEC).unwrap());
+        let offset = 2 * PIECE_BYTES;
+        file.set_len(offset + 6 * PIECE_BYTES).unwrap();
+        let write = |piece: u64, page: u64| {
+            file.write_all_at(&[1], offset + piece * PIECE_BYTES + page * PAGE_SIZE)
+                .unwrap();
+        };
+        write(1, 7);
+        write(4, 0);
+        write(4, 1);
+        write(4, 4095);
+        let mut pieces = [false, false, false, true, false, false];
+        mark_pieces_with_data(&file, offset, &mut pieces).unwrap();
+        assert_eq!(pieces, [false, true, false, true, true, false]);
+
+        let mut map = PageBitmap::new(PageCount(6 * 4096));
+        mark_data(&file, offset, 4, &mut map).unwrap();
+        let found: Vec<_> = map
+            .runs(BlockId(0))
+            .map(|run| (run.start.0, run.count.0))
+            .collect();
+        assert_eq!(found, [(4 * 4096, 2), (5 * 4096 - 1, 1)]);
     }
 }

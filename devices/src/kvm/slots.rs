@@ -1,5 +1,6 @@
 //! Memory slots: guest RAM blocks at their guest-physical addresses, alive as long as KVM may reach them.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -88,6 +89,12 @@ impl MemorySlots {
     /// Pages per slot.
     pub(super) fn pages(&self) -> impl Iterator<Item = u64> {
         self.slots.iter().map(|slot| slot.block.pages().0)
+    }
+
+    /// The file behind `slot` and the offset of the slot's first byte in it, if it has one.
+    pub(super) fn file(&self, slot: u32) -> Option<(&File, u64)> {
+        let index = usize::try_from(slot).ok()?;
+        self.slots.get(index)?.block.file()
     }
 
     /// Switches the log of all slots on or off. On failure slots may differ; switching off is then still right.

@@ -3,7 +3,6 @@
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use vm_memory::GuestMemoryBackend;
 use vmferry_transport::memory::DirtyMap;
 use vmferry_transport::units::{PageCount, PageIndex};
 
@@ -257,19 +256,14 @@ fn reset_makes_the_guest_forget_its_longest_gap() {
     let proof = machine.pause().unwrap();
     thread::sleep(Duration::from_millis(200));
     machine.resume(proof).unwrap();
-    let now = passes_from_now(&machine, 2);
-    assert!(
-        now.longest_gap_us >= 200_000,
-        "the guest saw the pause: {now:?}"
-    );
+    let with_pause = passes_from_now(&machine, 2).longest_gap_us;
+    assert!(with_pause >= 200_000, "the guest saw the pause");
     machine.reset_workload_gap();
-    assert_eq!(
-        stats(&machine).longest_gap_us,
-        0,
+    assert!(
+        stats(&machine).longest_gap_us < with_pause,
         "forgotten as soon as asked for"
     );
-    let now = passes_from_now(&machine, 2);
-    assert!(now.longest_gap_us < 200_000, "{now:?}");
+    assert!(passes_from_now(&machine, 2).longest_gap_us < with_pause);
 }
 
 #[test]
@@ -477,7 +471,8 @@ fn dirty_log_reports_just_the_pages_written_between_fetches() {
     need_kvm!();
     for mode in [DirtyLogMode::ManualClear, DirtyLogMode::GetClears] {
         // The guest runs exactly once over its working set and then ends: what it writes is known.
-        let config = config(32 * MIB, 1, 2 * MIB + 12 * 4096);
+        // Some of it lies where there is memory already when the log starts, some where there is none for many MiB.
+        let config = config(256 * MIB, 1, 20 * MIB + 12 * 4096);
         let options = KvmOptions {
             dirty_log: Some(mode),
             exit_after_passes: Some(1),
@@ -507,7 +502,7 @@ fn dirty_log_reports_just_the_pages_written_between_fetches() {
         log.fetch(&mut map).unwrap();
         assert_eq!(map.count(), PageCount(0), "{mode:?}: reported once");
 
-        let page = PageIndex(5000);
+        let page = PageIndex(50_000);
         machine
             .ram
             .memory()
@@ -515,6 +510,9 @@ fn dirty_log_reports_just_the_pages_written_between_fetches() {
             .unwrap();
         log.fetch(&mut map).unwrap();
         assert_eq!(pages(&map), [page.0], "{mode:?}: the VMM's own write");
+        map.clear();
+        log.fetch(&mut map).unwrap();
+        assert_eq!(map.count(), PageCount(0), "{mode:?}: reported once");
         log.stop().unwrap();
     }
 }
@@ -525,7 +523,7 @@ fn no_write_is_lost_by_fetching_while_the_guest_runs() {
     // Goal: whatever the guest writes while the log is fetched again and again, a copy that is refreshed with the reported pages only
     // equals the guest's memory in the end. Method: rounds of pre-copy between two RAMs by hand, the last one paused.
     for mode in [DirtyLogMode::ManualClear, DirtyLogMode::GetClears] {
-        let config = config(32 * MIB, 2, 4 * MIB);
+        let config = config(64 * MIB, 2, 24 * MIB);
         let options = KvmOptions {
             dirty_log: Some(mode),
             exit_after_passes: None,
@@ -540,15 +538,17 @@ fn no_write_is_lost_by_fetching_while_the_guest_runs() {
                 copy.memory().write_slice(&page, address).unwrap();
             }
         };
-        start(&machine);
-        wait_until(&machine, |now| now.passes >= 2);
-        for _attempt in 0..2 {
+        // The first attempt starts with memory that does not exist yet, the second with all of it.
+        for attempt in 0..2 {
             let mut log = machine.dirty_log().unwrap();
             log.start().unwrap();
+            if attempt == 0 {
+                start(&machine);
+            }
             let mut map = machine.ram().empty_map();
             map.block_mut(vmferry_transport::units::BlockId(0))
                 .set_range(PageIndex(0), PageCount(config.mem_bytes / 4096));
-            for _round in 0..20 {
+            for _round in 0..12 {
                 refresh(&map);
                 map.clear();
                 log.fetch(&mut map).unwrap();
@@ -566,6 +566,6 @@ fn no_write_is_lost_by_fetching_while_the_guest_runs() {
             log.stop().unwrap();
             machine.resume(proof).unwrap();
         }
-        assert!(machine.ram.memory().num_regions() == 1);
+        assert_eq!(stats(&machine).errors, 0);
     }
 }
