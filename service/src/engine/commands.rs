@@ -181,7 +181,12 @@ impl Engine {
         value(WorkloadInfo::from(stats))
     }
 
-    fn ram_hash(&mut self, reply: Reply) {
+    pub(super) fn ram_hash(&mut self, reply: Reply) {
+        if self.runstate == RunState::Postmigrate && self.outgoing.is_some() {
+            // Completed, but the proof is on its way back.
+            self.hashes_wanted.push(reply);
+            return;
+        }
         let Guest::Stopped(stopped) = &self.guest else {
             answer(
                 reply,

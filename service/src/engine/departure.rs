@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vmferry_transport::proto::{Outcome, SourceJob};
+use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 
 use super::Engine;
 use super::event::{Event, SourceEvent};
@@ -45,6 +45,10 @@ impl Engine {
         match action {
             OutgoingAction::StatusChanged(status) => {
                 tracing::info!(%status, "outgoing migration");
+                if status == MigrationStatus::Completed {
+                    // Cleanup goes on for a moment; nobody may see a completed migration whose guest still seems to be on its way.
+                    self.set_runstate(RunState::Postmigrate);
+                }
                 if self.capabilities.events {
                     self.emit(QmpEvent::migration(status));
                 }
@@ -114,7 +118,6 @@ impl Engine {
         match outcome {
             Outcome::Completed(stopped) => {
                 self.guest = Guest::Stopped(stopped);
-                self.set_runstate(RunState::Postmigrate);
             }
             Outcome::Failed {
                 stopped: Some(stopped),
@@ -129,5 +132,8 @@ impl Engine {
             tracing::error!(error, "migration failed, the guest is still here");
         }
         self.record = Some(Record::of(&outgoing, error));
+        for reply in std::mem::take(&mut self.hashes_wanted) {
+            self.ram_hash(reply);
+        }
     }
 }

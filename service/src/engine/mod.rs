@@ -153,6 +153,8 @@ struct Engine {
     incoming: Option<Incoming>,
     /// `stop` and `cont` that wait for the job that does it.
     waiting: Vec<Reply>,
+    /// `x-ram-hash` that wait until a completed migration is cleaned up.
+    hashes_wanted: Vec<Reply>,
     /// A switchover began while such a job was under way.
     switchover_waits: bool,
     ending: Option<Ending>,
@@ -192,6 +194,7 @@ impl Engine {
             record: None,
             incoming: None,
             waiting: Vec::new(),
+            hashes_wanted: Vec::new(),
             switchover_waits: false,
             ending: None,
         })

@@ -1,0 +1,45 @@
+//! Whole migrations between real processes, and everything that can go wrong with one: a guest that keeps writing and checking its
+//! memory is moved, killed, cancelled and lied to. One line per module: what it proves.
+//!
+//! Every case runs on host threads and, where /dev/kvm is, on KVM; case names end with the accelerator. Heavy cases take turns
+//! ([`harness::turn`]), those that only wait for a deadline do not. What is random prints its seed; `VMFERRY_SEED` repeats it.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on panics; clippy exempts test functions but not what they call"
+)]
+
+/// Makes one test per accelerator of each function named.
+macro_rules! on_both_accelerators {
+    ($($case:ident),* $(,)?) => {
+        mod soft {
+            $(#[test]
+            fn $case() {
+                super::$case($crate::harness::Accel::Soft);
+            })*
+        }
+        mod kvm {
+            $(#[test]
+            fn $case() {
+                if $crate::harness::kvm_is_here() {
+                    super::$case($crate::harness::Accel::Kvm);
+                }
+            })*
+        }
+    };
+}
+
+mod harness; // processes under test, and what can be asked of them
+// mod peer; // either side of the protocol, spoken by hand
+mod proc; // what the kernel says of a process
+// mod proxy; // a link that changes, drops and cuts what passes
+mod qmp; // the control interface, events kept
+
+// mod bad_input; // I3, I5: targets and peers that do not fit; the guest stays, and moves to a good target afterwards
+// mod cancel; // I3, I6: an operator who changes his mind
+// mod corrupt; // I2, I5: pages and state that were changed on the way
+// mod doubt; // I1: the link is lost at the commit
+mod flow; // the main job over every transport
+// mod kill; // I1, I3: either side is killed at any moment
+// mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
+// mod sparse; // memory that the guest never touched stays out of both processes

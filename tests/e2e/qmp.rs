@@ -1,0 +1,112 @@
+//! A blocking QMP client that keeps the events.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// Far longer than any answer takes; who needs it hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why there is no answer.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Failure {
+    /// The VM refuses, for this reason.
+    Refused(String),
+    /// The process has gone.
+    Gone,
+}
+
+/// A negotiated connection.
+pub(crate) struct Qmp {
+    stream: UnixStream,
+    received: Vec<u8>,
+    next_id: u64,
+    /// Every event so far, oldest first.
+    pub(crate) events: Vec<Value>,
+}
+
+impl Qmp {
+    /// Connects and negotiates; `None` while nobody is there.
+    pub(crate) fn connect(path: &Path) -> Option<Self> {
+        let mut qmp = Self {
+            stream: UnixStream::connect(path).ok()?,
+            received: Vec::new(),
+            next_id: 0,
+            events: Vec::new(),
+        };
+        let greeting = qmp.message(Instant::now() + PATIENCE)?;
+        assert!(greeting["QMP"]["version"].is_object(), "{greeting}");
+        qmp.execute("qmp_capabilities", json!({})).ok()?;
+        Some(qmp)
+    }
+
+    /// Executes a command.
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        let deadline = Instant::now() + PATIENCE;
+        if self
+            .stream
+            .write_all(format!("{line}\n").as_bytes())
+            .is_err()
+        {
+            return Err(Failure::Gone);
+        }
+        loop {
+            let mut message = self.message(deadline).ok_or(Failure::Gone)?;
+            if message["event"].is_string() {
+                self.events.push(message);
+                continue;
+            }
+            assert_eq!(message["id"], json!(id), "{message}");
+            if let Some(answer) = message.get_mut("return") {
+                return Ok(answer.take());
+            }
+            let reason = message["error"]["desc"].as_str().unwrap();
+            return Err(Failure::Refused(reason.to_owned()));
+        }
+    }
+
+    /// Waits until an event that `wanted` likes has come, looking at those that are here already too. `None` if the process has gone.
+    pub(crate) fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = 0;
+        loop {
+            if let Some(event) = self.events[seen..].iter().find(|event| wanted(event)) {
+                return Some(event.clone());
+            }
+            seen = self.events.len();
+            let message = self.message(deadline)?;
+            assert!(
+                message["event"].is_string(),
+                "unasked answer while waiting for an event: {message}"
+            );
+            self.events.push(message);
+        }
+    }
+
+    /// The next JSON text; `None` at the end of the stream.
+    fn message(&mut self, deadline: Instant) -> Option<Value> {
+        loop {
+            if let Some(end) = self.received.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                return Some(serde_json::from_slice(&line).unwrap());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "no word on QMP for {PATIENCE:?}");
+            self.stream.set_read_timeout(Some(left)).unwrap();
+            let mut bytes = [0; 4096];
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return None,
+                Ok(count) => self.received.extend_from_slice(&bytes[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => return None,
+            }
+        }
+    }
+}
