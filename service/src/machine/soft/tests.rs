@@ -214,6 +214,8 @@ fn a_second_machine_continues_where_the_first_was_saved() {
         "the gap spans the move: {now:?}"
     );
 
+    // Stopped, so that no gap after the reset is seen.
+    let _stopped = target.pause().unwrap();
     target.reset_workload_gap();
     assert_eq!(stats(&target).longest_gap_us, 0);
     // The source still has what it had, and may go on as if nothing had been.
