@@ -159,28 +159,29 @@ fn a_file_that_cannot_be_written_is_filled_through_its_mapping() {
 }
 
 /// Goal: the order of rounds holds even if a connection is far ahead of another.
-/// Method: the same few pages are sent in many rounds that are queued without waiting, over more connections than there are chunks,
-/// so that pages move to another socket from round to round.
+/// Method: the same few pages get new content for each round and are sent as soon as the round before has left the source, over
+/// so many connections that pages move to another socket from round to round. Only then the target is waited for.
 #[test]
 fn a_page_sent_in_many_rounds_over_several_sockets_ends_with_its_newest_content() {
     for (transport, backend) in EVERYWHERE {
         let (source, target) = (memfd_ram(&[64]), memfd_ram(&[64]));
         let mut ferry = Ferry::new(transport, 4, sender_config(backend), source, target);
         ferry.first_round(false);
-        for burst in 0..50 {
-            for index in 0..64 {
-                write_page(&ferry.source, 0, index, burst * 64 + index);
-            }
-            let all = RoundWork {
-                runs: (0..64).map(|index| run(0, index, 1)).collect(),
-                holes: Vec::new(),
-            };
-            // Between these the content does not change at the source, but at the target nothing may go back either.
-            for _ in 0..3 {
+        let all = RoundWork {
+            runs: (0..64).map(|index| run(0, index, 1)).collect(),
+            holes: Vec::new(),
+        };
+        for burst in 0..60 {
+            let rounds = 1 + burst % 4;
+            for round in 0..rounds {
+                for index in 0..64 {
+                    write_page(&ferry.source, 0, index, (burst * 4 + round) * 64 + index);
+                }
                 ferry.queue(all.clone(), false);
+                ferry.settle_source();
             }
-            for _ in 0..3 {
-                ferry.settle();
+            for _ in 0..rounds {
+                ferry.settle_target();
             }
             let hashes = [&ferry.source, &ferry.target].map(|ram| ram_hash(ram).unwrap().hash);
             assert_eq!(hashes[0], hashes[1], "burst {burst}");

@@ -12,6 +12,7 @@ use crate::memory::extents::Extents;
 use crate::memory::hash::{RamHash, ram_hash};
 use crate::memory::zero::{GuestPage, PAGE_BYTES};
 use crate::units::{BlockId, PageIndex, RoundId};
+use crate::wire::ram::RoundCounts;
 
 mod ending;
 mod exact;
@@ -143,15 +144,23 @@ impl Ferry {
 
     /// Waits for both events of one round.
     fn settle(&self) -> RoundStats {
-        let stats = match self.sent.recv_timeout(PATIENCE).unwrap() {
+        let stats = self.settle_source();
+        assert_eq!(self.settle_target(), stats.counts);
+        stats
+    }
+
+    fn settle_source(&self) -> RoundStats {
+        match self.sent.recv_timeout(PATIENCE).unwrap() {
             SenderEvent::RoundSent { stats, .. } => stats,
             SenderEvent::Failed { error, .. } => panic!("sender: {error:?}"),
-        };
+        }
+    }
+
+    fn settle_target(&self) -> RoundCounts {
         match self.received.recv_timeout(PATIENCE).unwrap() {
-            ReceiverEvent::RoundReceived { counts, .. } => assert_eq!(counts, stats.counts),
+            ReceiverEvent::RoundReceived { counts, .. } => counts,
             ReceiverEvent::Failed { error, .. } => panic!("receiver: {error:?}"),
         }
-        stats
     }
 
     fn first_round(&mut self, last: bool) -> RoundStats {
