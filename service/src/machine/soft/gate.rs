@@ -151,8 +151,8 @@ impl Gate {
         }
     }
 
-    /// Stops all vCPUs and waits until they are parked. If one does not in time, all run again as before.
-    pub(super) fn stop(&self) -> Result<(), ParkTimeout> {
+    /// Stops all vCPUs and waits until they are parked. If one does not within `patience`, all run again as before.
+    pub(super) fn stop(&self, patience: Duration) -> Result<(), ParkTimeout> {
         let mut inner = self.lock();
         let before = inner.command;
         if before == Command::Run {
@@ -160,7 +160,7 @@ impl Gate {
         }
         let (mut inner, _) = self
             .vcpu_parked
-            .wait_timeout_while(inner, PARK_MAX, |inner| inner.parked < self.vcpus)
+            .wait_timeout_while(inner, patience, |inner| inner.parked < self.vcpus)
             .unwrap_or_else(PoisonError::into_inner);
         if inner.parked == self.vcpus {
             return Ok(());
@@ -188,9 +188,81 @@ impl Gate {
     }
 }
 
-/// Some vCPUs did not park within [`PARK_MAX`].
+/// Some vCPUs did not park in time.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct ParkTimeout {
     /// How many.
     pub(super) running: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    /// Lets the threads of a test end, also when the test fails.
+    struct QuitAtEnd<'a>(&'a Gate);
+
+    impl Drop for QuitAtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.quit();
+        }
+    }
+
+    fn parked_until_quit(gate: &Gate) {
+        assert_eq!(gate.park(|event| panic!("{event:?}")), Leave::Quit);
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_park_fails_the_stop_and_all_run_on() {
+        let gate = Gate::new(2);
+        gate.resume().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // One parks when told and is let go again; the other is stuck somewhere.
+                while !gate.must_leave_guest() {
+                    std::thread::yield_now();
+                }
+                while gate.park(|event| panic!("{event:?}")) == Leave::Run {
+                    gate.sleep(PARK_MAX);
+                }
+            });
+            let _quit = QuitAtEnd(&gate);
+            let timeout = gate.stop(Duration::from_millis(50)).unwrap_err();
+            assert!((1..=2).contains(&timeout.running));
+            assert!(!gate.must_leave_guest(), "they run as before");
+            // Nor does a stop that fails while they are stopped start them.
+            gate.end("test", MachineEvent::GuestExit(1));
+            gate.stop(Duration::from_millis(1)).unwrap_err();
+            assert!(gate.must_leave_guest());
+        });
+    }
+
+    #[test]
+    fn the_first_end_counts_and_is_reported_once_all_are_parked() {
+        let gate = Gate::new(2);
+        gate.resume().unwrap();
+        gate.end("first", MachineEvent::GuestExit(1));
+        gate.end("second", MachineEvent::GuestExit(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| parked_until_quit(&gate));
+            let _quit = QuitAtEnd(&gate);
+            while gate.lock().parked == 0 {
+                std::thread::yield_now();
+            }
+            let seen = RefCell::new(Vec::new());
+            gate_last(&gate, &seen);
+            assert_eq!(*seen.borrow(), [MachineEvent::GuestExit(1)]);
+            assert_eq!(gate.resume(), Err(Ended("first".to_owned())));
+        });
+    }
+
+    /// Parks as the last vCPU and, once it has reported, makes all quit.
+    fn gate_last(gate: &Gate, seen: &RefCell<Vec<MachineEvent>>) {
+        let left = gate.park(|event| {
+            seen.borrow_mut().push(event);
+            gate.quit();
+        });
+        assert_eq!(left, Leave::Quit);
+    }
 }

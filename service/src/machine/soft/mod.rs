@@ -35,7 +35,7 @@ use super::workload::{WorkloadStats, stats};
 use super::{
     Accel, EventSink, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped,
 };
-use gate::{Gate, Leave};
+use gate::{Gate, Leave, PARK_MAX};
 use memory::VcpuMemory;
 use saved::{SoftMachineV1, SoftVcpuV1, load_registers, save_registers};
 use vcpu::{Registers, Stopped, Vcpu};
@@ -190,7 +190,7 @@ impl Machine for SoftMachine {
     }
 
     fn pause(&self) -> Result<VcpusStopped, MachineError> {
-        self.shared.gate.stop().map_err(|timeout| {
+        self.shared.gate.stop(PARK_MAX).map_err(|timeout| {
             host_error(
                 format!("pause {} of the vCPUs", timeout.running),
                 io::ErrorKind::TimedOut.into(),
