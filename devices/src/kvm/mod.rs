@@ -25,3 +25,6 @@ pub use irqchip::{restore_irqchip, save_irqchip};
 pub use kick::{Kicker, install_kick_handler};
 pub use slots::{DirtyLogMode, MemorySlots};
 pub use vcpu::{KvmVcpu, VcpuProfile, vcpu_name};
+
+#[cfg(test)]
+mod tests;

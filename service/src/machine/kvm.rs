@@ -70,7 +70,7 @@ pub struct KvmMachine {
     profile: VcpuProfile,
     /// What the guest does, once there is one.
     workload: Mutex<Option<WorkloadConfig>>,
-    /// Whether guest memory may be read for statistics: not before a guest is loaded, because reading allocates.
+    /// Whether there is a guest to run. Before, its memory is not even read for statistics, because reading allocates.
     guest_loaded: AtomicBool,
 }
 
@@ -192,10 +192,10 @@ impl KvmMachine {
         Ok(())
     }
 
+    /// There is a guest now, and this is what it does, if it is the workload.
     fn guest_is(&self, workload: Option<WorkloadConfig>) {
         *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = workload;
-        self.guest_loaded
-            .store(workload.is_some(), Ordering::SeqCst);
+        self.guest_loaded.store(true, Ordering::SeqCst);
     }
 
     fn start_threads(&self) -> Result<(), MachineError> {
@@ -278,6 +278,10 @@ impl Machine for KvmMachine {
     }
 
     fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
+        if !self.guest_loaded.load(Ordering::SeqCst) {
+            let source = MachineError::Config("no guest has been loaded yet".to_owned());
+            return Err(ResumeError { proof, source });
+        }
         for vcpu in &self.board.vcpus {
             // Tells the guest's watchdogs that it was stopped. EINVAL: the guest does not use the paravirtual clock.
             let _ = vcpu.lock().fd().kvmclock_ctrl();
@@ -317,6 +321,8 @@ impl Machine for KvmMachine {
                 device: state::MACHINE.to_owned(),
             });
         };
+        // A half-loaded guest must not run.
+        self.guest_loaded.store(false, Ordering::SeqCst);
         let workload = state::load_machine(machine, self.config.mem_bytes, self.config.vcpus)?;
         let clock = restore_clock(&self.vm, clock)?;
         for (vcpu, section) in self.board.vcpus.iter().zip(vcpus) {

@@ -338,6 +338,100 @@ fn state_moves_to_a_second_vm_and_back_and_the_guest_notices_nothing() {
     }
 }
 
+/// Bytes of memory behind the machine's RAM.
+fn allocated_bytes(machine: &KvmMachine) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    machine
+        .ram
+        .files()
+        .map(|file| file.metadata().unwrap().blocks() * 512)
+        .sum()
+}
+
+#[test]
+fn an_empty_machine_touches_no_memory_and_does_not_run() {
+    need_kvm!();
+    let config = config(4 << 30, 2, 2 * MIB);
+    let source = machine(&config);
+    let stopped = source.pause().unwrap();
+    let sections = source.save(&stopped).unwrap();
+
+    let target = machine(&incoming(&config));
+    let target_stopped = target.pause().unwrap();
+    let error = target.resume(target_stopped).unwrap_err();
+    assert!(error.source.to_string().contains("no guest"), "{error:?}");
+    // Post-copy loads the state before the memory is there.
+    target.load(&error.proof, &sections).unwrap();
+    assert_eq!(allocated_bytes(&target), 0);
+
+    let mut damaged = sections.clone();
+    damaged.pop();
+    target.load(&error.proof, &damaged).unwrap_err();
+    target.resume(error.proof).unwrap();
+}
+
+#[test]
+fn a_machine_that_failed_to_load_does_not_run_until_it_has_loaded() {
+    need_kvm!();
+    let config = config(32 * MIB, 1, MIB);
+    let source = machine(&config);
+    let stopped = source.pause().unwrap();
+    let sections = source.save(&stopped).unwrap();
+    let mut damaged = sections.clone();
+    let at = sections
+        .iter()
+        .position(|section| section.name == "vcpu/0")
+        .unwrap();
+    damaged[at].bytes = damaged[at].bytes.slice(1..);
+
+    let target = machine(&incoming(&config));
+    copy_ram(&source, &target);
+    let target_stopped = target.pause().unwrap();
+    target.load(&target_stopped, &damaged).unwrap_err();
+    let error = target.resume(target_stopped).unwrap_err();
+    target.load(&error.proof, &sections).unwrap();
+    target.resume(error.proof).unwrap();
+    assert_eq!(passes_from_now(&target, 3).errors, 0);
+}
+
+#[test]
+fn the_guests_clock_counts_the_time_of_the_move() {
+    need_kvm!();
+    let config = config(32 * MIB, 1, MIB);
+    let source = machine(&config);
+    let before_all_writes = Instant::now();
+    start(&source);
+    wait_until(&source, |now| now.passes >= 3);
+    let stopped = source.pause().unwrap();
+    source.reset_workload_gap();
+    let sections = source.save(&stopped).unwrap();
+    let target = machine(&incoming(&config));
+    // The guest forgets its gaps at its next write, which is before the move ends in what it sees; so clear what it would forget.
+    let memory = source.ram.memory();
+    let requested: u64 = memory
+        .read_obj(GuestAddress(mailbox_gpa(0) + mailbox::RESET_REQUESTED))
+        .unwrap();
+    for (field, value) in [
+        (mailbox::RESET_DONE, requested),
+        (mailbox::LONGEST_GAP_TICKS, 0),
+    ] {
+        memory
+            .write_obj(value, GuestAddress(mailbox_gpa(0) + field))
+            .unwrap();
+    }
+    copy_ram(&source, &target);
+    thread::sleep(Duration::from_millis(100));
+    let target_stopped = target.pause().unwrap();
+    target.load(&target_stopped, &sections).unwrap();
+    target.resume(target_stopped).unwrap();
+    let gap_us = passes_from_now(&target, 2).longest_gap_us;
+    let most_us = u64::try_from(before_all_writes.elapsed().as_micros()).unwrap();
+    assert!(
+        (100_000..=most_us + most_us / 1000).contains(&gap_us),
+        "a gap of {gap_us} us of {most_us} us in all"
+    );
+}
+
 #[test]
 fn source_goes_on_after_its_state_was_saved_and_loaded_elsewhere() {
     need_kvm!();

@@ -1,0 +1,281 @@
+//! KVM state on real KVM, on VMs without memory whose vCPUs never run. Where /dev/kvm is missing each test says so loudly.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_INIT_RECEIVED, kvm_irqchip,
+    kvm_pit_config,
+};
+use kvm_ioctls::{Kvm, VmFd};
+
+use super::bytes::{from_bytes, to_bytes};
+use super::ioctl::XsaveArea;
+use super::msrs::set_msrs;
+use super::saved::{ClockV1, IrqchipV1, VcpuV1};
+use super::*;
+use crate::DeviceError;
+use crate::saved::{decode, encode};
+
+/// A VM with one vCPU; with interrupt controllers in the kernel, and a PIT, if `irqchip`.
+fn vm_with_vcpu(irqchip: bool) -> Option<(VmFd, KvmVcpu, VcpuProfile)> {
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            eprintln!("SKIPPED: no /dev/kvm here ({error}); nothing was tested");
+            return None;
+        }
+    };
+    let vm = kvm.create_vm().unwrap();
+    if irqchip {
+        vm.create_irq_chip().unwrap();
+        vm.create_pit2(kvm_pit_config::default()).unwrap();
+    }
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+    let vcpu = KvmVcpu::new(&vm, 0, &supported).unwrap();
+    let profile = VcpuProfile::probe(&kvm, &vm, &vcpu, irqchip).unwrap();
+    Some((vm, vcpu, profile))
+}
+
+/// Gives registers of every kind a value of their own.
+fn make_distinctive(vcpu: &KvmVcpu, profile: &VcpuProfile) {
+    let fd = vcpu.fd();
+    let mut regs = fd.get_regs().unwrap();
+    (regs.rax, regs.r15, regs.rip) = (0x1111, 0x2222, 0x3333);
+    fd.set_regs(&regs).unwrap();
+    let mut sregs = fd.get_sregs().unwrap();
+    (sregs.cr2, sregs.gdt.base) = (0x5000, 0x6000);
+    fd.set_sregs(&sregs).unwrap();
+    let mut debug = fd.get_debug_regs().unwrap();
+    debug.db[1] = 0x7000;
+    fd.set_debug_regs(&debug).unwrap();
+    let mut bytes = vcpu.save(profile).unwrap().xsave;
+    bytes[XMM3].fill(9);
+    bytes[XSTATE_BV_FIRST] |= XSTATE_SSE;
+    let mut xsave = XsaveArea::new(bytes.len());
+    xsave.fill(&bytes);
+    xsave.set(fd).unwrap();
+    set_msrs(fd, "vcpu/0", &[(0x174, 0x10), (0xc000_0102, 0x1234_5000)]).unwrap();
+}
+
+/// Where the XSAVE area holds XMM3.
+const XMM3: std::ops::Range<usize> = 208..224;
+/// Low byte of the field that says which components are in use.
+const XSTATE_BV_FIRST: usize = 512;
+const XSTATE_SSE: u8 = 2;
+
+#[test]
+fn all_of_a_vcpus_state_arrives_in_a_second_vm() {
+    for irqchip in [false, true] {
+        let Some((_vm, source, profile)) = vm_with_vcpu(irqchip) else {
+            return;
+        };
+        make_distinctive(&source, &profile);
+        let saved = source.save(&profile).unwrap();
+        assert_eq!(saved.lapic.is_some(), irqchip);
+        let saved: VcpuV1 = decode(&encode("vcpu/0", &saved).unwrap()).unwrap();
+
+        let (_target_vm, mut target, target_profile) = vm_with_vcpu(irqchip).unwrap();
+        assert!(
+            !saved
+                .differences(&target.save(&target_profile).unwrap())
+                .is_empty()
+        );
+        target.restore(&target_profile, &saved, None).unwrap();
+        let loaded = target.save(&target_profile).unwrap();
+        assert_eq!(saved.differences(&loaded), Vec::<String>::new());
+        assert_eq!(loaded.xsave[XMM3], [9; 16]);
+
+        // The TSC goes on; it does not start anew.
+        assert!(
+            loaded.tsc.value >= saved.tsc.value,
+            "{:?} then {:?}",
+            saved.tsc,
+            loaded.tsc
+        );
+    }
+}
+
+/// Something done to a saved state.
+type Change<'a> = &'a dyn Fn(&mut VcpuV1);
+
+#[test]
+fn every_field_counts_as_a_difference() {
+    let Some((_vm, vcpu, profile)) = vm_with_vcpu(true) else {
+        return;
+    };
+    let saved = vcpu.save(&profile).unwrap();
+    let changes: [(&str, Change<'_>); 10] = [
+        ("cpuid", &|state| state.cpuid[8] ^= 1),
+        ("regs", &|state| state.regs[0] ^= 1),
+        ("sregs", &|state| state.sregs[0] ^= 1),
+        ("xcrs", &|state| state.xcrs[0] ^= 1),
+        ("xsave", &|state| state.xsave[600] ^= 1),
+        ("lapic", &|state| state.lapic = None),
+        ("events", &|state| state.events[0] ^= 1),
+        ("debug_regs", &|state| state.debug_regs[0] ^= 1),
+        ("MSR", &|state| state.msrs[0].1 ^= 1),
+        ("mp_state", &|state| state.mp_state ^= 1),
+    ];
+    for (field, change) in changes {
+        let mut other = saved.clone();
+        change(&mut other);
+        let found = saved.differences(&other);
+        assert!(
+            found.len() == 1 && found[0].starts_with(field),
+            "{field}: {found:?}"
+        );
+    }
+    let mut moved = saved.clone();
+    moved.tsc.value += 1000;
+    assert_eq!(saved.differences(&moved), Vec::<String>::new());
+}
+
+#[test]
+fn a_local_apic_on_one_side_only_is_refused() {
+    let Some((_vm, with, with_profile)) = vm_with_vcpu(true) else {
+        return;
+    };
+    let (_other_vm, mut without, without_profile) = vm_with_vcpu(false).unwrap();
+    let saved = with.save(&with_profile).unwrap();
+    let error = without
+        .restore(&without_profile, &saved, None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("vcpu/0") && error.contains("local APIC"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_vcpu_that_waits_for_its_start_keeps_waiting() {
+    let Some((_vm, source, profile)) = vm_with_vcpu(true) else {
+        return;
+    };
+    let mut saved = source.save(&profile).unwrap();
+    saved.mp_state = KVM_MP_STATE_INIT_RECEIVED;
+    let (_target_vm, mut target, target_profile) = vm_with_vcpu(true).unwrap();
+    target.restore(&target_profile, &saved, None).unwrap();
+    assert_eq!(
+        target.save(&target_profile).unwrap().mp_state,
+        KVM_MP_STATE_INIT_RECEIVED
+    );
+}
+
+#[test]
+fn a_feature_that_this_host_lacks_is_named() {
+    let Some((_vm, mut vcpu, profile)) = vm_with_vcpu(false) else {
+        return;
+    };
+    let mut saved = vcpu.save(&profile).unwrap();
+    let mut cpuid = cpuid::cpuid_from_bytes(
+        "vcpu/0",
+        saved.visible_cpuid.as_ref().unwrap_or(&saved.cpuid),
+    )
+    .unwrap();
+    // Leaf 7.0 ECX bit 31 is PKS, which KVM does not give to guests.
+    for entry in cpuid.as_mut_slice() {
+        if (entry.function, entry.index) == (7, 0) {
+            entry.ecx |= 1 << 31;
+        }
+    }
+    saved.visible_cpuid = Some(cpuid::cpuid_to_bytes(&cpuid));
+    let error = vcpu
+        .restore(&profile, &saved, None)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("leaf 0x7.0 ecx bits 0x80000000"), "{error}");
+}
+
+#[test]
+fn interrupt_controllers_and_timer_arrive_in_a_second_vm() {
+    let Some((source, ..)) = vm_with_vcpu(true) else {
+        return;
+    };
+    let mut ioapic = kvm_irqchip {
+        chip_id: KVM_IRQCHIP_IOAPIC,
+        ..Default::default()
+    };
+    source.get_irqchip(&mut ioapic).unwrap();
+    let mut bytes = to_bytes(&ioapic);
+    // The ID of the I/O APIC, after chip id, padding and base address and select register.
+    bytes[20..24].copy_from_slice(&5_u32.to_le_bytes());
+    source
+        .set_irqchip(&from_bytes("irqchip", "ioapic", &bytes).unwrap())
+        .unwrap();
+    let mut pit = source.get_pit2().unwrap();
+    pit.channels[1].count = 77;
+    source.set_pit2(&pit).unwrap();
+
+    let section = save_irqchip(&source, "irqchip", true).unwrap();
+    let (target, ..) = vm_with_vcpu(true).unwrap();
+    restore_irqchip(&target, &section, true).unwrap();
+    let loaded: IrqchipV1 = decode(&save_irqchip(&target, "irqchip", true).unwrap()).unwrap();
+    let saved: IrqchipV1 = decode(&section).unwrap();
+    assert_eq!(loaded.ioapic, saved.ioapic);
+    assert_eq!(
+        (loaded.pic_master, loaded.pic_slave),
+        (saved.pic_master.clone(), saved.pic_slave.clone())
+    );
+    assert_eq!(target.get_pit2().unwrap().channels[1].count, 77);
+
+    let refuse = |state: &IrqchipV1, reason: &str| {
+        let section = encode("irqchip", state).unwrap();
+        let error = restore_irqchip(&target, &section, true)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("irqchip") && error.contains(reason),
+            "{error}"
+        );
+    };
+    let swapped = IrqchipV1 {
+        pic_master: saved.pic_slave.clone(),
+        ..saved.clone()
+    };
+    refuse(&swapped, "pic_master holds chip 1");
+    let without_pit = IrqchipV1 {
+        pit: None,
+        ..saved.clone()
+    };
+    refuse(&without_pit, "PIT");
+    let short = IrqchipV1 {
+        ioapic: saved.ioapic[1..].to_vec(),
+        ..saved
+    };
+    refuse(&short, "ioapic has");
+}
+
+#[test]
+fn the_clock_goes_on_from_where_it_was_and_counts_the_time_between() {
+    let Some((source, ..)) = vm_with_vcpu(false) else {
+        return;
+    };
+    // An hour more than the target's clock could have by itself.
+    let ahead = kvm_bindings::kvm_clock_data {
+        clock: 3_600_000_000_000,
+        ..Default::default()
+    };
+    source.set_clock(&ahead).unwrap();
+    let mut section = save_clock(&source, "kvm-clock").unwrap();
+    let mut saved: ClockV1 = decode(&section).unwrap();
+    saved.realtime_ns -= 5_000_000_000;
+    section = encode("kvm-clock", &saved).unwrap();
+    let (target, ..) = vm_with_vcpu(false).unwrap();
+    let ClockMove { source: _, target } = restore_clock(&target, &section).unwrap();
+    let passed_ns = target.clock_ns - saved.clock_ns;
+    assert!(
+        (5_000_000_000..65_000_000_000).contains(&passed_ns),
+        "{passed_ns}"
+    );
+}
+
+#[test]
+fn a_clock_from_another_age_is_refused() {
+    let Some((vm, ..)) = vm_with_vcpu(false) else {
+        return;
+    };
+    let mut saved: ClockV1 = decode(&save_clock(&vm, "kvm-clock").unwrap()).unwrap();
+    saved.realtime_ns = 0;
+    let error = restore_clock(&vm, &encode("kvm-clock", &saved).unwrap()).unwrap_err();
+    assert!(matches!(error, DeviceError::BadState { .. }), "{error}");
+    assert!(error.to_string().contains("kvm-clock"), "{error}");
+}
