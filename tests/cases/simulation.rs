@@ -12,10 +12,6 @@ use vmferry_transport::proto::{SourceJob, TargetJob};
 
 /// Worlds that the exhaustive tests go through: one to eight data connections, two or more rounds, with and without verification.
 const WORLDS: [u64; 4] = [0, 12, 26, 28];
-/// Bytes of COMMIT, FINISH and every other frame without a body.
-const EMPTY_FRAME_BYTES: u64 = 16;
-/// Bytes of RUNNING.
-const RUNNING_BYTES: u64 = 24;
 
 fn number<T: FromStr>(variable: &str, default: T) -> T {
     match env::var(variable) {
@@ -105,7 +101,6 @@ fn without_faults_the_guest_arrives() {
 fn the_guest_moves_when_the_last_byte_of_commit_arrives_and_not_before() {
     for seed in WORLDS {
         let whole = run_without_faults(seed);
-        let committed = whole.control_bytes[0] - EMPTY_FRAME_BYTES;
         for notice in Notice::ALL {
             for bytes in 0..whole.control_bytes[0] {
                 let cut = ControlCut {
@@ -120,7 +115,7 @@ fn the_guest_moves_when_the_last_byte_of_commit_arrives_and_not_before() {
                 };
                 let test = "the_guest_moves_when_the_last_byte_of_commit_arrives_and_not_before";
                 let report = run(seed, test, &faults);
-                let moves = bytes >= committed;
+                let moves = bytes >= whole.commit_ends_at;
                 assert_eq!(report.arrived, moves, "world {seed}, {cut:?}");
                 let ending = if moves {
                     Ending::Completed
@@ -138,7 +133,6 @@ fn the_guest_moves_when_the_last_byte_of_commit_arrives_and_not_before() {
 fn the_source_learns_the_outcome_wherever_the_targets_words_are_cut() {
     for seed in WORLDS {
         let whole = run_without_faults(seed);
-        let ready = whole.control_bytes[1] - RUNNING_BYTES;
         for notice in Notice::ALL {
             for bytes in 0..whole.control_bytes[1] {
                 let cut = ControlCut {
@@ -153,7 +147,7 @@ fn the_source_learns_the_outcome_wherever_the_targets_words_are_cut() {
                 };
                 let test = "the_source_learns_the_outcome_wherever_the_targets_words_are_cut";
                 let report = run(seed, test, &faults);
-                if bytes < ready {
+                if bytes < whole.ready_ends_at {
                     assert_eq!(report.ending, Some(Ending::Failed), "world {seed}, {cut:?}");
                     assert!(!report.arrived, "world {seed}, {cut:?}");
                 }
@@ -170,8 +164,8 @@ fn the_source_learns_the_outcome_wherever_the_targets_words_are_cut() {
 fn the_source_learns_the_outcome_wherever_its_question_is_cut() {
     for seed in WORLDS {
         let whole = run_without_faults(seed);
-        let running = (Side::Target, whole.control_bytes[1] - RUNNING_BYTES);
-        let commit = (Side::Source, whole.control_bytes[0] - 2 * EMPTY_FRAME_BYTES);
+        let running = (Side::Target, whole.ready_ends_at);
+        let commit = (Side::Source, whole.commit_ends_at - 1);
         for (from, bytes) in [running, commit] {
             for notice in Notice::ALL {
                 let first = ControlCut {

@@ -43,7 +43,7 @@ const STEPS_MAX: u64 = 100_000;
 /// A run that takes longer, in microseconds of its own time, is stuck: all deadlines together are far shorter.
 const TIME_US_MAX: u64 = 3_600_000_000;
 /// How long it may take, in microseconds, until a side whose peer is gone has noticed and cleaned up: silence, slow jobs, lingering.
-const DUST_US: u64 = 200_000_000;
+const DUST_US: u64 = 400_000_000;
 /// Passes after which the operator loses patience with a migration that does not converge and raises its downtime limit.
 const PASSES_MAX: u64 = 100;
 /// Events shown when a run fails.
@@ -140,6 +140,10 @@ pub struct Report {
     pub steps: u64,
     /// Bytes that the first control connection carried, from the source and from the target.
     pub control_bytes: [u64; 2],
+    /// How many bytes the source has sent when the last one of COMMIT leaves.
+    pub commit_ends_at: u64,
+    /// How many bytes the target has sent when the last one of READY leaves.
+    pub ready_ends_at: u64,
     /// The same for the second one, if there was one: it asks for the outcome.
     pub asking_bytes: [u64; 2],
     /// Batches and ends of rounds that the first data connections carried, most of all.
@@ -180,6 +184,9 @@ pub struct World {
     resume_failed: bool,
     frozen_until: [u64; 2],
     limit_raised: bool,
+    /// Bytes given to the first control connection by each side, and what they were at COMMIT and at READY.
+    said: [u64; 2],
+    milestones: [u64; 2],
     stopped_at_step: Option<u64>,
     committed_at_step: Option<u64>,
     trace: Option<VecDeque<String>>,
@@ -227,6 +234,8 @@ impl World {
             resume_failed: false,
             frozen_until: [0; 2],
             limit_raised: false,
+            said: [0; 2],
+            milestones: [0; 2],
             stopped_at_step: None,
             committed_at_step: None,
             trace: None,
@@ -355,6 +364,8 @@ impl World {
             limit_raised: self.limit_raised,
             steps: self.step,
             control_bytes: carried(Use::Control(0)),
+            commit_ends_at: self.milestones[0],
+            ready_ends_at: self.milestones[1],
             asking_bytes: carried(Use::Control(1)),
             data_items_max: items.max().unwrap_or(0),
             data_connections: self.data_connections,
@@ -739,6 +750,17 @@ impl World {
             Since::Stop => self.stopped_at_step,
             Since::Commit => self.committed_at_step,
         }
+    }
+
+    /// A frame goes to a control connection.
+    fn say(&mut self, link: LinkId, from: Side, bytes: Vec<u8>, is_milestone: bool) {
+        if self.link(link).used == Use::Control(0) {
+            self.said[from as usize] += bytes.len() as u64;
+            if is_milestone {
+                self.milestones[from as usize] = self.said[from as usize];
+            }
+        }
+        self.write(link, from, Item::Bytes(bytes));
     }
 
     fn hangs(&mut self) -> bool {

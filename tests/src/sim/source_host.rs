@@ -221,7 +221,8 @@ impl World {
             self.committed_at_step.get_or_insert(self.step);
         }
         if let Some(control) = self.source.control {
-            self.write(control, Side::Source, Item::Bytes(frame.encode()));
+            let is_commit = *frame == SourceFrame::Commit;
+            self.say(control, Side::Source, frame.encode(), is_commit);
         }
     }
 

@@ -8,7 +8,9 @@ use vmferry_transport::proto::{
 };
 use vmferry_transport::units::RoundId;
 use vmferry_transport::wire::Section;
-use vmferry_transport::wire::frame::{AbortCode, FrameBuffer, SourceFrame, Verification};
+use vmferry_transport::wire::frame::{
+    AbortCode, FrameBuffer, SourceFrame, TargetFrame, Verification,
+};
 
 use super::guest::Memory;
 use super::net::{Content, Item, LinkId};
@@ -147,11 +149,9 @@ impl World {
         match action {
             TargetAction::StatusChanged(status) => self.target_status(status),
             TargetAction::Send(connection, frame) => {
-                self.write(
-                    LinkId(connection.0),
-                    Side::Target,
-                    Item::Bytes(frame.encode()),
-                );
+                let is_ready = matches!(frame, TargetFrame::Ready(_));
+                let link = LinkId(connection.0);
+                self.say(link, Side::Target, frame.encode(), is_ready);
             }
             TargetAction::Close(connection) => {
                 self.close_link(LinkId(connection.0), Side::Target, true)
