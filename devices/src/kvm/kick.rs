@@ -5,7 +5,6 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
@@ -47,7 +46,6 @@ impl Kicker {
     /// # Errors
     /// When the shared page cannot be mapped.
     pub fn new(vm: &VmFd, vcpu: &VcpuFd) -> io::Result<Self> {
-        debug_assert!(vcpu.as_raw_fd() >= 0);
         Ok(Self {
             run: map_run_page(vcpu, vm.run_size())?,
         })

@@ -2,6 +2,8 @@
 //!
 //! Where KVM tells the offset of the guest's TSC and both hosts' TSCs at a known guest time, the new offset follows exactly, and all
 //! vCPUs keep their distances. Otherwise the saved value, advanced by the elapsed wall clock, is written to IA32_TSC.
+//!
+//! kvm-pvm takes the value but shows its guest the host's own TSC (the offset reads 0): there the TSC jumps when the host changes.
 
 use std::io;
 

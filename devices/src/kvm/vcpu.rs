@@ -159,35 +159,25 @@ impl KvmVcpu {
         state: &VcpuV1,
         clock: Option<&ClockMove>,
     ) -> Result<(), DeviceError> {
-        let VcpuV1 {
+        let Self {
+            fd: vcpu,
+            name: device,
+            cpuid: own_cpuid,
+        } = self;
+        let Decoded {
             cpuid,
-            visible_cpuid,
             regs,
             sregs,
             xcrs,
             xsave,
             lapic,
             msrs,
-            tsc,
+            deadline,
             events,
             debug_regs,
             mp_state,
-        } = state;
-        let Self {
-            fd: vcpu,
-            name: device,
-            cpuid: own_cpuid,
-        } = self;
-        // All lengths first: a damaged section is refused before anything changes.
-        check_features(device, visible_cpuid.as_ref().unwrap_or(cpuid), profile)?;
-        let cpuid = cpuid_from_bytes(device, cpuid)?;
-        let regs: kvm_regs = from_bytes(device, "regs", regs)?;
-        let sregs: kvm_sregs = from_bytes(device, "sregs", sregs)?;
-        let xcrs: kvm_xcrs = from_bytes(device, "xcrs", xcrs)?;
-        let xsave = xsave_from_bytes(device, xsave, profile)?;
-        let lapic = lapic_from_bytes(device, lapic.as_deref(), profile)?;
-        let events: kvm_vcpu_events = from_bytes(device, "events", events)?;
-        let debug_regs: kvm_debugregs = from_bytes(device, "debug_regs", debug_regs)?;
+        } = Decoded::new(device, state, profile)?;
+        let tsc = &state.tsc;
 
         vcpu.set_cpuid2(&cpuid)
             .map_err(kernel(device, "KVM_SET_CPUID2"))?;
@@ -204,21 +194,72 @@ impl KvmVcpu {
             vcpu.set_lapic(&lapic)
                 .map_err(kernel(device, "KVM_SET_LAPIC"))?;
         }
-        let (deadline, others): (Vec<_>, Vec<_>) = msrs
-            .iter()
-            .copied()
-            .partition(|(index, _)| *index == IA32_TSC_DEADLINE);
-        set_msrs(vcpu, device, &others)?;
+        set_msrs(vcpu, device, &msrs)?;
         restore_tsc(vcpu, device, profile.has_tsc_offset, tsc, clock)?;
         set_msrs(vcpu, device, &deadline)?;
         vcpu.set_vcpu_events(&events)
             .map_err(kernel(device, "KVM_SET_VCPU_EVENTS"))?;
         vcpu.set_debug_regs(&debug_regs)
             .map_err(kernel(device, "KVM_SET_DEBUGREGS"))?;
-        vcpu.set_mp_state(kvm_mp_state {
-            mp_state: *mp_state,
+        vcpu.set_mp_state(mp_state)
+            .map_err(kernel(device, "KVM_SET_MP_STATE"))
+    }
+}
+
+/// A saved state as the kernel takes it, all lengths checked: a damaged section is refused before anything changes.
+struct Decoded {
+    cpuid: CpuId,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xcrs: kvm_xcrs,
+    xsave: XsaveArea,
+    lapic: Option<kvm_lapic_state>,
+    /// All MSRs but the TSC deadline.
+    msrs: Vec<(u32, u64)>,
+    /// The TSC deadline, which has to come last.
+    deadline: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+    debug_regs: kvm_debugregs,
+    mp_state: kvm_mp_state,
+}
+
+impl Decoded {
+    fn new(device: &str, state: &VcpuV1, profile: &VcpuProfile) -> Result<Self, DeviceError> {
+        let VcpuV1 {
+            cpuid,
+            visible_cpuid,
+            regs,
+            sregs,
+            xcrs,
+            xsave,
+            lapic,
+            msrs,
+            // Used as it is.
+            tsc: _,
+            events,
+            debug_regs,
+            mp_state,
+        } = state;
+        check_features(device, visible_cpuid.as_ref().unwrap_or(cpuid), profile)?;
+        let (deadline, msrs) = msrs
+            .iter()
+            .copied()
+            .partition(|(index, _)| *index == IA32_TSC_DEADLINE);
+        Ok(Self {
+            cpuid: cpuid_from_bytes(device, cpuid)?,
+            regs: from_bytes(device, "regs", regs)?,
+            sregs: from_bytes(device, "sregs", sregs)?,
+            xcrs: from_bytes(device, "xcrs", xcrs)?,
+            xsave: xsave_from_bytes(device, xsave, profile)?,
+            lapic: lapic_from_bytes(device, lapic.as_deref(), profile)?,
+            msrs,
+            deadline,
+            events: from_bytes(device, "events", events)?,
+            debug_regs: from_bytes(device, "debug_regs", debug_regs)?,
+            mp_state: kvm_mp_state {
+                mp_state: *mp_state,
+            },
         })
-        .map_err(kernel(device, "KVM_SET_MP_STATE"))
     }
 }
 
