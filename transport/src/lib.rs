@@ -3,10 +3,10 @@
 //! Reading order: [`units`] and [`memory`] say what is moved; the wire module is the format; the proto module decides; the data
 //! module moves pages on threads and rings of its own.
 
+pub mod control;
 #[cfg(feature = "uring")]
 pub mod data;
 pub mod limits;
-pub mod control;
 pub mod memory;
 pub mod proto;
 pub mod units;

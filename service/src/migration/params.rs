@@ -258,7 +258,9 @@ impl MigrationCapabilities {
 }
 
 fn boolean(name: &str, value: &Value) -> Result<bool, SettingError> {
-    value.as_bool().ok_or_else(|| value_error(name, "true or false".to_owned()))
+    value
+        .as_bool()
+        .ok_or_else(|| value_error(name, "true or false".to_owned()))
 }
 
 fn integer(name: &str, value: &Value, min: u64, max: u64) -> Result<u64, SettingError> {

@@ -11,7 +11,10 @@ mod tests {
         for status in MigrationStatus::ALL {
             let json = serde_json::to_value(status).unwrap();
             assert_eq!(json, status.name());
-            assert_eq!(serde_json::from_value::<MigrationStatus>(json).unwrap(), status);
+            assert_eq!(
+                serde_json::from_value::<MigrationStatus>(json).unwrap(),
+                status
+            );
         }
     }
 }

@@ -314,10 +314,10 @@ fn a_target_without_memory_for_a_page_says_so() {
             "{event:?}"
         );
         ram.blocks()[0].file().unwrap().0.set_len(0).unwrap();
-        source
-            .write_all(&frame(1, RunKind::Data, run(0, 3, 1)))
-            .unwrap();
-        source.write_all(&end(1, 1, 1, 0)).unwrap();
+        // In one piece: the target closes the connection as soon as it has seen the frame.
+        let mut round = frame(1, RunKind::Data, run(0, 3, 1));
+        round.extend(end(1, 1, 1, 0));
+        source.write_all(&round).unwrap();
         let event = events.recv_timeout(PATIENCE).unwrap();
         let ReceiverEvent::Failed { error, .. } = event else {
             panic!("{event:?}");
