@@ -1,0 +1,601 @@
+//! The source's half of a migration, from `migrate` to the outcome.
+//!
+//! ```text
+//!  Idle -> Connecting -> AwaitReply -> Preparing -> Sending <-> Syncing        guest runs
+//!                                                                 |
+//!                                                                 v
+//!          Finishing <- AwaitRunning <- AwaitReady <- LastRound <- LastSync <- Stopping
+//!              |          |      ^ COMMIT                                       guest stopped
+//!              v          v (link lost)
+//!           Completed   Resolving <-> Unresolved (operator decides)
+//!
+//!  any state before COMMIT, on error or cancel  ->  Failing  ->  Ended (guest as before)
+//! ```
+//!
+//! - **Preparing**: data connections and the dirty log are set up side by side.
+//! - **Sending**: a round is on its way; it ends when the target has placed it, so that nothing is left in socket buffers when the
+//!   guest stops.
+//! - **Syncing**: the dirty logs are fetched; then another round or the switchover.
+//! - **LastRound**: pages and device state leave side by side; the guest is stopped.
+//! - **AwaitReady**: the target holds everything. If the link dies here the guest goes on at the source.
+//! - **AwaitRunning**: COMMIT was sent. If the link dies here nobody but the target knows who owns the guest: the source stays stopped
+//!   and asks (**Resolving**). If it cannot learn the answer it says so (**Unresolved**), goes on asking, and waits for the operator.
+//! - **Failing**: pays the debts of the attempt in order: links closed, jobs over, dirty log off, guest resumed if it ran before.
+//!
+//! `P` is the proof that the guest is stopped. The core never makes one: it receives it with
+//! [`handle_guest_stopped`](Source::handle_guest_stopped), and gives it back in [`SourceAction::ResumeGuest`], which no state after
+//! COMMIT can emit unless the target said that it does not own the guest, or the operator decided so (I1).
+
+mod action;
+mod failure;
+mod state;
+mod stats;
+mod transfer;
+
+use std::collections::VecDeque;
+use std::fmt;
+
+pub use self::action::{
+    CancelError, FirstRound, Outcome, Reason, RoundSent, SavedState, SourceAction, SourceConfig,
+    SourceJob, SourceTuning,
+};
+use self::state::{Jobs, State};
+use self::stats::Blackout;
+pub use self::stats::{BlackoutParts, SourceStats};
+use super::estimate::{Decision, Estimate};
+use super::status::MigrationStatus;
+use crate::limits::{
+    CONNECT_DEADLINE_US, HELLO_DEADLINE_US, KEEPALIVE_US, READY_DEADLINE_US, RESOLVE_RETRY_US,
+    RUNNING_DEADLINE_US, STALL_US,
+};
+use crate::units::{MigrationId, Moment, PageCount};
+use crate::wire::frame::{Resolution, SourceFrame, TargetFrame};
+
+/// The source's half of a migration. See the module documentation.
+#[derive(Debug)]
+pub struct Source<P> {
+    config: SourceConfig,
+    tuning: SourceTuning,
+    status: MigrationStatus,
+    state: State<P>,
+    jobs: Jobs,
+    actions: VecDeque<SourceAction<P>>,
+    estimate: Estimate,
+    stats: SourceStats,
+    blackout: Blackout,
+    saved: SavedState,
+    /// When the present state was entered, or when bytes last moved in it.
+    moved_at: Moment,
+    moved_bytes: u64,
+    heard_at: Moment,
+    said_at: Moment,
+    synced_at: Moment,
+    round_began: Moment,
+    round_sent: RoundSent,
+    control_open: bool,
+    log_started: bool,
+}
+
+impl<P: fmt::Debug> Source<P> {
+    /// An attempt that has not begun.
+    pub fn new(config: SourceConfig, tuning: SourceTuning) -> Self {
+        Self {
+            config,
+            tuning,
+            status: MigrationStatus::None,
+            state: State::Idle,
+            jobs: Jobs::default(),
+            actions: VecDeque::new(),
+            estimate: Estimate::default(),
+            stats: SourceStats::default(),
+            blackout: Blackout::default(),
+            saved: SavedState::default(),
+            moved_at: Moment::default(),
+            moved_bytes: 0,
+            heard_at: Moment::default(),
+            said_at: Moment::default(),
+            synced_at: Moment::default(),
+            round_began: Moment::default(),
+            round_sent: RoundSent::default(),
+            control_open: false,
+            log_started: false,
+        }
+    }
+
+    /// The status.
+    pub fn status(&self) -> MigrationStatus {
+        self.status
+    }
+
+    /// Figures so far.
+    pub fn stats(&self) -> &SourceStats {
+        &self.stats
+    }
+
+    /// What the rounds so far have taught.
+    pub fn estimate(&self) -> &Estimate {
+        &self.estimate
+    }
+
+    /// Which attempt this is.
+    pub fn migration_id(&self) -> MigrationId {
+        self.config.migration_id
+    }
+
+    /// Whether COMMIT was sent and nothing has been heard of the outcome since.
+    pub fn in_doubt(&self) -> bool {
+        self.state.in_doubt()
+    }
+
+    /// Whether the operator was told that the outcome cannot be learnt.
+    pub fn is_unresolved(&self) -> bool {
+        matches!(self.state, State::Resolving { told: true, .. })
+    }
+
+    /// What to do next; call until `None`.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<SourceAction<P>> {
+        self.actions.pop_front()
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) must be called at the latest.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Moment> {
+        let deadline = self.deadline().map(|(at, _)| at);
+        let keepalive = self
+            .control_open
+            .then(|| self.said_at.plus_micros(KEEPALIVE_US));
+        let silence = self.listens().then(|| self.heard_at.plus_micros(STALL_US));
+        [deadline, keepalive, silence].into_iter().flatten().min()
+    }
+
+    /// Begins.
+    ///
+    /// # Panics
+    /// If called twice.
+    pub fn start(&mut self, now: Moment) {
+        assert!(matches!(self.state, State::Idle), "an attempt starts once");
+        self.stats.began = now;
+        self.set_status(MigrationStatus::Setup);
+        self.enter(now, State::Connecting);
+        self.run(SourceJob::ConnectControl, SourceAction::ConnectControl);
+    }
+
+    /// The operator changed a parameter.
+    pub fn set_tuning(&mut self, tuning: SourceTuning) {
+        self.tuning = tuning;
+    }
+
+    /// The operator stopped or started the guest while rounds are being sent: it is handed over, or given back, as it is now.
+    pub fn set_guest_runs(&mut self, runs: bool) {
+        self.config.guest_runs = runs;
+    }
+
+    /// The operator cancels. Harmless when it is over already.
+    ///
+    /// # Errors
+    /// [`CancelError::Committed`] after COMMIT.
+    pub fn handle_cancel(&mut self, now: Moment) -> Result<(), CancelError> {
+        if self.state.in_doubt() || matches!(self.state, State::Finishing { .. }) {
+            return Err(CancelError::Committed);
+        }
+        self.fail(now, Reason::Cancelled);
+        Ok(())
+    }
+
+    /// The operator says what became of a migration whose outcome cannot be learnt. Returns whether there was such a migration.
+    pub fn handle_operator_resolution(&mut self, now: Moment, resolution: Resolution) -> bool {
+        if !self.is_unresolved() {
+            return false;
+        }
+        match resolution {
+            Resolution::Committed => self.complete(now, None),
+            Resolution::NotCommitted => {
+                let decision = "the link was lost at the commit, and the operator decided that the guest stays at the source";
+                self.take_back(now, Reason::Local(decision.to_owned()));
+            }
+        }
+        true
+    }
+
+    /// The control connection is up.
+    pub fn handle_control_connected(&mut self, now: Moment) {
+        if !self.jobs.end(SourceJob::ConnectControl)
+            || self.state.is_over()
+            || self.jobs.has(SourceJob::CloseLinks)
+        {
+            return;
+        }
+        self.control_open = true;
+        self.heard_at = now;
+        let id = self.config.migration_id;
+        match &mut self.state {
+            State::Connecting => {
+                let hello = self.hello();
+                self.send(now, SourceFrame::Hello(hello));
+                self.enter(now, State::AwaitReply);
+            }
+            State::Resolving { asked, .. } => {
+                *asked = true;
+                self.send(now, SourceFrame::Resolve(id));
+                self.moved_at = now;
+            }
+            _ => {}
+        }
+    }
+
+    /// All data connections are up.
+    pub fn handle_data_connected(&mut self, now: Moment) {
+        if self.jobs.end(SourceJob::ConnectData) {
+            // The target's DATA_READY may have been faster than the report of our own connects.
+            self.begin_when_prepared(now);
+        }
+    }
+
+    /// The dirty log runs, and it is known which pages exist.
+    pub fn handle_log_started(&mut self, now: Moment, found: FirstRound) {
+        if !self.jobs.end(SourceJob::StartLog) {
+            return;
+        }
+        self.log_started = true;
+        self.synced_at = now;
+        if let State::Preparing { first, .. } = &mut self.state {
+            *first = Some(found);
+        }
+        self.begin_when_prepared(now);
+        self.pay_debts(now);
+    }
+
+    /// The kernel has taken every byte of the round.
+    pub fn handle_round_sent(&mut self, now: Moment, round: RoundSent) {
+        if !self.jobs.end(SourceJob::Round) {
+            return;
+        }
+        self.moved_at = now;
+        self.round_sent = round;
+        self.stats.data.0 += round.data.0;
+        self.stats.zero.0 += round.zero.0;
+        match &mut self.state {
+            State::Sending { sent, .. } => *sent = true,
+            State::LastRound { sent, .. } => {
+                *sent = true;
+                self.blackout.sent = now;
+                self.stats.last_round_bytes = round.wire_bytes;
+            }
+            _ => {}
+        }
+        self.end_round_when_placed(now);
+        self.hand_over_when_sent(now);
+    }
+
+    /// The dirty logs were fetched: `dirty` pages are to be sent now, those included that earlier fetches found and no round has sent.
+    pub fn handle_synced(&mut self, now: Moment, dirty: PageCount, took_us: u64) {
+        if !self.jobs.end(SourceJob::Sync) {
+            return;
+        }
+        let elapsed = now.micros_since(self.synced_at);
+        self.synced_at = now;
+        self.stats.round_pages = dirty;
+        self.stats.sync_count += 1;
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::Syncing => {
+                self.state = State::Syncing;
+                self.estimate.note_sync(dirty, elapsed, took_us);
+                self.stats.predicted_blackout_us = Some(self.estimate.blackout_us(dirty));
+                self.actions
+                    .push_back(SourceAction::PassStarted(self.stats.sync_count));
+                tracing::debug!(
+                    round = self.stats.round.0,
+                    dirty_pages = dirty.0,
+                    elapsed_us = elapsed,
+                    fetch_us = took_us,
+                    bytes_per_sec = self.estimate.bytes_per_sec(),
+                    predicted_blackout_us = self.stats.predicted_blackout_us,
+                    "dirty log fetched"
+                );
+                match self.estimate.decide(dirty, self.tuning.downtime_limit_us) {
+                    Decision::AnotherRound => self.send_round(now),
+                    Decision::SwitchOver => self.stop_guest(now),
+                }
+            }
+            State::LastSync { stopped } => {
+                self.blackout.synced = now;
+                let round = self.stats.round.next();
+                self.stats.round = round;
+                self.send(now, SourceFrame::Switchover(round));
+                self.enter(
+                    now,
+                    State::LastRound {
+                        stopped,
+                        sent: false,
+                        saved: false,
+                    },
+                );
+                self.run(
+                    SourceJob::Round,
+                    SourceAction::SendRound { round, last: true },
+                );
+                let hash_ram = self.config.verify;
+                self.run(SourceJob::SaveState, SourceAction::SaveState { hash_ram });
+            }
+            other => {
+                self.state = other;
+                self.pay_debts(now);
+            }
+        }
+    }
+
+    /// Every vCPU has left the guest, or it was stopped before.
+    pub fn handle_guest_stopped(&mut self, now: Moment, proof: P) {
+        assert!(
+            self.jobs.end(SourceJob::StopGuest),
+            "a guest that nobody stopped"
+        );
+        self.blackout.stopped = now;
+        match &mut self.state {
+            State::Stopping => {
+                self.enter(now, State::LastSync { stopped: proof });
+                self.run(SourceJob::Sync, SourceAction::Sync);
+            }
+            State::Failing { stopped, .. } => {
+                *stopped = Some(proof);
+                self.pay_debts(now);
+            }
+            other => unreachable!("the guest stopped while {}", other.name()),
+        }
+    }
+
+    /// Device state is saved.
+    pub fn handle_state_saved(&mut self, now: Moment, state: SavedState) {
+        if !self.jobs.end(SourceJob::SaveState) {
+            return;
+        }
+        if let State::LastRound { saved, .. } = &mut self.state {
+            *saved = true;
+            self.blackout.saved = now;
+            self.saved = state;
+            self.hand_over_when_sent(now);
+        } else {
+            self.pay_debts(now);
+        }
+    }
+
+    /// A job failed on this side, or on the way to the target (connects, rounds).
+    pub fn handle_job_failed(&mut self, now: Moment, job: SourceJob, error: &str) {
+        if !self.jobs.end(job) {
+            return;
+        }
+        match job {
+            SourceJob::ConnectControl | SourceJob::ConnectData | SourceJob::Round => {
+                self.lose_link(now, error);
+            }
+            SourceJob::CloseLinks | SourceJob::StopLog | SourceJob::ResumeGuest => {
+                unreachable!("job {job:?} reports in its own way");
+            }
+            _ => self.fail(now, Reason::Local(error.to_owned())),
+        }
+        self.pay_debts(now);
+    }
+
+    /// A connection broke: closed by the peer, reset, or a frame that is none. `protocol` says that the bytes were at fault.
+    pub fn handle_link_lost(&mut self, now: Moment, error: &str, protocol: bool) {
+        if protocol && !self.state.in_doubt() {
+            self.fail(now, Reason::Protocol(error.to_owned()));
+        } else {
+            self.lose_link(now, error);
+        }
+    }
+
+    /// Bytes of page data that have left so far, over all rounds. Any growth shows that the link is not stalled.
+    pub fn handle_progress(&mut self, now: Moment, bytes: u64) {
+        if bytes != self.moved_bytes {
+            self.moved_bytes = bytes;
+            // Deadlines of other states do not wait for pages.
+            if matches!(self.state, State::Sending { .. } | State::LastRound { .. }) {
+                self.moved_at = now;
+            }
+        }
+    }
+
+    /// All links are closed and their jobs are over.
+    pub fn handle_links_closed(&mut self, now: Moment) {
+        self.jobs.end(SourceJob::CloseLinks);
+        for job in [
+            SourceJob::ConnectControl,
+            SourceJob::ConnectData,
+            SourceJob::Round,
+        ] {
+            self.jobs.end(job);
+        }
+        self.control_open = false;
+        match &self.state {
+            // The old links are gone: asking starts from a clean slate, at once the first time.
+            State::Resolving { tries: 0, .. } => self.ask(now),
+            State::Resolving { .. } => self.moved_at = now,
+            _ => self.pay_debts(now),
+        }
+    }
+
+    /// The dirty log is off.
+    pub fn handle_log_stopped(&mut self, now: Moment) {
+        self.jobs.end(SourceJob::StopLog);
+        self.pay_debts(now);
+    }
+
+    /// The guest runs again.
+    pub fn handle_guest_resumed(&mut self, now: Moment) {
+        self.jobs.end(SourceJob::ResumeGuest);
+        self.config.guest_runs = false;
+        self.pay_debts(now);
+    }
+
+    /// The guest could not be resumed; it stays stopped, and the operator may try again.
+    pub fn handle_resume_failed(&mut self, now: Moment, proof: P, error: &str) {
+        self.jobs.end(SourceJob::ResumeGuest);
+        self.config.guest_runs = false;
+        if let State::Failing { stopped, reason } = &mut self.state {
+            *stopped = Some(proof);
+            *reason = Reason::Local(format!(
+                "{reason}; and the guest could not be resumed: {error}"
+            ));
+        }
+        self.pay_debts(now);
+    }
+
+    /// A frame came on the control connection.
+    pub fn handle_frame(&mut self, now: Moment, frame: TargetFrame) {
+        self.heard_at = now;
+        if self.state.is_over() {
+            return;
+        }
+        match (&mut self.state, frame) {
+            (_, TargetFrame::Keepalive) => {}
+            (State::AwaitReply, TargetFrame::HelloReply(reply)) => self.prepare(now, reply),
+            (State::Preparing { data_ready, .. }, TargetFrame::DataReady) if !*data_ready => {
+                *data_ready = true;
+                self.begin_when_prepared(now);
+            }
+            (State::Sending { placed, .. }, TargetFrame::RoundPlaced(round))
+                if round == self.stats.round && !*placed =>
+            {
+                *placed = true;
+                self.end_round_when_placed(now);
+            }
+            // The last round needs no such word: READY says more. The target reports it all the same.
+            (
+                State::LastRound { .. } | State::AwaitReady { .. },
+                TargetFrame::RoundPlaced(round),
+            ) if round == self.stats.round => {}
+            (State::AwaitReady { .. }, TargetFrame::Ready(ready)) => self.commit(now, ready),
+            (State::AwaitRunning { .. }, TargetFrame::Running { resume_us }) => {
+                self.complete(now, Some(resume_us))
+            }
+            (State::Resolving { asked: true, .. }, TargetFrame::Resolved(resolution)) => {
+                self.resolved(now, resolution)
+            }
+            // Sent before COMMIT was read, or because starting failed: either way the target says that it does not run the guest.
+            (State::AwaitRunning { .. }, TargetFrame::Abort(abort)) => {
+                self.take_back(now, Reason::Target(abort))
+            }
+            // A target that knows nothing of the attempt is no answer.
+            (State::Resolving { .. }, _) => {
+                self.lose_link(now, "the target does not know this migration")
+            }
+            (_, TargetFrame::Abort(abort)) => self.fail(now, Reason::Target(abort)),
+            (State::AwaitRunning { .. }, _) => {
+                self.lose_link(now, "unexpected frame instead of RUNNING")
+            }
+            (state, frame) => {
+                let text = format!("unexpected {} while {}", frame_name(&frame), state.name());
+                self.fail(now, Reason::Protocol(text));
+            }
+        }
+    }
+
+    /// Time has passed. Call at [`poll_timeout`](Self::poll_timeout) or later.
+    pub fn handle_timeout(&mut self, now: Moment) {
+        if let Some((at, what)) = self.deadline()
+            && now >= at
+        {
+            self.expire(now, what);
+        }
+        if self.listens() && now >= self.heard_at.plus_micros(STALL_US) {
+            let reason = Reason::Deadline {
+                what: "give a sign of life",
+                after_s: STALL_US / 1_000_000,
+            };
+            if self.state.in_doubt() {
+                self.lose_link(now, "the target is silent");
+            } else {
+                self.fail(now, reason);
+            }
+        }
+        if self.control_open && now >= self.said_at.plus_micros(KEEPALIVE_US) {
+            self.send(now, SourceFrame::Keepalive);
+        }
+    }
+
+    /// What is waited for from the peer, until when.
+    fn deadline(&self) -> Option<(Moment, &'static str)> {
+        let (micros, what) = match &self.state {
+            State::Connecting => (CONNECT_DEADLINE_US, "accept the connection"),
+            State::AwaitReply => (HELLO_DEADLINE_US, "answer the hello"),
+            State::Preparing { data_ready, .. }
+                if !data_ready || self.jobs.has(SourceJob::ConnectData) =>
+            {
+                (CONNECT_DEADLINE_US, "accept all data connections")
+            }
+            State::Sending { .. } | State::LastRound { sent: false, .. } => {
+                (STALL_US, "take any page")
+            }
+            State::AwaitReady { .. } => (READY_DEADLINE_US, "get ready"),
+            State::AwaitRunning { .. } => (RUNNING_DEADLINE_US, "start the guest"),
+            State::Resolving { .. } if self.jobs.has(SourceJob::CloseLinks) => return None,
+            State::Resolving { asked: false, .. } if !self.jobs.has(SourceJob::ConnectControl) => {
+                (RESOLVE_RETRY_US, "answer")
+            }
+            State::Resolving { .. } => (HELLO_DEADLINE_US, "answer"),
+            _ => return None,
+        };
+        Some((self.moved_at.plus_micros(micros), what))
+    }
+
+    fn expire(&mut self, now: Moment, what: &'static str) {
+        let after_s = now.micros_since(self.moved_at) / 1_000_000;
+        match &self.state {
+            State::AwaitRunning { .. } => {
+                self.lose_link(now, "the target did not confirm that it runs the guest")
+            }
+            State::Resolving { asked: false, .. } if !self.jobs.has(SourceJob::ConnectControl) => {
+                self.ask(now)
+            }
+            State::Resolving { .. } => self.lose_link(now, "no answer"),
+            _ => self.fail(now, Reason::Deadline { what, after_s }),
+        }
+    }
+
+    /// Whether silence on the control connection is a fault.
+    fn listens(&self) -> bool {
+        self.control_open && !self.state.is_over()
+    }
+
+    fn enter(&mut self, now: Moment, state: State<P>) {
+        tracing::debug!(state = state.name(), "source");
+        self.state = state;
+        self.moved_at = now;
+    }
+
+    fn send(&mut self, now: Moment, frame: SourceFrame) {
+        self.said_at = now;
+        self.actions.push_back(SourceAction::SendControl(frame));
+    }
+
+    fn run(&mut self, job: SourceJob, action: SourceAction<P>) {
+        self.jobs.start(job);
+        self.actions.push_back(action);
+    }
+
+    /// The one place where the status changes.
+    fn set_status(&mut self, to: MigrationStatus) {
+        assert!(
+            self.status.may_become(to),
+            "status {} may not become {to}",
+            self.status
+        );
+        self.status = to;
+        self.actions.push_back(SourceAction::StatusChanged(to));
+    }
+}
+
+fn frame_name(frame: &TargetFrame) -> &'static str {
+    match frame {
+        TargetFrame::HelloReply(_) => "answer to a hello",
+        TargetFrame::DataReady => "DATA_READY",
+        TargetFrame::RoundPlaced(_) => "ROUND_PLACED",
+        TargetFrame::Ready(_) => "READY",
+        TargetFrame::Running { .. } => "RUNNING",
+        TargetFrame::Resolved(_) => "RESOLVED",
+        TargetFrame::Keepalive => "keepalive",
+        TargetFrame::Abort(_) => "abort",
+    }
+}
