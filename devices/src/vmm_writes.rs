@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestRegionMmap;
 use vm_memory::bitmap::AtomicBitmap;
-use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap};
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, WriteProtector};
 use vmferry_transport::units::{BlockId, PAGE_SIZE, PageIndex};
 
 const NAME: &str = "vmm-writes";
@@ -79,6 +79,10 @@ impl DirtyLog for VmmWriteLog {
                 .union_words(PageIndex(0), &bitmap.get_and_reset());
         }
         Ok(())
+    }
+
+    fn protector(&self) -> Option<Arc<dyn WriteProtector>> {
+        None
     }
 
     fn stop(&mut self) -> Result<(), DirtyLogError> {

@@ -1,15 +1,15 @@
 //! KVM's dirty log as a [`DirtyLog`]: reports what vCPUs, and KVM on their behalf, have written.
 //!
 //! With [`DirtyLogMode::ManualClear`] the log begins with every bit set and nothing protected. Clearing a page's bit is what
-//! write-protects it; from then on a set bit means a write. `start` clears all memory that exists, in pieces, so that vCPUs that fault
-//! meanwhile are not kept waiting. `fetch` copies the bitmap and clears just the words that have bits. A write that comes between the
-//! two is in the copy already, and a write after the clear sets its bit anew, so the caller may read the pages once `fetch` has
-//! returned.
+//! write-protects it; from then on a set bit means a write. Pages are cleared by the [`WriteProtector`] just before they are read: a
+//! page that the guest writes between the fetch and its turn is sent once, not twice, and the vCPUs meet the MMU lock in small helpings.
+//! `fetch` only copies the bitmap.
 //!
 //! Holes of the file behind a block are left out: clearing them costs as much as clearing memory (10 ms/GiB where KVM shadows page
-//! tables), though there is nothing to protect. A piece of memory is *armed* once it has been cleared. A piece that is not armed was
-//! all holes when last looked at, its bits mean nothing, and a page of it has been written only if it exists by now: `fetch` asks the
-//! file. What it finds it arms, first clearing and then listing, so that a page is in the list or its bit is set again.
+//! tables), though there is nothing to protect. A piece of memory is *armed* once the bits of its holes have been cleared, so that its
+//! set bits mean memory that is to be sent. A piece that is not armed was all holes when last looked at, its bits mean nothing, and a
+//! page of it has been written only if it exists by now: `fetch` asks the file. What it finds it arms, first clearing and then listing,
+//! so that a page is in the list or its bit is set again.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +17,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
-use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, PageBitmap};
-use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, PageBitmap, WriteProtector};
+use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
 use super::ioctl::{clear_dirty_log, get_dirty_log};
 use super::slots::{DirtyLogMode, MemorySlots};
@@ -63,19 +63,27 @@ impl KvmDirtyLog {
         Self { slots, logs }
     }
 
-    /// Arms all memory that exists; all of it where the block has no file that could tell.
+    /// Arms every piece that has memory; all of them where the block has no file that could tell. A page that comes into being between
+    /// the look at the file and the clearing has lost its bit, but the caller looks which pages exist after this returns.
     fn arm_everything(&mut self) -> io::Result<()> {
         for (slot, log) in (0..).zip(&mut self.logs) {
-            log.words.fill(u64::MAX);
-            match self.slots.file(slot) {
-                Some((file, offset)) => {
-                    log.armed.fill(false);
-                    mark_pieces_with_data(file, offset, &mut log.armed)?;
-                }
-                None => log.armed.fill(true),
+            let Some((file, offset)) = self.slots.file(slot) else {
+                log.armed.fill(true);
+                continue;
+            };
+            log.armed.fill(false);
+            mark_pieces_with_data(file, offset, &mut log.armed)?;
+            let mut present = PageBitmap::new(PageCount(log.pages));
+            for piece in (0..log.armed.len()).filter(|piece| log.armed[*piece]) {
+                mark_data(file, offset, piece, &mut present)?;
+            }
+            for (word, present) in log.words.iter_mut().zip(present.words()) {
+                *word = !present;
             }
             for range in log.armed_ranges() {
-                log.clear(&self.slots, slot, range)?;
+                if log.words[range.clone()].iter().any(|holes| *holes != 0) {
+                    log.clear(&self.slots, slot, range)?;
+                }
             }
         }
         Ok(())
@@ -92,9 +100,6 @@ impl KvmDirtyLog {
             if let Some((file, offset)) = slots.file(slot) {
                 log.arm_new_pieces(slots, slot, file, offset, into)
                     .map_err(failed("looking at new memory"))?;
-            }
-            for range in dirty_ranges(&log.words) {
-                log.clear(slots, slot, range).map_err(failed("clearing"))?;
             }
         }
         into.union_words(PageIndex(0), &log.words);
@@ -133,10 +138,89 @@ impl DirtyLog for KvmDirtyLog {
         Ok(())
     }
 
+    fn protector(&self) -> Option<Arc<dyn WriteProtector>> {
+        (self.slots.mode() == DirtyLogMode::ManualClear).then(|| {
+            Arc::new(KvmProtector {
+                slots: Arc::clone(&self.slots),
+            }) as Arc<dyn WriteProtector>
+        })
+    }
+
     fn stop(&mut self) -> Result<(), DirtyLogError> {
         self.slots
             .set_logging(false)
             .map_err(failed("switching it off"))
+    }
+}
+
+/// Clears the bits of pages, which write-protects them.
+struct KvmProtector {
+    slots: Arc<MemorySlots>,
+}
+
+impl WriteProtector for KvmProtector {
+    fn protect(&self, runs: &[PageRun]) -> Result<(), DirtyLogError> {
+        let mut rest = runs;
+        while let Some(first) = rest.first() {
+            let pages = self.slots.pages().nth(first.block.index()).unwrap_or(0);
+            let (span, count) = clear_span(rest);
+            let mut words = vec![0; span.len()];
+            for run in &rest[..count] {
+                set_bits(
+                    &mut words,
+                    run.start.0 - span.start as u64 * 64,
+                    run.count.0,
+                );
+            }
+            let first_page = span.start as u64 * 64;
+            // The last word may end with the slot.
+            let span_pages = (span.len() as u64 * 64).min(pages.saturating_sub(first_page));
+            let span_pages = u32::try_from(span_pages)
+                .map_err(|error| failed("clearing")(io::Error::other(error)))?;
+            clear_dirty_log(
+                self.slots.vm(),
+                first.block.0.into(),
+                first_page,
+                span_pages,
+                &words,
+            )
+            .map_err(failed("clearing"))?;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+}
+
+/// The words that hold the first runs of `runs`, and how many runs these are: runs of one block, in ascending order, whose words lie
+/// within one bounded clear.
+fn clear_span(runs: &[PageRun]) -> (Range<usize>, usize) {
+    let word = |page: u64| usize::try_from(page / 64).unwrap_or(usize::MAX);
+    let first = runs[0];
+    let mut span = word(first.start.0)..word(first.end().0 - 1) + 1;
+    let mut count = 1;
+    for run in &runs[1..] {
+        let end = word(run.end().0 - 1) + 1;
+        if run.block != first.block
+            || run.start.0 < first.start.0
+            || end - span.start > WORDS_PER_CLEAR
+        {
+            break;
+        }
+        span.end = span.end.max(end);
+        count += 1;
+    }
+    (span, count)
+}
+
+/// Sets `count` bits from bit `start` on.
+fn set_bits(words: &mut [u64], start: u64, count: u64) {
+    for bit in start..start + count {
+        if let Some(word) = usize::try_from(bit / 64)
+            .ok()
+            .and_then(|index| words.get_mut(index))
+        {
+            *word |= 1 << (bit % 64);
+        }
     }
 }
 
@@ -242,19 +326,6 @@ fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// Ranges of words to clear: none longer than [`WORDS_PER_CLEAR`], each from its first word with bits to its last.
-fn dirty_ranges(words: &[u64]) -> impl Iterator<Item = Range<usize>> {
-    words
-        .chunks(WORDS_PER_CLEAR)
-        .enumerate()
-        .filter_map(|(index, chunk)| {
-            let first = chunk.iter().position(|word| *word != 0)?;
-            let last = chunk.iter().rposition(|word| *word != 0)?;
-            let base = index * WORDS_PER_CLEAR;
-            Some(base + first..base + last + 1)
-        })
-}
-
 fn failed(op: &'static str) -> impl Fn(io::Error) -> DirtyLogError {
     move |source| DirtyLogError {
         log: NAME,
@@ -269,15 +340,32 @@ mod tests {
     use rustix::fs::{MemfdFlags, memfd_create};
     use std::os::unix::fs::FileExt;
 
-    #[test]
-    fn ranges_cover_all_set_words_and_stay_within_their_piece() {
-        let mut words = vec![0; 1000];
-        for at in [3, 200, 255, 256, 999] {
-            words[at] = 1;
+    fn run(block: u16, start: u64, count: u64) -> PageRun {
+        PageRun {
+            block: BlockId(block),
+            start: PageIndex(start),
+            count: PageCount(count),
         }
-        let ranges: Vec<_> = dirty_ranges(&words).collect();
-        assert_eq!(ranges, [3..256, 256..257, 999..1000]);
-        assert_eq!(dirty_ranges(&[0; 300]).count(), 0);
+    }
+
+    #[test]
+    fn runs_are_cleared_together_within_a_block_and_a_bounded_span() {
+        let far = WORDS_PER_CLEAR as u64 * 64;
+        let runs = [
+            run(0, 70, 3),
+            run(0, 200, 60),
+            run(0, 64 + far, 1),
+            run(1, 64 + far, 1),
+        ];
+        assert_eq!(clear_span(&runs), (1..5, 2));
+        assert_eq!(
+            clear_span(&runs[2..]),
+            (1 + WORDS_PER_CLEAR..2 + WORDS_PER_CLEAR, 1)
+        );
+        let mut words = [0; 4];
+        set_bits(&mut words, 6, 3);
+        set_bits(&mut words, 136, 60);
+        assert_eq!(words, [0b111 << 6, 0, !0xff, 0b1111]);
     }
 
     #[test]

@@ -21,8 +21,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, GuestRam, PageBitmap};
+use vmferry_transport::memory::{
+    DirtyLog, DirtyLogError, DirtyMap, GuestRam, PageBitmap, WriteProtector,
+};
 use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
 
 use super::ioctl::{self, PageRegion};
@@ -113,6 +116,10 @@ impl DirtyLog for PagemapLog {
             scan(&self.pagemap, range, &mut self.found, into.block_mut(block))?;
         }
         Ok(())
+    }
+
+    fn protector(&self) -> Option<Arc<dyn WriteProtector>> {
+        None
     }
 
     fn stop(&mut self) -> Result<(), DirtyLogError> {

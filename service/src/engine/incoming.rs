@@ -446,7 +446,10 @@ fn load(
 fn data_error(connection: usize, error: &DataError) -> TargetError {
     let text = format!("data connection {connection}: {}", chain(error));
     match error {
-        DataError::Peer(_) => TargetError::Protocol(text),
+        // Whose fault it is says the kind already.
+        DataError::Peer(fault) => {
+            TargetError::Protocol(format!("data connection {connection}: {fault}"))
+        }
         DataError::Memory { .. } => TargetError::Local(AbortCode::Resources, text),
         _ => TargetError::Link(text),
     }

@@ -272,7 +272,12 @@ impl Outgoing {
                     work.runs.extend(self.dirty.runs());
                     self.dirty.clear();
                     match &self.sender {
-                        Some(sender) => sender.send_round(round, work, last),
+                        Some(sender) => {
+                            sender.set_protector(
+                                self.log.as_ref().and_then(|armed| armed.log.protector()),
+                            );
+                            sender.send_round(round, work, last);
+                        }
                         // The links are being closed, which ends the job.
                         None => tracing::debug!("a round without connections"),
                     }

@@ -40,6 +40,10 @@ impl Engine {
     /// `cont`.
     pub(super) fn cont(&mut self, reply: Reply) {
         let refusal = match self.runstate {
+            // Before anything else: half of a guest must not even seem to be startable.
+            _ if self.incoming_is_lost() => {
+                Some("the incoming migration has failed; this guest will never run here")
+            }
             RunState::Inmigrate => {
                 self.autostart = true;
                 answer(reply, Ok(json!({})));
@@ -50,9 +54,6 @@ impl Engine {
             ),
             RunState::Shutdown => Some("the guest has ended"),
             RunState::InternalError => Some("a vCPU cannot go on; see the log"),
-            _ if self.incoming_is_lost() => {
-                Some("the incoming migration has failed; this guest will never run here")
-            }
             _ => None,
         };
         if let Some(refusal) = refusal {

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::memory::DirtyLogError;
 use crate::wire::WireError;
 
 /// Why the data path stopped. It cannot go on after any of these: the attempt fails, the source keeps the guest.
@@ -35,6 +36,9 @@ pub enum DataError {
         #[source]
         source: io::Error,
     },
+    /// The dirty log failed while pages were being sent. The attempt fails, nothing is lost.
+    #[error("the dirty log failed while pages were being sent")]
+    DirtyLog(#[from] DirtyLogError),
     /// A thread of the data path panicked: a bug of this program. The message of the panic is in its standard error.
     #[error("a data thread panicked; please report this")]
     Panic,

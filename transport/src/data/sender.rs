@@ -12,7 +12,7 @@ use super::link::ZeroCopyCounts;
 use super::sending;
 use super::sockets::Sockets;
 use super::work::{Round, RoundWork};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, WriteProtector};
 use crate::units::RoundId;
 use crate::wire::ram::RoundCounts;
 
@@ -92,6 +92,7 @@ pub struct DataSender {
     threads: Vec<JoinHandle<()>>,
     /// The round queued last. Only the engine's calls lock it, never a data thread.
     newest: Mutex<Option<Arc<Round>>>,
+    protector: Mutex<Option<Arc<dyn WriteProtector>>>,
 }
 
 /// What the engine and all threads see.
@@ -142,6 +143,7 @@ impl DataSender {
             commands: Vec::new(),
             threads: Vec::new(),
             newest: Mutex::new(None),
+            protector: Mutex::new(None),
         };
         for connection in 0..sender.shared.sockets.len() {
             let (commands, received) = mpsc::channel();
@@ -155,13 +157,34 @@ impl DataSender {
         Ok(sender)
     }
 
+    /// From now on pages are protected with `protector` just before they are read, see
+    /// [`DirtyLog::protector`](crate::memory::DirtyLog::protector).
+    pub fn set_protector(&self, protector: Option<Arc<dyn WriteProtector>>) {
+        *self
+            .protector
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = protector;
+    }
+
     /// Queues a round and returns at once. Rounds count up from 0; none may follow the `last` one. [`SenderEvent::RoundSent`] tells
     /// when it is out.
     ///
     /// # Panics
     /// Not here, but the threads fail with [`DataError::Panic`] if a run lies outside of the RAM.
     pub fn send_round(&self, round: RoundId, work: RoundWork, last: bool) {
-        let round = Arc::new(Round::new(round, work, last, self.commands.len()));
+        // A guest that is stopped for the last round writes nothing that would have to be noticed.
+        let protector = self
+            .protector
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let protector = protector.clone().filter(|_| !last);
+        let round = Arc::new(Round::new(
+            round,
+            work,
+            last,
+            self.commands.len(),
+            protector,
+        ));
         *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&round));
         for commands in &self.commands {
             // A thread that has ended has reported why, or was told to.

@@ -79,7 +79,7 @@ impl<'a> Worker<'a> {
         let mut counts = RoundCounts::default();
         let mut bytes = 0;
         let limit = &self.shared.config.bandwidth;
-        while let Some((frame, looked_at)) = round.next_frame(&self.shared.ram, limit.get()) {
+        while let Some((frame, looked_at)) = round.next_frame(&self.shared.ram, limit.get())? {
             let message = self.load(frame, &mut counts);
             bytes += message.bytes_left();
             self.send(message)?;

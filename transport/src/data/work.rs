@@ -1,12 +1,13 @@
 //! The work of one round, from which the sender threads take pieces.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::memory::GuestRam;
+use super::DataError;
 use crate::memory::extents::{Extents, RunSequence};
 use crate::memory::zero::GuestPage;
+use crate::memory::{GuestRam, WriteProtector};
 use crate::units::{PAGE_SIZE, PageCount, PageIndex, PageRun, RoundId};
 use crate::wire::ram::{
     PAYLOAD_BYTES_MAX, RUNS_PER_FRAME_MAX, RamRun, RamRuns, RoundCounts, RunKind,
@@ -48,13 +49,13 @@ impl RoundWork {
 }
 
 /// A round under way, shared by all sender threads.
-#[derive(Debug)]
 pub(crate) struct Round {
     pub(crate) id: RoundId,
     pub(crate) last: bool,
     pub(crate) began: Instant,
     /// Pages that have been dealt with, holes not counted.
     pub(crate) pages_done: AtomicU64,
+    protector: Option<Arc<dyn WriteProtector>>,
     runs: RunSequence,
     holes: Vec<PageRun>,
     next_page: AtomicU64,
@@ -65,7 +66,15 @@ pub(crate) struct Round {
 }
 
 impl Round {
-    pub(crate) fn new(id: RoundId, work: RoundWork, last: bool, connections: usize) -> Self {
+    /// `protector` makes the dirty log forget each page before it is read; `None` if it has forgotten them all, or when the guest is
+    /// stopped.
+    pub(crate) fn new(
+        id: RoundId,
+        work: RoundWork,
+        last: bool,
+        connections: usize,
+        protector: Option<Arc<dyn WriteProtector>>,
+    ) -> Self {
         let runs = RunSequence::new(work.runs);
         let pieces = connections as u64 * CHUNKS_PER_CONNECTION;
         let chunk_pages = runs.pages().0.div_ceil(pieces);
@@ -75,6 +84,7 @@ impl Round {
             began: Instant::now(),
             pages_done: AtomicU64::new(0),
             chunk_pages: chunk_pages.clamp(CHUNK_PAGES_MIN, CHUNK_PAGES_MAX),
+            protector,
             runs,
             holes: work.holes.into_iter().flat_map(wire_sized).collect(),
             next_page: AtomicU64::new(0),
@@ -91,9 +101,16 @@ impl Round {
 
     /// The next frame, from pages that nobody else has; `None` when nothing is left. `bytes_per_sec` is the bandwidth limit or 0.
     /// Also says how many pages were looked at.
-    pub(crate) fn next_frame(&self, ram: &GuestRam, bytes_per_sec: u64) -> Option<(RamRuns, u64)> {
+    ///
+    /// # Errors
+    /// When the dirty log cannot be made to forget the pages.
+    pub(crate) fn next_frame(
+        &self,
+        ram: &GuestRam,
+        bytes_per_sec: u64,
+    ) -> Result<Option<(RamRuns, u64)>, DataError> {
         if let Some(holes) = self.claim_holes() {
-            return Some((self.frame(holes), 0));
+            return Ok(Some((self.frame(holes), 0)));
         }
         let mut chunk_pages = self.chunk_pages;
         if bytes_per_sec > 0 {
@@ -111,12 +128,16 @@ impl Round {
             if start >= self.runs.pages().0 {
                 break;
             }
-            for run in self.runs.slice(start, start + chunk_pages) {
+            let claimed: Vec<PageRun> = self.runs.slice(start, start + chunk_pages).collect();
+            if let Some(protector) = &self.protector {
+                protector.protect(&claimed)?;
+            }
+            for run in claimed {
                 sorted.add(ram, run);
                 looked_at += run.count.0;
             }
         }
-        (!sorted.runs.is_empty()).then(|| (self.frame(sorted.runs), looked_at))
+        Ok((!sorted.runs.is_empty()).then(|| (self.frame(sorted.runs), looked_at)))
     }
 
     /// One connection has sent its end of the round. Returns the totals to the last one.

@@ -1,6 +1,9 @@
 //! Who reports writes to guest memory. Implementations live in `vmferry-devices`; several are united per round.
 
+use std::sync::Arc;
+
 use super::DirtyMap;
+use crate::units::PageRun;
 
 /// A dirty log failed. The migration fails, the guest goes on: nothing was lost at the source.
 #[derive(Debug, thiserror::Error)]
@@ -29,18 +32,45 @@ pub trait DirtyLog: Send {
     /// When the kernel refuses; then nothing is logged, and `stop` need not be called.
     fn start(&mut self) -> Result<(), DirtyLogError>;
 
-    /// Marks in `into` every page written since the last fetch (or since `start`) and forgets it. A page is forgotten *before* the
-    /// caller reads its content, so a write that comes later is reported again. Bits already set in `into` stay.
+    /// Marks in `into` every page written since the last fetch (or since `start`) and forgets it, so that a write that comes later is
+    /// reported again. Bits already set in `into` stay. A log with a [`protector`](Self::protector) does not forget here.
     ///
     /// # Errors
     /// When the kernel refuses. Pages may then have been forgotten: the attempt must fail, and the next one starts with all pages.
     fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError>;
+
+    /// For a log that forgets a page only when it is told that the page is about to be read. Until then the page is reported by every
+    /// fetch, and what the guest writes to it meanwhile costs neither the guest a fault nor the migration another transfer.
+    ///
+    /// `None` for a log that forgets when it is fetched.
+    fn protector(&self) -> Option<Arc<dyn WriteProtector>>;
 
     /// Ends logging and frees what it cost the guest. Harmless when not started.
     ///
     /// # Errors
     /// When the kernel refuses; the guest is unharmed, but slower than it should be.
     fn stop(&mut self) -> Result<(), DirtyLogError>;
+}
+
+/// Makes a dirty log forget pages just before they are read: see [`DirtyLog::protector`]. Called by the data threads, several at a
+/// time.
+pub trait WriteProtector: Send + Sync {
+    /// Forgets `runs`. A write after the return is reported by the next fetch; so the order is protect, then read.
+    ///
+    /// # Errors
+    /// When the kernel refuses. The pages may then have been forgotten: the attempt must fail.
+    fn protect(&self, runs: &[PageRun]) -> Result<(), DirtyLogError>;
+}
+
+/// All protectors of a united log.
+struct UnitedProtector(Vec<Arc<dyn WriteProtector>>);
+
+impl WriteProtector for UnitedProtector {
+    fn protect(&self, runs: &[PageRun]) -> Result<(), DirtyLogError> {
+        self.0
+            .iter()
+            .try_for_each(|protector| protector.protect(runs))
+    }
 }
 
 /// Several logs as one: a page is dirty if any of them says so.
@@ -88,6 +118,12 @@ impl DirtyLog for UnitedLog {
 
     fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError> {
         self.logs.iter_mut().try_for_each(|log| log.fetch(into))
+    }
+
+    fn protector(&self) -> Option<Arc<dyn WriteProtector>> {
+        let protectors: Vec<_> = self.logs.iter().filter_map(|log| log.protector()).collect();
+        (!protectors.is_empty())
+            .then(|| Arc::new(UnitedProtector(protectors)) as Arc<dyn WriteProtector>)
     }
 
     fn stop(&mut self) -> Result<(), DirtyLogError> {

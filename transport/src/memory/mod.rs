@@ -17,6 +17,6 @@ pub mod ram;
 pub mod zero;
 
 pub use bitmap::{DirtyMap, PageBitmap};
-pub use dirty_log::{DirtyLog, DirtyLogError, UnitedLog};
+pub use dirty_log::{DirtyLog, DirtyLogError, UnitedLog, WriteProtector};
 #[cfg(feature = "uring")]
 pub use ram::{GuestRam, RamBlock};

@@ -1,7 +1,8 @@
 //! The dirty log against a guest whose writes are known.
 
-use vmferry_transport::memory::DirtyMap;
-use vmferry_transport::units::{BlockId, PageCount, PageIndex};
+use vmferry_transport::memory::extents::Extents;
+use vmferry_transport::memory::{DirtyLog, DirtyMap};
+use vmferry_transport::units::{BlockId, PageCount, PageIndex, PageRun};
 
 use super::*;
 
@@ -10,6 +11,15 @@ fn pages(map: &DirtyMap) -> Vec<u64> {
     map.runs()
         .flat_map(|run| run.start.0..run.end().0)
         .collect()
+}
+
+/// Does what the data threads do before they read pages.
+fn protect(log: &dyn DirtyLog, runs: impl IntoIterator<Item = PageRun>) {
+    if let Some(protector) = log.protector() {
+        protector
+            .protect(&runs.into_iter().collect::<Vec<_>>())
+            .unwrap();
+    }
 }
 
 /// Data pages and mailboxes, as pages of block 0: all that the guest writes.
@@ -34,6 +44,7 @@ fn dirty_log_reports_just_the_pages_written_between_fetches() {
         let (machine, events) = machine_with_events(&config, &options);
         let mut log = machine.dirty_log().unwrap();
         log.start().unwrap();
+        protect(&*log, Extents::of(machine.ram()).unwrap().data);
         let mut map = machine.ram().empty_map();
         log.fetch(&mut map).unwrap();
         assert_eq!(
@@ -52,9 +63,14 @@ fn dirty_log_reports_just_the_pages_written_between_fetches() {
         reported.retain(|page| !only_read.contains(page));
         assert_eq!(reported, written_by_guest(&config), "{mode:?}");
 
+        protect(&*log, map.runs());
         map.clear();
         log.fetch(&mut map).unwrap();
-        assert_eq!(map.count(), PageCount(0), "{mode:?}: reported once");
+        assert_eq!(
+            map.count(),
+            PageCount(0),
+            "{mode:?}: not reported again once protected"
+        );
 
         let page = PageIndex(50_000);
         machine
@@ -84,7 +100,8 @@ fn no_write_is_lost_by_fetching_while_the_guest_runs() {
         };
         let (machine, _events) = machine_with_events(&config, &options);
         let copy = MachineRam::create(config.mem_bytes).unwrap();
-        let refresh = |map: &DirtyMap| {
+        let refresh = |log: &dyn DirtyLog, map: &DirtyMap| {
+            protect(log, map.runs());
             let mut page = [0; 4096];
             for number in pages(map) {
                 let address = GuestAddress(number * 4096);
@@ -103,13 +120,13 @@ fn no_write_is_lost_by_fetching_while_the_guest_runs() {
             map.block_mut(BlockId(0))
                 .set_range(PageIndex(0), PageCount(config.mem_bytes / 4096));
             for _round in 0..12 {
-                refresh(&map);
+                refresh(&*log, &map);
                 map.clear();
                 log.fetch(&mut map).unwrap();
             }
             let proof = machine.pause().unwrap();
             log.fetch(&mut map).unwrap();
-            refresh(&map);
+            refresh(&*log, &map);
             let (mut ours, mut theirs) = ([0; 4096], [0; 4096]);
             for number in 0..config.mem_bytes / 4096 {
                 let address = GuestAddress(number * 4096);
