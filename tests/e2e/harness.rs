@@ -272,9 +272,14 @@ impl Vm {
             qmp,
         };
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        // A target whose guest has come and gone is of no interest any more.
-        let _ = vm.qmp.execute("migrate-set-capabilities", events);
-        Ok(vm)
+        match vm.qmp.execute("migrate-set-capabilities", events) {
+            Ok(_) => Ok(vm),
+            Err(Failure::Gone) => {
+                vm.wait_exit();
+                Err(vm.said())
+            }
+            Err(Failure::Refused(reason)) => panic!("no events: {reason}"),
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
