@@ -130,6 +130,8 @@ pub struct Faults {
     pub kill_source: Option<Kill>,
     /// The target dies.
     pub kill_target: Option<Kill>,
+    /// After its death another target process listens at the same address, so many microseconds later.
+    pub restart_target_after_us: Option<u64>,
     /// The source is frozen.
     pub freeze_source: Option<Freeze>,
     /// The target is frozen.
@@ -216,6 +218,8 @@ impl Faults {
         }
         if rng.chance(150) {
             f.kill_target = Some(kill(rng));
+            f.restart_target_after_us =
+                rng.chance(500).then(|| rng.pick(&[10, 10_000, 20_000_000]));
         }
         let freeze = |rng: &mut Rng| Freeze {
             step: rng.below(steps),

@@ -639,6 +639,10 @@ impl TargetUnderFire {
         let now = Moment(self.now);
         if job == TargetJob::CloseLinks {
             self.receiving = false;
+            // Until now its driver may have gone on reading.
+            if let Some(control) = self.core.control() {
+                self.open.retain(|(open, _)| *open != control);
+            }
             self.core.handle_links_closed(now);
             return;
         }
@@ -712,12 +716,7 @@ impl TargetUnderFire {
                     self.depth.committed = true;
                     self.start(TargetJob::StartGuest);
                 }
-                TargetAction::CloseLinks => {
-                    if let Some(control) = self.core.control() {
-                        self.open.retain(|(open, _)| *open != control);
-                    }
-                    self.start(TargetJob::CloseLinks);
-                }
+                TargetAction::CloseLinks => self.start(TargetJob::CloseLinks),
                 TargetAction::Failed { .. } => {
                     assert!(!self.started && !self.failed && self.jobs.is_empty());
                     self.failed = true;

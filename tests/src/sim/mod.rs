@@ -93,6 +93,8 @@ enum Event {
     Exit,
     /// The operator looks at the target and says what became of the guest.
     Operator,
+    /// Another target process begins to listen at the address of the one that died.
+    Restart,
     /// The operator lets a guest that was paused go on.
     Continue,
     Stranger,
@@ -168,6 +170,8 @@ pub struct World {
     job_us_max: u64,
     links: Vec<net::Link>,
     control_connections: u64,
+    /// The connection on which the source asked last for the outcome.
+    asking: Option<LinkId>,
     blocks: Vec<u64>,
     devices: Vec<DeviceSchema>,
     data_connections: u16,
@@ -220,6 +224,7 @@ impl World {
             job_us_max: rng.pick(&[10, 1_000, 300_000]),
             links: Vec::new(),
             control_connections: 0,
+            asking: None,
             data_connections: rng.within(1..=8) as u16,
             verify: rng.chance(500),
             source: SourceHost::new(Source::new(no_config(), tuning(0)), &blocks),
@@ -536,6 +541,7 @@ impl World {
             Event::Exit => self.exit_target(),
             Event::Operator => self.operator_decides(),
             Event::Continue => self.operator_continues(),
+            Event::Restart if !self.target.alive => self.target = self.new_target(),
             Event::Stranger => self.stranger_connects(),
             _ => {}
         }
@@ -595,6 +601,9 @@ impl World {
             self.note(|| format!("the target dies: {kill:?}"));
             self.target.alive = false;
             self.close_all(Side::Target, kill.silent);
+            if let Some(delay_us) = self.faults.restart_target_after_us {
+                self.schedule(delay_us, Event::Restart);
+            }
         }
         for (side, freeze) in [
             (Side::Source, self.faults.freeze_source),

@@ -69,6 +69,8 @@ pub(super) struct Link {
     pipes: [Pipe; 2],
     /// The side has not closed its end.
     pub(super) open: [bool; 2],
+    /// The side still takes what arrives: a driver that is closing a connection may.
+    pub(super) reads: [bool; 2],
 }
 
 /// Items under way on a connection before its sender has to wait.
@@ -80,6 +82,7 @@ impl World {
             used,
             pipes: Default::default(),
             open: [true; 2],
+            reads: [true; 2],
         });
         LinkId(self.links.len() as u64 - 1)
     }
@@ -208,7 +211,7 @@ impl World {
             (Use::Stranger, Side::Source) => return,
             (_, Side::Source) => self.source.alive,
             (_, Side::Target) => self.target.alive,
-        } && self.link(id).open[to as usize];
+        } && self.link(id).reads[to as usize];
         if !is_listened_to {
             if !matches!(item, Item::Eof | Item::Reset) {
                 self.tell_reset(id, from);
@@ -284,6 +287,7 @@ impl World {
 
     /// A side closes its end. What it has written still leaves, or not.
     pub(super) fn close_link(&mut self, id: LinkId, side: Side, flush: bool) {
+        self.link(id).reads[side as usize] = false;
         if !std::mem::take(&mut self.link(id).open[side as usize]) {
             return;
         }
@@ -298,6 +302,13 @@ impl World {
         self.flush_soon(id, side);
     }
 
+    /// A side begins to close its end. What still arrives may be reported until [`close_link`](Self::close_link).
+    pub(super) fn begin_closing(&mut self, id: LinkId, side: Side, flush: bool) {
+        let reads = self.link(id).reads[side as usize] && self.rng.chance(500);
+        self.close_link(id, side, flush);
+        self.link(id).reads[side as usize] = reads;
+    }
+
     /// A process died: the kernel closes its connections, or the whole host is gone.
     pub(super) fn close_all(&mut self, side: Side, silent: bool) {
         for id in (0..self.links.len() as u64).map(LinkId) {
@@ -307,7 +318,9 @@ impl World {
             }
             if silent {
                 self.break_link(id, side, Notice::Nobody);
-                self.link(id).open[side as usize] = false;
+                let link = self.link(id);
+                link.open[side as usize] = false;
+                link.reads[side as usize] = false;
             } else {
                 self.close_link(id, side, false);
             }

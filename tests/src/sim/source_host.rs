@@ -292,10 +292,10 @@ impl World {
         }
         if let Some(control) = self.source.control {
             let flush = !self.rng.chance(100);
-            self.close_link(control, Side::Source, flush);
+            self.begin_closing(control, Side::Source, flush);
         }
         for link in self.source.data.clone() {
-            self.close_link(link, Side::Source, false);
+            self.begin_closing(link, Side::Source, false);
         }
         self.start_source_job(SourceJob::CloseLinks);
     }
@@ -411,6 +411,9 @@ impl World {
         }
         self.source.buffer = FrameBuffer::default();
         self.source.control = Some(link);
+        if self.source.commit_sent {
+            self.asking = Some(link);
+        }
         self.source.core.handle_control_connected(now);
     }
 
@@ -606,6 +609,15 @@ impl World {
     fn source_links_closed(&mut self, now: Moment) {
         self.end_link_jobs();
         self.source.closing = false;
+        for link in self
+            .source
+            .data
+            .clone()
+            .into_iter()
+            .chain(self.source.control)
+        {
+            self.close_link(link, Side::Source, false);
+        }
         self.source.control = None;
         self.source.data.clear();
         self.source.round = None;
@@ -639,7 +651,7 @@ impl World {
             self.source.buffer.push(part);
             loop {
                 match self.source.buffer.poll_frame::<TargetFrame>() {
-                    Ok(Some(frame)) => self.source_hears(now, frame),
+                    Ok(Some(frame)) => self.source_hears(now, link, frame),
                     Ok(None) => break,
                     Err(error) => {
                         self.close_link(link, Side::Source, false);
@@ -654,17 +666,21 @@ impl World {
         }
     }
 
-    fn source_hears(&mut self, now: Moment, frame: TargetFrame) {
+    fn source_hears(&mut self, now: Moment, link: LinkId, frame: TargetFrame) {
         self.note(|| format!("source hears {frame:?}"));
+        // On a connection that asks, an ABORT only means that whoever answers does not know.
+        let asks = self.asking == Some(link);
         let source = &mut self.source;
-        source.denied |= matches!(
-            frame,
-            TargetFrame::Abort(_) | TargetFrame::Resolved(Resolution::NotCommitted)
-        );
-        let confirms = matches!(
-            frame,
-            TargetFrame::Running { .. } | TargetFrame::Resolved(Resolution::Committed)
-        );
+        source.denied |= match frame {
+            TargetFrame::Abort(_) => !asks,
+            TargetFrame::Resolved(Resolution::NotCommitted) => asks,
+            _ => false,
+        };
+        let confirms = match frame {
+            TargetFrame::Running { .. } => !asks,
+            TargetFrame::Resolved(Resolution::Committed) => asks,
+            _ => false,
+        };
         source.confirmed |= confirms;
         source.core.handle_frame(now, frame);
         if confirms && let Some(blackout) = source.core.stats().blackout {

@@ -196,7 +196,7 @@ impl World {
                 let data = self.target.receiver.links.iter().copied().flatten();
                 let links: Vec<_> = data.chain(control).collect();
                 for link in links {
-                    self.close_link(link, Side::Target, Some(link) == control);
+                    self.begin_closing(link, Side::Target, Some(link) == control);
                 }
                 self.start_target_job(TargetJob::CloseLinks);
             }
@@ -237,7 +237,7 @@ impl World {
         if to == S::Setup {
             self.target.committed = false;
             self.target.receiver = Receiver::default();
-            self.target.generation += 1;
+            self.target.generation = self.new_job().0;
         }
     }
 
@@ -290,8 +290,14 @@ impl World {
         let now = self.moment();
         match job {
             TargetJob::CloseLinks => {
+                let control = self.target.core.control().map(|control| LinkId(control.0));
+                let data = self.target.receiver.links.iter().copied().flatten();
+                let links: Vec<_> = data.chain(control).collect();
+                for link in links {
+                    self.close_link(link, Side::Target, true);
+                }
                 self.target.receiver = Receiver::default();
-                self.target.generation += 1;
+                self.target.generation = self.new_job().0;
                 self.target.core.handle_links_closed(now);
             }
             job if fails => {
@@ -409,7 +415,7 @@ impl World {
                 return;
             };
             known.buffer.push(part);
-            while self.link(link).open[Side::Target as usize] {
+            while self.link(link).reads[Side::Target as usize] {
                 let Some(known) = self.target.links.get_mut(&link) else {
                     return;
                 };
