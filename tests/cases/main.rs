@@ -5,9 +5,14 @@
     reason = "a test that cannot go on panics; clippy exempts test functions but not what they call"
 )]
 
-mod program; // the vmferry binary under test
 mod qmp_client; // QEMU's own QMP client drives migrations
 mod regressions; // runs that once broke an invariant
 mod simulation; // I1, I2, I3, I5, I6: both cores in one world with every kind of fault
 mod tidy; // rules of the house that the compiler does not check
 mod wire_compat; // I5: the wire format stays what it is, corrupt frames are refused for the right reason
+
+/// Root of the repository.
+fn root() -> std::path::PathBuf {
+    let tests = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap().to_path_buf()
+}

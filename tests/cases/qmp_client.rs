@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::program::{root, vmferry};
+use crate::root;
 
 /// Runs the script; it prints a line per case and fails if one does.
 fn run(accel: &str, via: &str, environment: &[(&str, &str)]) {
@@ -14,7 +14,7 @@ fn run(accel: &str, via: &str, environment: &[(&str, &str)]) {
     let output = Command::new(python)
         .arg(root().join("tests/py/qmp_flow.py"))
         .arg("--vmferry")
-        .arg(vmferry())
+        .arg(env!("CARGO_BIN_EXE_vmferry-under-test"))
         .args(["--accel", accel, "--via", via])
         .envs(environment.iter().copied())
         .output()

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::program::root;
+use crate::root;
 
 /// One text file of the repository.
 pub(super) struct SourceFile {
