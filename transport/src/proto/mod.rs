@@ -14,6 +14,8 @@ mod estimate;
 mod source;
 mod status;
 mod target;
+#[cfg(test)]
+mod tests;
 
 pub use estimate::{Decision, Estimate};
 pub use source::{

@@ -1,0 +1,556 @@
+//! The target core, step by step: violations of the protocol, who may speak, what a failed attempt may never do.
+
+use super::*;
+
+const CONTROL: Connection = Connection(1);
+const ASKER: Connection = Connection(9);
+
+fn hello() -> Hello {
+    Hello {
+        versions: VersionRange::OURS,
+        migration_id: ID,
+        data_connections: 2,
+        checksum: false,
+        verify: false,
+        software: "s".to_owned(),
+        blocks: blocks(),
+        devices: devices(),
+    }
+}
+
+fn data_hello(index: u16) -> DataHello {
+    DataHello {
+        version: 1,
+        migration_id: ID,
+        index,
+        count: 2,
+    }
+}
+
+fn listening() -> Target {
+    Target::new(TargetConfig {
+        blocks: blocks(),
+        devices: devices(),
+        software: "t".to_owned(),
+    })
+}
+
+fn actions(target: &mut Target) -> Vec<String> {
+    std::iter::from_fn(|| target.poll_action())
+        .map(|action| format!("{action:?}"))
+        .collect()
+}
+
+fn awaiting_data() -> Target {
+    let mut target = listening();
+    target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello()));
+    actions(&mut target);
+    target
+}
+
+fn preparing() -> Target {
+    let mut target = awaiting_data();
+    for index in 0..2 {
+        let connection = Connection(2 + u64::from(index));
+        target.handle_first_frame(NOW, connection, SourceFrame::DataHello(data_hello(index)));
+    }
+    assert!(actions(&mut target).contains(&"Prepare".to_owned()));
+    target
+}
+
+fn receiving() -> Target {
+    let mut target = preparing();
+    target.handle_prepared(NOW);
+    actions(&mut target);
+    target
+}
+
+fn state_end() -> StateEnd {
+    StateEnd {
+        sections: 2,
+        last_round: RoundId(3),
+        guest_runs: true,
+        ram_hash: None,
+    }
+}
+
+fn loading() -> Target {
+    let mut target = receiving();
+    for frame in [
+        SourceFrame::Switchover(RoundId(3)),
+        SourceFrame::Section(section("vcpu/0")),
+        SourceFrame::Section(section("serial/0")),
+        SourceFrame::StateEnd(state_end()),
+    ] {
+        target.handle_frame(NOW, CONTROL, frame);
+    }
+    target.handle_round_placed(NOW, RoundId(3), true);
+    assert!(
+        actions(&mut target)
+            .iter()
+            .any(|action| action.starts_with("Load"))
+    );
+    target
+}
+
+fn is_ready() -> Target {
+    let mut target = loading();
+    let loaded = Loaded {
+        load_us: 1,
+        populated_bytes: 0,
+        verification: None,
+    };
+    target.handle_loaded(NOW, loaded);
+    actions(&mut target);
+    target
+}
+
+fn starting() -> Target {
+    let mut target = is_ready();
+    target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+    assert_eq!(actions(&mut target), ["StartGuest { run: true }"]);
+    target
+}
+
+fn running() -> Target {
+    let mut target = starting();
+    target.handle_guest_started(NOW, 5);
+    actions(&mut target);
+    target
+}
+
+fn before_commit() -> [(&'static str, Target); 5] {
+    [
+        ("awaiting data", awaiting_data()),
+        ("preparing", preparing()),
+        ("receiving", receiving()),
+        ("loading", loading()),
+        ("ready", is_ready()),
+    ]
+}
+
+fn answer_to(target: &mut Target, connection: Connection) -> Vec<String> {
+    target.handle_first_frame(NOW, connection, SourceFrame::Resolve(ID));
+    let prefix = format!("Send({connection:?}, ");
+    let sent = actions(target).into_iter();
+    sent.filter_map(|action| {
+        Some(
+            action
+                .strip_prefix(&prefix)?
+                .trim_end_matches(')')
+                .to_owned(),
+        )
+    })
+    .collect()
+}
+
+#[test]
+fn frames_that_do_not_belong_to_a_phase_end_the_attempt() {
+    let frames = [
+        SourceFrame::Hello(hello()),
+        SourceFrame::DataHello(data_hello(0)),
+        SourceFrame::Resolve(ID),
+        SourceFrame::Finish,
+        SourceFrame::Commit,
+        SourceFrame::Switchover(RoundId(1)),
+        SourceFrame::Section(section("vcpu/0")),
+        SourceFrame::StateEnd(state_end()),
+    ];
+    for frame in frames {
+        for (name, mut target) in before_commit() {
+            let welcome = matches!(
+                (name, &frame),
+                ("ready", SourceFrame::Commit) | ("receiving", SourceFrame::Switchover(_))
+            );
+            if welcome {
+                continue;
+            }
+            target.handle_frame(NOW, CONTROL, frame.clone());
+            assert_eq!(
+                target.status(),
+                TargetStatus::Failing,
+                "{frame:?} while {name}"
+            );
+            let told = actions(&mut target)
+                .iter()
+                .any(|action| action.contains("Abort"));
+            assert!(told, "the source is told about {frame:?} while {name}");
+        }
+    }
+}
+
+#[test]
+fn a_connection_must_begin_with_a_hello_or_a_question() {
+    for frame in [
+        SourceFrame::Commit,
+        SourceFrame::Keepalive,
+        SourceFrame::Finish,
+        SourceFrame::Section(section("vcpu/0")),
+    ] {
+        let mut target = is_ready();
+        target.handle_first_frame(NOW, ASKER, frame);
+        let answer = actions(&mut target);
+        assert!(
+            answer[0].contains("Abort") && answer[1] == "Close(Connection(9))",
+            "{answer:?}"
+        );
+        assert_eq!(
+            target.status(),
+            TargetStatus::Active,
+            "no harm to the attempt"
+        );
+    }
+}
+
+#[test]
+fn a_hello_that_does_not_fit_changes_nothing_and_the_next_is_welcome() {
+    let mut target = listening();
+    let mut other = hello();
+    other.blocks[0].pages = PageCount(17);
+    target.handle_first_frame(NOW, ASKER, SourceFrame::Hello(other));
+    assert_eq!(target.status(), TargetStatus::None);
+    assert_eq!(actions(&mut target)[1], "Close(Connection(9))");
+    target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello()));
+    assert_eq!(target.status(), TargetStatus::Setup);
+    target.handle_first_frame(NOW, ASKER, SourceFrame::Hello(hello()));
+    assert!(
+        actions(&mut target)
+            .iter()
+            .any(|action| action.contains("Busy"))
+    );
+}
+
+#[test]
+fn data_connections_that_do_not_belong_are_refused_without_harm() {
+    let wrong = [
+        DataHello {
+            migration_id: MigrationId([8; 16]),
+            ..data_hello(0)
+        },
+        DataHello {
+            version: 2,
+            ..data_hello(0)
+        },
+        DataHello {
+            count: 3,
+            ..data_hello(0)
+        },
+        DataHello {
+            index: 2,
+            ..data_hello(0)
+        },
+    ];
+    let mut target = awaiting_data();
+    for hello in wrong {
+        target.handle_first_frame(NOW, ASKER, SourceFrame::DataHello(hello));
+        let answer = actions(&mut target);
+        assert!(
+            answer[0].contains("Abort") && answer.len() == 2,
+            "{hello:?}: {answer:?}"
+        );
+    }
+    target.handle_first_frame(NOW, Connection(2), SourceFrame::DataHello(data_hello(0)));
+    assert_eq!(actions(&mut target).len(), 1);
+    target.handle_first_frame(NOW, ASKER, SourceFrame::DataHello(data_hello(0)));
+    assert!(actions(&mut target)[0].contains("exists already"));
+    assert_eq!(target.status(), TargetStatus::Setup);
+    let mut target = receiving();
+    target.handle_first_frame(NOW, ASKER, SourceFrame::DataHello(data_hello(1)));
+    assert!(actions(&mut target)[0].contains("Abort"), "one too many");
+    assert_eq!(target.status(), TargetStatus::Active);
+}
+
+#[test]
+fn device_state_that_does_not_fit_is_refused_by_name() {
+    let too_new = Section {
+        version: 3,
+        ..section("vcpu/0")
+    };
+    let other_schema = Section {
+        schema: "x".to_owned(),
+        ..section("vcpu/0")
+    };
+    let announce = SourceFrame::Switchover(RoundId(3));
+    let state = |name| SourceFrame::Section(section(name));
+    let cases: [(&[SourceFrame], &str); 8] = [
+        (&[announce.clone(), announce.clone()], "announced twice"),
+        (&[state("vcpu/0")], "outside of the switchover"),
+        (
+            &[announce.clone(), state("vcpu/0"), state("vcpu/0")],
+            "\"vcpu/0\" comes twice",
+        ),
+        (
+            &[announce.clone(), state("gpu/0")],
+            "\"gpu/0\" comes, which does not exist",
+        ),
+        (
+            &[announce.clone(), SourceFrame::Section(too_new)],
+            "version 3",
+        ),
+        (
+            &[announce.clone(), SourceFrame::Section(other_schema)],
+            "\"x\" version 2",
+        ),
+        (
+            &[
+                announce.clone(),
+                state("vcpu/0"),
+                SourceFrame::StateEnd(StateEnd {
+                    sections: 1,
+                    ..state_end()
+                }),
+            ],
+            "no state came for device \"serial/0\"",
+        ),
+        (
+            &[
+                announce,
+                state("vcpu/0"),
+                state("serial/0"),
+                SourceFrame::StateEnd(StateEnd {
+                    last_round: RoundId(4),
+                    ..state_end()
+                }),
+            ],
+            "contradicts the switchover",
+        ),
+    ];
+    for (frames, text) in cases {
+        let mut target = receiving();
+        for frame in frames {
+            target.handle_frame(NOW, CONTROL, frame.clone());
+        }
+        assert_eq!(target.status(), TargetStatus::Failing, "{text}");
+        let error = target.error().unwrap().to_string();
+        assert!(error.contains(text), "{error}");
+    }
+}
+
+#[test]
+fn loading_waits_for_the_pages_and_for_the_state() {
+    let mut target = receiving();
+    target.handle_round_placed(NOW, RoundId(3), true);
+    target.handle_frame(NOW, CONTROL, SourceFrame::Switchover(RoundId(3)));
+    target.handle_frame(NOW, CONTROL, SourceFrame::Section(section("serial/0")));
+    target.handle_frame(NOW, CONTROL, SourceFrame::Section(section("vcpu/0")));
+    assert!(
+        !actions(&mut target)
+            .iter()
+            .any(|action| action.starts_with("Load"))
+    );
+    target.handle_frame(NOW, CONTROL, SourceFrame::StateEnd(state_end()));
+    assert!(
+        actions(&mut target)
+            .iter()
+            .any(|action| action.starts_with("Load"))
+    );
+    let mut target = receiving();
+    target.handle_round_placed(NOW, RoundId(2), true);
+    for frame in [
+        SourceFrame::Switchover(RoundId(3)),
+        SourceFrame::Section(section("vcpu/0")),
+        SourceFrame::Section(section("serial/0")),
+        SourceFrame::StateEnd(state_end()),
+    ] {
+        target.handle_frame(NOW, CONTROL, frame);
+    }
+    assert_eq!(
+        target.status(),
+        TargetStatus::Failing,
+        "another round was the last"
+    );
+}
+
+#[test]
+fn a_failed_attempt_never_starts_the_guest_whatever_comes_later() {
+    for (name, mut target) in before_commit() {
+        target.handle_connection_lost(NOW, CONTROL, "gone", false);
+        target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+        target.handle_prepared(NOW);
+        target.handle_round_placed(NOW, RoundId(3), true);
+        let loaded = Loaded {
+            load_us: 1,
+            populated_bytes: 0,
+            verification: None,
+        };
+        target.handle_loaded(NOW, loaded);
+        target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+        target.handle_links_closed(NOW);
+        assert_eq!(target.status(), TargetStatus::Failed, "{name}");
+        let lingers = format!("linger: {}", name == "ready");
+        let acts = actions(&mut target);
+        assert!(
+            !acts
+                .iter()
+                .any(|action| action.contains("StartGuest") || action.contains("Ready")),
+            "{acts:?}"
+        );
+        assert!(acts.last().unwrap().contains(&lingers), "{name}: {acts:?}");
+        target.listen_again(NOW);
+        target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+        assert_eq!(actions(&mut target), [""; 0], "{name}");
+        assert_eq!(
+            answer_to(&mut target, ASKER),
+            ["Resolved(NotCommitted"],
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_question_before_commit_ends_the_attempt() {
+    for (name, mut target) in before_commit() {
+        let answer = answer_to(&mut target, ASKER);
+        assert_eq!(answer, ["Resolved(NotCommitted"], "{name}");
+        target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+        assert_eq!(
+            target.status(),
+            TargetStatus::Failing,
+            "{name}: COMMIT comes too late"
+        );
+    }
+}
+
+#[test]
+fn a_question_while_the_guest_starts_is_answered_when_it_is_known() {
+    let mut target = starting();
+    assert_eq!(answer_to(&mut target, ASKER), [""; 0]);
+    target.handle_guest_started(NOW, 1);
+    assert!(actions(&mut target).contains(&"Send(Connection(9), Resolved(Committed))".to_owned()));
+    let mut target = starting();
+    assert_eq!(answer_to(&mut target, ASKER), [""; 0]);
+    target.handle_job_failed(NOW, TargetJob::StartGuest, AbortCode::Internal, "no");
+    let acts = actions(&mut target);
+    assert!(
+        acts.contains(&"Send(Connection(9), Resolved(NotCommitted))".to_owned()),
+        "{acts:?}"
+    );
+    assert!(
+        acts.iter()
+            .any(|action| action.starts_with("Send(Connection(1), Abort")),
+        "{acts:?}"
+    );
+    let mut target = starting();
+    answer_to(&mut target, ASKER);
+    target.handle_connection_lost(NOW, ASKER, "gone", false);
+    target.handle_guest_started(NOW, 1);
+    assert!(
+        !actions(&mut target)
+            .iter()
+            .any(|action| action.contains("Connection(9)"))
+    );
+}
+
+#[test]
+fn questioners_are_bounded() {
+    let mut target = starting();
+    for number in 100..200 {
+        target.handle_first_frame(NOW, Connection(number), SourceFrame::Resolve(ID));
+    }
+    let closed = actions(&mut target)
+        .iter()
+        .filter(|action| action.starts_with("Close("))
+        .count();
+    target.handle_guest_started(NOW, 1);
+    let answered = actions(&mut target)
+        .iter()
+        .filter(|action| action.contains("Resolved"))
+        .count();
+    assert_eq!(closed + answered, 100);
+    assert!(answered < 50);
+}
+
+#[test]
+fn an_unknown_migration_is_not_denied() {
+    for mut target in [listening(), receiving(), running()] {
+        let id = MigrationId([9; 16]);
+        target.handle_first_frame(NOW, ASKER, SourceFrame::Resolve(id));
+        let answer = actions(&mut target);
+        assert!(
+            answer[0].contains("Abort") && answer[1].starts_with("Close"),
+            "{answer:?}"
+        );
+    }
+}
+
+#[test]
+fn finish_settles_once_and_only_from_those_who_may_say_it() {
+    let settled = |target: &mut Target| {
+        actions(target)
+            .iter()
+            .filter(|action| *action == "Settled")
+            .count()
+    };
+    let mut target = running();
+    target.handle_first_frame(
+        NOW,
+        Connection(8),
+        SourceFrame::Resolve(MigrationId([9; 16])),
+    );
+    target.handle_frame(NOW, Connection(8), SourceFrame::Finish);
+    assert_eq!(settled(&mut target), 0, "a stranger");
+    assert_eq!(answer_to(&mut target, ASKER), ["Resolved(Committed"]);
+    target.handle_frame(NOW, ASKER, SourceFrame::Finish);
+    assert_eq!(settled(&mut target), 1);
+    target.handle_frame(NOW, CONTROL, SourceFrame::Finish);
+    target.handle_frame(NOW, ASKER, SourceFrame::Finish);
+    assert_eq!(settled(&mut target), 0);
+    let mut target = starting();
+    target.handle_frame(NOW, CONTROL, SourceFrame::Finish);
+    assert_eq!(settled(&mut target), 0, "too early");
+}
+
+#[test]
+fn a_guest_that_is_here_cannot_be_taken_back() {
+    for mut target in [starting(), running()] {
+        let before = target.status();
+        target.handle_frame(NOW, CONTROL, SourceFrame::Abort(abort()));
+        target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
+        target.handle_data_failed(NOW, TargetError::Link("gone".to_owned()));
+        target.handle_cancel(NOW);
+        target.handle_connection_lost(NOW, CONTROL, "gone", false);
+        target.handle_timeout(NOW.plus_micros(100 * STALL_US));
+        assert_eq!(target.status(), before);
+        assert_eq!(actions(&mut target), [""; 0]);
+    }
+}
+
+#[test]
+fn an_id_that_failed_is_not_accepted_again() {
+    let mut target = receiving();
+    target.handle_cancel(NOW);
+    target.handle_links_closed(NOW);
+    target.listen_again(NOW);
+    actions(&mut target);
+    target.handle_first_frame(NOW, ASKER, SourceFrame::Hello(hello()));
+    assert!(actions(&mut target)[0].contains("never used again"));
+    let fresh = Hello {
+        migration_id: MigrationId([1; 16]),
+        ..hello()
+    };
+    target.handle_first_frame(NOW, ASKER, SourceFrame::Hello(fresh));
+    assert_eq!(target.status(), TargetStatus::Setup);
+}
+
+#[test]
+fn a_source_that_falls_silent_or_brings_too_few_connections_is_given_up() {
+    let mut target = awaiting_data();
+    for _ in 0..10 {
+        let Some(at) = target.poll_timeout() else {
+            break;
+        };
+        target.handle_frame(at, CONTROL, SourceFrame::Keepalive);
+        target.handle_timeout(at);
+    }
+    assert!(
+        target
+            .error()
+            .unwrap()
+            .to_string()
+            .contains("only 0 of 2 data connections")
+    );
+    for (name, mut target) in before_commit() {
+        target.handle_timeout(NOW.plus_micros(STALL_US));
+        assert_eq!(target.status(), TargetStatus::Failing, "{name}");
+    }
+}
