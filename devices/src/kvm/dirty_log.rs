@@ -28,7 +28,8 @@ const NAME: &str = "kvm";
 const WORDS_PER_CLEAR: usize = 256;
 /// Words per piece that is armed at a time: 16 MiB of guest memory.
 const WORDS_PER_PIECE: usize = 64;
-const PIECE_BYTES: u64 = WORDS_PER_PIECE as u64 * 64 * PAGE_SIZE;
+const PIECE_PAGES: u64 = WORDS_PER_PIECE as u64 * 64;
+const PIECE_BYTES: u64 = PIECE_PAGES * PAGE_SIZE;
 
 /// KVM's log over all memory slots of a VM. Slot n is block n.
 #[derive(Debug)]
@@ -71,14 +72,14 @@ impl KvmDirtyLog {
                 log.armed.fill(true);
                 continue;
             };
-            log.armed.fill(false);
-            mark_pieces_with_data(file, offset, &mut log.armed)?;
             let mut present = PageBitmap::new(PageCount(log.pages));
-            for piece in (0..log.armed.len()).filter(|piece| log.armed[*piece]) {
-                mark_data(file, offset, piece, &mut present)?;
-            }
+            mark_data(file, offset, 0..log.pages, &mut present)?;
             for (word, present) in log.words.iter_mut().zip(present.words()) {
                 *word = !present;
+            }
+            for (piece, armed) in log.armed.iter_mut().enumerate() {
+                let words = piece_words(piece, log.words.len());
+                *armed = present.words()[words].iter().any(|present| *present != 0);
             }
             for range in log.armed_ranges() {
                 if log.words[range.clone()].iter().any(|holes| *holes != 0) {
@@ -245,9 +246,21 @@ impl SlotLog {
             if self.armed[piece] {
                 self.words[words.clone()].fill(u64::MAX);
                 self.clear(slots, slot, words.clone())?;
-                mark_data(file, offset, piece, into)?;
             }
             self.words[words].fill(0);
+        }
+        // Neighbours together: the file finds the end of data by walking all of it.
+        let mut piece = 0;
+        while piece < was_armed.len() {
+            let new = |piece: &usize| !was_armed[*piece] && self.armed[*piece];
+            let end = (piece..was_armed.len())
+                .find(|piece| !new(piece))
+                .unwrap_or(was_armed.len());
+            if piece < end {
+                let pages = piece as u64 * PIECE_PAGES..(end as u64 * PIECE_PAGES).min(self.pages);
+                mark_data(file, offset, pages, into)?;
+            }
+            piece = end + 1;
         }
         Ok(())
     }
@@ -303,10 +316,10 @@ fn mark_pieces_with_data(file: &File, offset: u64, pieces: &mut [bool]) -> io::R
     Ok(())
 }
 
-/// Marks all pages of `piece` that exist.
-fn mark_data(file: &File, offset: u64, piece: usize, into: &mut PageBitmap) -> io::Result<()> {
-    let mut at = offset + piece as u64 * PIECE_BYTES;
-    let end = at + PIECE_BYTES;
+/// Marks all pages of `pages` that exist. The block begins at `offset` of `file`.
+fn mark_data(file: &File, offset: u64, pages: Range<u64>, into: &mut PageBitmap) -> io::Result<()> {
+    let mut at = offset + pages.start * PAGE_SIZE;
+    let end = offset + pages.end * PAGE_SIZE;
     while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
         let hole = seek(file, SeekFrom::Hole(data))?.clamp(data + 1, end);
         let first = (data - offset) / PAGE_SIZE;
@@ -398,7 +411,7 @@ mod tests {
         assert_eq!(pieces, [false, true, false, true, true, false]);
 
         let mut map = PageBitmap::new(PageCount(6 * 4096));
-        mark_data(&file, offset, 4, &mut map).unwrap();
+        mark_data(&file, offset, 4 * PIECE_PAGES..5 * PIECE_PAGES, &mut map).unwrap();
         let found: Vec<_> = map
             .runs(BlockId(0))
             .map(|run| (run.start.0, run.count.0))
