@@ -10,27 +10,28 @@
 //!
 //! `faults` says what can go wrong. [`check_seed`] runs a seed, and when it fails runs it again with a trace.
 
+mod events;
 pub mod faults;
 mod frames;
 mod guest;
 pub mod hostile;
+mod mishaps;
 mod net;
 pub mod rng;
+mod rounds;
 mod source_host;
 mod target_host;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use vmferry_transport::proto::{
-    MigrationStatus, Source, SourceConfig, SourceTuning, Target, TargetConfig,
-};
+use vmferry_transport::proto::{Source, SourceConfig, SourceTuning, Target, TargetConfig};
 use vmferry_transport::units::{MigrationId, Moment, PageCount};
 use vmferry_transport::wire::DeviceSchema;
-use vmferry_transport::wire::frame::Resolution;
 use vmferry_transport::wire::hello::BlockInfo;
 
-use faults::{Faults, Kill, Since};
+use events::{Event, Scheduled};
+use faults::Faults;
 use guest::{Dirtier, Memory, ProofCount, Snapshot};
 use net::{Item, LinkId, Use};
 use rng::Rng;
@@ -69,63 +70,6 @@ impl Side {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct JobId(u64);
-
-#[derive(Clone, Copy, Debug)]
-enum Event {
-    /// A side's driver or kernel moves on with writing.
-    Flush(LinkId, Side),
-    /// Something that a side sent arrives.
-    Deliver(LinkId, Side),
-    /// A data thread of the source goes on.
-    Pump(LinkId),
-    /// The data connections are made.
-    Dial(JobId),
-    SourceJob(JobId),
-    TargetJob(JobId),
-    /// The target's data threads have placed a round.
-    Placed {
-        generation: u64,
-        round: u32,
-        last: bool,
-    },
-    HelloDeadline(LinkId),
-    ListenAgain,
-    Exit,
-    /// The operator looks at the target and says what became of the guest.
-    Operator,
-    /// Another target process begins to listen at the address of the one that died.
-    Restart,
-    /// The operator lets a guest that was paused go on.
-    Continue,
-    Stranger,
-}
-
-#[derive(Debug)]
-struct Scheduled {
-    at: u64,
-    number: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
-    }
-}
-
-impl Eq for Scheduled {}
-
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.number).cmp(&(other.at, other.number))
-    }
-}
 
 /// What a run was like; for tests that repeat it with a fault at every place of it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -582,145 +526,12 @@ impl World {
         }
     }
 
-    /// Whether anything happened: that is a step of its own then.
-    fn meet_step_faults(&mut self) -> bool {
-        let Some(begun) = self.faults_since() else {
-            return false;
-        };
-        let step = self.step - begun;
-        let mut happened = false;
-        let at = |fault: &Option<Kill>| fault.filter(|kill| kill.step == step);
-        if let Some(kill) = at(&self.faults.kill_source).filter(|_| self.source.alive) {
-            happened = true;
-            self.note(|| format!("the source dies: {kill:?}"));
-            self.source.alive = false;
-            self.close_all(Side::Source, kill.silent);
-        }
-        if let Some(kill) = at(&self.faults.kill_target).filter(|_| self.target.alive) {
-            happened = true;
-            self.note(|| format!("the target dies: {kill:?}"));
-            self.target.alive = false;
-            self.close_all(Side::Target, kill.silent);
-            if let Some(delay_us) = self.faults.restart_target_after_us {
-                self.schedule(delay_us, Event::Restart);
-            }
-        }
-        for (side, freeze) in [
-            (Side::Source, self.faults.freeze_source),
-            (Side::Target, self.faults.freeze_target),
-        ] {
-            if let Some(freeze) = freeze.filter(|freeze| freeze.step == step) {
-                self.note(|| format!("{side:?} is frozen for {} us", freeze.micros));
-                self.frozen_until[side as usize] = self.now + freeze.micros;
-            }
-        }
-        if self.faults.cancel_source == Some(step) && self.is_awake(Side::Source) {
-            happened = true;
-            self.operator_cancels();
-        }
-        if self.faults.cancel_target == Some(step) && self.is_awake(Side::Target) {
-            happened = true;
-            self.note(|| "the operator cancels at the target".to_owned());
-            let now = self.moment();
-            self.target.core.handle_cancel(now);
-        }
-        if self.faults.pause == Some(step)
-            && self.is_awake(Side::Source)
-            && self.may_pause()
-            && self.source.running
-        {
-            happened = true;
-            self.note(|| "the operator pauses the guest".to_owned());
-            self.source.proof = Some(self.pause_guest());
-            self.guest_should_run = false;
-            self.source.core.set_guest_runs(false);
-            let delay = self.rng.below(20_000);
-            self.schedule(delay, Event::Continue);
-        }
-        happened
-    }
-
     fn is_awake(&self, side: Side) -> bool {
         let alive = match side {
             Side::Source => self.source.alive,
             Side::Target => self.target.alive,
         };
         alive && self.frozen_until[side as usize] <= self.now
-    }
-
-    fn operator_cancels(&mut self) {
-        let (now, status, was_over) = (
-            self.moment(),
-            self.source.core.status(),
-            self.source.ending.is_some(),
-        );
-        let answer = self.source.core.handle_cancel(now);
-        self.note(|| format!("the operator cancels at the source: {answer:?}"));
-        match answer {
-            Ok(()) => {
-                // An attempt that is failing already ends as failed.
-                self.source.cancelled |= !was_over
-                    && !matches!(status, MigrationStatus::Failing | MigrationStatus::Failed);
-            }
-            Err(_) => assert!(
-                self.source.commit_sent,
-                "refused although nothing is committed"
-            ),
-        }
-    }
-
-    /// The guest may be paused and continued while rounds are sent, as with `stop` and `cont`.
-    fn may_pause(&self) -> bool {
-        self.source.ending.is_none()
-            && matches!(
-                self.source.core.status(),
-                MigrationStatus::Setup | MigrationStatus::Active
-            )
-    }
-
-    fn operator_continues(&mut self) {
-        if self.is_awake(Side::Source) && self.may_pause() && self.source.proof.take().is_some() {
-            self.note(|| "the operator lets the guest go on".to_owned());
-            self.source.running = true;
-            self.guest_should_run = true;
-            self.source.core.set_guest_runs(true);
-        }
-    }
-
-    /// The operator looks at the target. If it might still take the guest, it is fenced first.
-    fn operator_decides(&mut self) {
-        if !self.source.alive || !self.source.core.is_unresolved() {
-            return;
-        }
-        let decision = if self.target.owns_guest() {
-            Resolution::Committed
-        } else {
-            if self.target.alive {
-                self.target.alive = false;
-                self.close_all(Side::Target, false);
-            }
-            Resolution::NotCommitted
-        };
-        self.note(|| format!("the operator says {decision:?}"));
-        self.source.operator = Some(decision);
-        let now = self.moment();
-        assert!(self.source.core.handle_operator_resolution(now, decision));
-    }
-
-    fn stranger_connects(&mut self) {
-        if !self.target.alive || !self.target.listens {
-            return;
-        }
-        let link = self.open_link(Use::Stranger);
-        self.target_accepts(link);
-        let bytes = hostile::stranger_bytes(&mut self.rng, &self.blocks);
-        self.note(|| format!("a stranger on {link:?}"));
-        if !bytes.is_empty() {
-            self.write(link, Side::Source, Item::Bytes(bytes));
-        }
-        if self.rng.chance(500) {
-            self.close_link(link, Side::Source, true);
-        }
     }
 
     fn moment(&self) -> Moment {
@@ -732,35 +543,6 @@ impl World {
         JobId(self.jobs)
     }
 
-    fn schedule(&mut self, delay_us: u64, event: Event) {
-        self.schedule_at(self.now + delay_us, event);
-    }
-
-    fn schedule_at(&mut self, at: u64, event: Event) {
-        self.scheduled += 1;
-        let number = self.scheduled;
-        self.events.push(Reverse(Scheduled { at, number, event }));
-    }
-
-    /// Whether a fault happens now.
-    fn chance(&mut self, of: impl Fn(&Faults) -> u32) -> bool {
-        let per_mille = of(&self.faults);
-        let quiet = self
-            .faults
-            .quiet_after_us
-            .is_some_and(|after| self.now > after);
-        !quiet && self.faults_since().is_some() && self.rng.chance(per_mille)
-    }
-
-    /// At which step the faults began, if they have.
-    fn faults_since(&self) -> Option<u64> {
-        match self.faults.since {
-            Since::Start => Some(0),
-            Since::Stop => self.stopped_at_step,
-            Since::Commit => self.committed_at_step,
-        }
-    }
-
     /// A frame goes to a control connection.
     fn say(&mut self, link: LinkId, from: Side, bytes: Vec<u8>, is_milestone: bool) {
         if self.link(link).used == Use::Control(0) {
@@ -770,10 +552,6 @@ impl World {
             }
         }
         self.write(link, from, Item::Bytes(bytes));
-    }
-
-    fn hangs(&mut self) -> bool {
-        self.chance(|faults| faults.hang_connect)
     }
 
     fn link_delay(&mut self) -> u64 {

@@ -2,15 +2,16 @@
 
 use bytes::Bytes;
 use vmferry_transport::proto::{
-    FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction, SourceJob,
+    MigrationStatus, Outcome, SavedState, Source, SourceAction, SourceJob,
 };
-use vmferry_transport::units::{Moment, PageCount, RoundId};
+use vmferry_transport::units::Moment;
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{FrameBuffer, Resolution, SourceFrame, TargetFrame};
 use vmferry_transport::wire::hello::DataHello;
 
 use super::guest::{Page, PageSet, SimProof, Snapshot};
-use super::net::{Content, Item, LinkId, Use};
+use super::net::{Item, LinkId, Use};
+use super::rounds::Round;
 use super::{Event, JobId, PASSES_MAX, Side, World, tuning};
 
 /// How an attempt ended at the source.
@@ -22,17 +23,6 @@ pub enum Ending {
     Failed,
     /// The same, because the operator said so.
     Cancelled,
-}
-
-/// A round that is being sent.
-#[derive(Debug)]
-struct Round {
-    number: RoundId,
-    last: bool,
-    /// Pages that no connection has claimed.
-    unclaimed: Vec<(Page, bool)>,
-    ended: Vec<LinkId>,
-    sent: RoundSent,
 }
 
 #[derive(Debug)]
@@ -50,14 +40,14 @@ pub(super) struct SourceHost {
     pub(super) ending: Option<Ending>,
     pub(super) status: MigrationStatus,
     pub(super) closing: bool,
-    unsent: PageSet,
-    holes: Vec<Page>,
+    pub(super) unsent: PageSet,
+    pub(super) holes: Vec<Page>,
     control: Option<LinkId>,
-    data: Vec<LinkId>,
+    pub(super) data: Vec<LinkId>,
     hellos: Vec<DataHello>,
     buffer: FrameBuffer,
-    round: Option<Round>,
-    progress_bytes: u64,
+    pub(super) round: Option<Round>,
+    pub(super) progress_bytes: u64,
     saving_hash: bool,
     resuming: Option<SimProof>,
     stop_asked: Moment,
@@ -209,7 +199,7 @@ impl World {
         id
     }
 
-    fn end_source_job(&mut self, job: SourceJob) {
+    pub(super) fn end_source_job(&mut self, job: SourceJob) {
         self.source.jobs.retain(|(_, running)| *running != job);
     }
 
@@ -444,28 +434,6 @@ impl World {
         self.schedule(delay, Event::SourceJob(id));
     }
 
-    fn log_started(&mut self, now: Moment) {
-        let source = &mut self.source;
-        source.log_on = true;
-        source.log.clear();
-        source.unsent = source.present.clone();
-        let all = self.blocks.iter().sum::<u64>();
-        source.holes = Vec::new();
-        for (block, pages) in self.blocks.iter().enumerate() {
-            for index in (0..*pages).map(vmferry_transport::units::PageIndex) {
-                let page = Page { block, index };
-                if !source.present.contains(page) {
-                    source.holes.push(page);
-                }
-            }
-        }
-        let present = source.present.count();
-        let holes = PageCount(all - present.0);
-        self.source
-            .core
-            .handle_log_started(now, FirstRound { present, holes });
-    }
-
     fn state_saved(&mut self, now: Moment) {
         let vcpus = self.source_vcpus.to_le_bytes();
         let sections = self.devices.iter().map(|device| Section {
@@ -480,130 +448,6 @@ impl World {
             hash_us: if self.source.saving_hash { 50 } else { 0 },
         };
         self.source.core.handle_state_saved(now, state);
-    }
-
-    fn send_round(&mut self, number: RoundId, last: bool) {
-        assert!(
-            !last || !self.source.running,
-            "the last round of a running guest"
-        );
-        let id = self.new_job();
-        self.source.jobs.push((id, SourceJob::Round));
-        let mut unclaimed: Vec<_> = self
-            .source
-            .unsent
-            .pages()
-            .into_iter()
-            .map(|page| (page, true))
-            .collect();
-        unclaimed.extend(self.source.holes.drain(..).map(|page| (page, false)));
-        self.source.unsent.clear();
-        self.source.round = Some(Round {
-            number,
-            last,
-            unclaimed,
-            ended: Vec::new(),
-            sent: RoundSent::default(),
-        });
-        for link in self.source.data.clone() {
-            self.pump_soon(link);
-        }
-    }
-
-    /// The data thread of a connection goes on when it can.
-    pub(super) fn pump_soon(&mut self, link: LinkId) {
-        if self.source.round.is_some() && self.source.data.contains(&link) {
-            let delay = self.rng.below(60);
-            self.schedule(delay, Event::Pump(link));
-        }
-    }
-
-    /// One data thread claims some pages, reads them and sends them.
-    pub(super) fn pump(&mut self, link: LinkId) {
-        if !self.source.has_job(SourceJob::Round)
-            || !self.source.data.contains(&link)
-            || self.source.closing
-            || self.is_full(link, Side::Source)
-        {
-            return;
-        }
-        let count = self.rng.within(1..=16) as usize;
-        let Some(round) = &mut self.source.round else {
-            return;
-        };
-        if round.ended.contains(&link) {
-            return;
-        }
-        let number = round.number.0;
-        let from = round.unclaimed.len().saturating_sub(count);
-        let claimed = round.unclaimed.split_off(from);
-        if claimed.is_empty() {
-            round.ended.push(link);
-            let last = round.last;
-            self.write(
-                link,
-                Side::Source,
-                Item::RoundEnd {
-                    round: number,
-                    last,
-                },
-            );
-            self.end_round_when_sent();
-            return;
-        }
-        let pages: Vec<_> = claimed
-            .into_iter()
-            .map(|(page, present)| {
-                let content = match self.source_memory.get(page) {
-                    _ if !present => Content::Hole,
-                    0 => Content::Zero,
-                    content => Content::Data(content),
-                };
-                (page, content)
-            })
-            .collect();
-        for (_, content) in &pages {
-            match content {
-                Content::Data(_) => round.sent.data.0 += 1,
-                Content::Zero => round.sent.zero.0 += 1,
-                Content::Hole => {}
-            }
-        }
-        self.write(
-            link,
-            Side::Source,
-            Item::Pages {
-                round: number,
-                pages,
-            },
-        );
-        self.source.progress_bytes += 4096;
-        let (now, bytes) = (self.moment(), self.source.progress_bytes);
-        self.source.core.handle_progress(now, bytes);
-        self.pump_soon(link);
-    }
-
-    fn end_round_when_sent(&mut self) {
-        let source = &mut self.source;
-        if source
-            .round
-            .as_ref()
-            .is_none_or(|round| round.ended.len() < source.data.len())
-        {
-            return;
-        }
-        let Some(round) = source.round.take() else {
-            return;
-        };
-        self.end_source_job(SourceJob::Round);
-        let now = self.moment();
-        if self.chance(|faults| faults.fail_job) {
-            self.source
-                .core
-                .handle_job_failed(now, SourceJob::Round, "broken pipe");
-        } else {
-            self.source.core.handle_round_sent(now, round.sent);
-        }
     }
 
     fn source_links_closed(&mut self, now: Moment) {

@@ -66,35 +66,36 @@ pub enum SourceAction<P> {
     StatusChanged(MigrationStatus),
     /// Tell everybody: this pass over memory begins; QEMU's MIGRATION_PASS.
     PassStarted(u64),
-    /// Job [`SourceJob::ConnectControl`]: reports [`Source::handle_control_connected`].
+    /// Job [`SourceJob::ConnectControl`]: reports [`Source::handle_control_connected`](super::Source::handle_control_connected).
     ConnectControl,
     /// Send on the control connection.
     SendControl(SourceFrame),
     /// Job [`SourceJob::ConnectData`]: open one connection per hello and send the hello on it.
     ConnectData(Vec<DataHello>),
-    /// Job [`SourceJob::StartLog`]: reports [`Source::handle_log_started`].
+    /// Job [`SourceJob::StartLog`]: reports [`Source::handle_log_started`](super::Source::handle_log_started).
     StartLog,
-    /// Job [`SourceJob::Round`]: send everything found by the last fetch. Reports [`Source::handle_round_sent`].
+    /// Job [`SourceJob::Round`]: send everything found by the last fetch. Reports [`Source::handle_round_sent`](super::Source::handle_round_sent).
     SendRound {
         /// Number of the round.
         round: RoundId,
         /// The guest is stopped: no round follows.
         last: bool,
     },
-    /// Job [`SourceJob::Sync`]: add the dirty logs to what the next round sends. Reports [`Source::handle_synced`].
+    /// Job [`SourceJob::Sync`]: add the dirty logs to what the next round sends. Reports [`Source::handle_synced`](super::Source::handle_synced).
     Sync,
-    /// Job [`SourceJob::StopGuest`]: reports [`Source::handle_guest_stopped`].
+    /// Job [`SourceJob::StopGuest`]: reports [`Source::handle_guest_stopped`](super::Source::handle_guest_stopped). If it fails, the
+    /// guest runs on as if nothing had been asked.
     StopGuest,
-    /// Job [`SourceJob::SaveState`]: reports [`Source::handle_state_saved`].
+    /// Job [`SourceJob::SaveState`]: reports [`Source::handle_state_saved`](super::Source::handle_state_saved).
     SaveState {
         /// Hash all RAM too.
         hash_ram: bool,
     },
     /// Job [`SourceJob::CloseLinks`]: end connects, rounds and data threads that are under way, close all connections, after what was
-    /// given to `SendControl` has left if the link takes it. Reports [`Source::handle_links_closed`]; nothing of the links may be
+    /// given to `SendControl` has left if the link takes it. Reports [`Source::handle_links_closed`](super::Source::handle_links_closed); nothing of the links may be
     /// reported after that.
     CloseLinks,
-    /// Job [`SourceJob::StopLog`]: reports [`Source::handle_log_stopped`], also when the log could not be stopped.
+    /// Job [`SourceJob::StopLog`]: reports [`Source::handle_log_stopped`](super::Source::handle_log_stopped), also when the log could not be stopped.
     StopLog,
     /// Job [`SourceJob::ResumeGuest`]: the only way to let the guest run again.
     ResumeGuest(P),

@@ -80,22 +80,22 @@ pub enum TargetAction {
         /// Its number.
         index: u16,
     },
-    /// Job [`TargetJob::Prepare`]: start receiving on all adopted connections. Reports [`Target::handle_prepared`].
+    /// Job [`TargetJob::Prepare`]: start receiving on all adopted connections. Reports [`Target::handle_prepared`](super::Target::handle_prepared).
     Prepare,
-    /// Job [`TargetJob::Load`]: load all device state. Reports [`Target::handle_loaded`].
+    /// Job [`TargetJob::Load`]: load all device state. Reports [`Target::handle_loaded`](super::Target::handle_loaded).
     Load {
         /// One section per device.
         sections: Vec<Section>,
         /// Hash all RAM and read the state back.
         verify: bool,
     },
-    /// Job [`TargetJob::StartGuest`]: the guest belongs to this side. Reports [`Target::handle_guest_started`].
+    /// Job [`TargetJob::StartGuest`]: the guest belongs to this side. Reports [`Target::handle_guest_started`](super::Target::handle_guest_started).
     StartGuest {
         /// It ran at the source and is to run here.
         run: bool,
     },
     /// Job [`TargetJob::CloseLinks`]: end the data threads, close the data connections and the control connection of the attempt,
-    /// [`Target::control`], and no other: somebody may be asking on another. Reports [`Target::handle_links_closed`].
+    /// [`Target::control`](super::Target::control), and no other: somebody may be asking on another. Reports [`Target::handle_links_closed`](super::Target::handle_links_closed).
     CloseLinks,
     /// The attempt has failed and everything is cleaned up.
     Failed {
