@@ -36,9 +36,9 @@ mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
 
 mod bad_input; // I3, I5: targets and peers that do not fit; the guest stays, and moves to a good target afterwards
-// mod cancel; // I3, I6: an operator who changes his mind
+mod cancel; // I3, I6: an operator who changes his mind
 mod corrupt; // I2, I5: pages and state that were changed on the way
-// mod doubt; // I1: the link is lost at the commit
+mod doubt; // I1: the link is lost at the commit
 mod flow; // the main job over every transport
 // mod kill; // I1, I3: either side is killed at any moment
 // mod soak; // I2, I4: many migrations, nothing lost, nothing leaked

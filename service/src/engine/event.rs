@@ -9,7 +9,9 @@ use vmferry_devices::DeviceError;
 use vmferry_transport::control::Stream;
 use vmferry_transport::data::{DataSender, ReceiverEvent, RoundWork, SenderEvent};
 use vmferry_transport::memory::DirtyMap;
-use vmferry_transport::proto::{Connection, FirstRound, Loaded, SavedState, SourceJob};
+use vmferry_transport::proto::{
+    Connection, FirstRound, Loaded, SavedState, SourceJob, TargetError,
+};
 use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 
 use super::guest::StoppedGuest;
@@ -65,6 +67,8 @@ pub(super) enum SourceEvent {
     DataConnected(DataSender),
     Link(LinkEvent<TargetFrame>),
     Data(SenderEvent),
+    /// A data connection has failed, and the target had time to say why.
+    DataLost(String),
     LogStarted(ArmedLog, RoundWork, FirstRound),
     Synced(ArmedLog, DirtyMap, u64),
     Stopped(StoppedGuest),
@@ -82,6 +86,8 @@ pub(super) enum TargetEvent {
     First(Connection, SourceFrame),
     Link(Connection, LinkEvent<SourceFrame>),
     Data(ReceiverEvent),
+    /// A data connection has failed, and the source had time to say why.
+    DataLost(TargetError),
     /// The job is over; the engine takes the proof back before the core learns the result.
     Loaded(StoppedGuest, Result<Loaded, DeviceError>),
     LoadedInto(Result<Loaded, DeviceError>),

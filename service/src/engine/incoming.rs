@@ -26,7 +26,7 @@ use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, TargetEvent};
 use super::guest::StoppedGuest;
 use super::jobs::JobThread;
-use super::link::{ControlLink, FirstFrameError, LinkEvent, first_frame};
+use super::link::{ControlLink, FirstFrameError, LAST_WORD, LinkEvent, first_frame};
 use super::outgoing::chain;
 use crate::machine::read_back::state_differences;
 use crate::machine::{Machine, VcpusStopped};
@@ -172,9 +172,9 @@ impl Incoming {
                 self.core.handle_round_placed(now, round, last);
             }
             TargetEvent::Data(ReceiverEvent::Failed { connection, error }) => {
-                self.core
-                    .handle_data_failed(now, data_error(connection, &error));
+                self.data_failed(now, data_error(connection, &error));
             }
+            TargetEvent::DataLost(error) => self.core.handle_data_failed(now, error),
             // Kinds of a later version of the transport concern somebody else.
             TargetEvent::Data(_) => {}
             TargetEvent::Loaded(..) | TargetEvent::Started(_) => {
@@ -198,6 +198,20 @@ impl Incoming {
             }
             TargetEvent::LinksClosed => self.core.handle_links_closed(now),
         }
+    }
+
+    /// What this side knows for sure counts at once. A connection that just ended may have an explanation on its way.
+    fn data_failed(&mut self, now: Moment, error: TargetError) {
+        if !matches!(error, TargetError::Link(_)) {
+            self.core.handle_data_failed(now, error);
+            return;
+        }
+        let events = self.events.clone();
+        runtime::spawn(async move {
+            tokio::time::sleep(LAST_WORD).await;
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::DataLost(error)));
+        });
     }
 
     fn introduced(&mut self, now: Moment, connection: Connection, frame: SourceFrame) {

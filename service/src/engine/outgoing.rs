@@ -25,7 +25,7 @@ use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
 use super::jobs::JobThread;
-use super::link::{ControlLink, LinkEvent};
+use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use crate::machine::Machine;
 
 /// A dirty log that runs, with the pages it has reported and no round has sent.
@@ -209,7 +209,18 @@ impl Outgoing {
             }
             SourceEvent::Data(SenderEvent::Failed { connection, error }) => {
                 let text = format!("data connection {connection}: {}", chain(&error));
-                self.core.handle_link_lost(now, &text, false);
+                let report = self.reporter();
+                runtime::spawn(async move {
+                    // A target that gives up closes everything; its reason may come last.
+                    tokio::time::sleep(LAST_WORD).await;
+                    report(SourceEvent::DataLost(text));
+                });
+            }
+            SourceEvent::DataLost(text) => {
+                // After COMMIT no page is on its way, and the control connection alone decides.
+                if !self.core.in_doubt() {
+                    self.core.handle_link_lost(now, &text, false);
+                }
             }
             // Kinds of a later version of the transport concern somebody else.
             SourceEvent::Data(_) => {}
