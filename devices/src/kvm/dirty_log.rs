@@ -97,11 +97,11 @@ impl KvmDirtyLog {
         into: &mut PageBitmap,
     ) -> Result<(), DirtyLogError> {
         get_dirty_log(slots.vm(), slot, log.pages, &mut log.words).map_err(failed("reading"))?;
-        if slots.mode() == DirtyLogMode::ManualClear {
-            if let Some((file, offset)) = slots.file(slot) {
-                log.arm_new_pieces(slots, slot, file, offset, into)
-                    .map_err(failed("looking at new memory"))?;
-            }
+        if slots.mode() == DirtyLogMode::ManualClear
+            && let Some((file, offset)) = slots.file(slot)
+        {
+            log.arm_new_pieces(slots, slot, file, offset, into)
+                .map_err(failed("looking at new memory"))?;
         }
         into.union_words(PageIndex(0), &log.words);
         Ok(())
