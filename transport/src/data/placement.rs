@@ -14,7 +14,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::DataError;
 use super::page_set::{PageSet, rest_of};
 use crate::memory::extents::Extents;
-use crate::memory::zero::{GuestPage, PAGE_BYTES};
+use crate::memory::zero::{GuestPage, PAGE_BYTES, map_present};
 use crate::memory::{GuestRam, RamBlock};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use crate::wire::ram::RunKind;
@@ -22,6 +22,8 @@ use crate::wire::ram::RunKind;
 /// Zero runs of at least this many pages that exist are given back to the system (64 KiB); shorter ones are overwritten, which is
 /// cheaper than a system call and the fault that follows when they are used again.
 const PUNCH_PAGES_MIN: u64 = 16;
+/// Shorter runs are left to fault: the kernel enters about as many neighbours with each fault anyway.
+const MAP_PAGES_MIN: u64 = 16;
 /// `f_type` of hugetlbfs, which does not support `write`.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
@@ -38,6 +40,8 @@ struct Block {
     writes: AtomicBool,
     /// Pages that exist. Meaningless when `writes` has never been true.
     present: PageSet,
+    /// Pages that were entered into the page tables, see [`Placement::prepare`].
+    mapped: PageSet,
 }
 
 impl Placement {
@@ -52,6 +56,7 @@ impl Placement {
             .map(|block| Block {
                 writes: AtomicBool::new(block.file().is_some_and(|(file, _)| accepts_writes(file))),
                 present: PageSet::new(block.pages()),
+                mapped: PageSet::new(block.pages()),
             })
             .collect();
         for run in Extents::of(&ram)?.data {
@@ -68,6 +73,20 @@ impl Placement {
             block.present.first_part(run)
         } else {
             (run, true)
+        }
+    }
+
+    /// Makes receiving straight into `run`, which exists, cheap: pages that were written through the file, or by another process, are
+    /// in no page table yet, and a fault for each costs more than the copy.
+    pub(crate) fn prepare(&self, run: PageRun) {
+        let block = &self.blocks[run.block.index()];
+        if run.count.0 < MAP_PAGES_MIN || !block.writes.load(Ordering::Relaxed) {
+            return;
+        }
+        let (part, mapped) = block.mapped.first_part(run);
+        if !mapped || part != run {
+            map_present(self.block(run), run.start, run.count);
+            block.mapped.insert(run);
         }
     }
 
@@ -120,6 +139,7 @@ impl Placement {
             let punch = kind == RunKind::Hole || part.count.0 >= PUNCH_PAGES_MIN;
             if punch && self.punch(part) {
                 block.present.remove(part);
+                block.mapped.remove(part);
             } else {
                 self.overwrite(part);
             }

@@ -212,7 +212,10 @@ impl<'a> Worker<'a> {
         let bytes = piece.run.count.0 as usize * PAGE_BYTES;
         match piece.buffered_at {
             Some(start) => self.message().push_own(start..start + bytes),
-            None => self.message().push_pages(piece.run),
+            None => {
+                self.placement.prepare(piece.run);
+                self.message().push_pages(piece.run);
+            }
         }
     }
 
