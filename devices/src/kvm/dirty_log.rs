@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
+use vmferry_transport::memory::extents::Extents;
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, PageBitmap, WriteProtector};
 use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun};
 
@@ -68,12 +69,13 @@ impl KvmDirtyLog {
     /// the look at the file and the clearing has lost its bit, but the caller looks which pages exist after this returns.
     fn arm_everything(&mut self) -> io::Result<()> {
         for (slot, log) in (0..).zip(&mut self.logs) {
-            let Some((file, offset)) = self.slots.file(slot) else {
-                log.armed.fill(true);
+            let Some(block) = self.slots.block(slot) else {
                 continue;
             };
             let mut present = PageBitmap::new(PageCount(log.pages));
-            mark_data(file, offset, 0..log.pages, &mut present)?;
+            for run in Extents::of_block(BlockId(0), block)?.data {
+                present.set_range(run.start, run.count);
+            }
             for (word, present) in log.words.iter_mut().zip(present.words()) {
                 *word = !present;
             }

@@ -91,10 +91,15 @@ impl MemorySlots {
         self.slots.iter().map(|slot| slot.block.pages().0)
     }
 
+    /// The block in `slot`.
+    pub(super) fn block(&self, slot: u32) -> Option<&RamBlock> {
+        let index = usize::try_from(slot).ok()?;
+        self.slots.get(index).map(|slot| &slot.block)
+    }
+
     /// The file behind `slot` and the offset of the slot's first byte in it, if it has one.
     pub(super) fn file(&self, slot: u32) -> Option<(&File, u64)> {
-        let index = usize::try_from(slot).ok()?;
-        self.slots.get(index)?.block.file()
+        self.block(slot)?.file()
     }
 
     /// Switches the log of all slots on or off. On failure slots may differ; switching off is then still right.

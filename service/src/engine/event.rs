@@ -64,6 +64,8 @@ pub(super) enum Event {
 pub(super) enum SourceEvent {
     /// The stream waits among the attempt's arrivals under this number.
     Connected(u64),
+    /// The connect with this number failed.
+    ConnectFailed(u64, String),
     DataConnected(DataSender),
     Link(LinkEvent<TargetFrame>),
     Data(SenderEvent),

@@ -60,6 +60,8 @@ pub(super) struct Outgoing {
     clock: Clock,
     events: Events,
     arrivals: Arrivals,
+    /// Control connects so far; news of earlier ones than the last are dropped.
+    connects: u64,
     control: Option<ControlLink>,
     sender: Option<DataSender>,
     /// Kept after the threads have ended, for the final record.
@@ -121,6 +123,7 @@ impl Outgoing {
             clock,
             events,
             arrivals: Arrivals::default(),
+            connects: 0,
             control: None,
             sender: None,
             progress: SenderProgress::default(),
@@ -181,8 +184,18 @@ impl Outgoing {
         let now = self.clock.now();
         match event {
             SourceEvent::Connected(number) => {
-                if let Some((stream, _)) = self.arrivals.take(number) {
-                    self.connected(now, stream);
+                let arrived = self.arrivals.take(number);
+                match arrived {
+                    Some((stream, _)) if number == self.connects => self.connected(now, stream),
+                    // Of a connect that was given up.
+                    Some((stream, _)) => stream.shutdown(),
+                    None => {}
+                }
+            }
+            SourceEvent::ConnectFailed(number, error) => {
+                if number == self.connects {
+                    self.core
+                        .handle_job_failed(now, SourceJob::ConnectControl, &error);
                 }
             }
             SourceEvent::DataConnected(sender) => {
@@ -310,17 +323,18 @@ impl Outgoing {
         }
     }
 
-    fn connect_control(&self) {
+    fn connect_control(&mut self) {
+        self.connects += 1;
+        let number = self.connects;
         let (report, address, arrivals) =
             (self.reporter(), self.address.clone(), self.arrivals.clone());
         runtime::spawn(async move {
             report(match Stream::connect(&address).await {
                 Ok(stream) => {
-                    // One connect at a time: the number only has to exist.
-                    arrivals.leave(0, stream, FrameBuffer::default());
-                    SourceEvent::Connected(0)
+                    arrivals.leave(number, stream, FrameBuffer::default());
+                    SourceEvent::Connected(number)
                 }
-                Err(error) => SourceEvent::JobFailed(SourceJob::ConnectControl, chain(&error)),
+                Err(error) => SourceEvent::ConnectFailed(number, chain(&error)),
             });
         });
     }

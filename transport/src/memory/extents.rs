@@ -45,6 +45,16 @@ impl Extents {
         PageCount(self.data.iter().map(|run| run.count.0).sum())
     }
 
+    /// The same for one block.
+    ///
+    /// # Errors
+    /// When its file cannot be asked.
+    pub fn of_block(id: BlockId, block: &RamBlock) -> io::Result<Self> {
+        let mut extents = Self::default();
+        extents.add_block(id, block)?;
+        Ok(extents)
+    }
+
     fn add_block(&mut self, id: BlockId, block: &RamBlock) -> io::Result<()> {
         let pages = block.pages().0;
         let run = |start, end| PageRun {
