@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestRegionMmap;
 use vm_memory::bitmap::AtomicBitmap;
+use vmferry_transport::memory::extents::Extents;
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, DirtyMap, WriteProtector};
 use vmferry_transport::units::{BlockId, PAGE_SIZE, PageIndex};
 
@@ -79,6 +80,10 @@ impl DirtyLog for VmmWriteLog {
                 .union_words(PageIndex(0), &bitmap.get_and_reset());
         }
         Ok(())
+    }
+
+    fn take_extents(&mut self) -> Option<Extents> {
+        None
     }
 
     fn protector(&self) -> Option<Arc<dyn WriteProtector>> {

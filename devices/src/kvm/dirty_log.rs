@@ -38,6 +38,8 @@ pub struct KvmDirtyLog {
     slots: Arc<MemorySlots>,
     /// One per slot, kept from fetch to fetch.
     logs: Vec<SlotLog>,
+    /// What existed at the start, until somebody takes it.
+    extents: Option<Extents>,
 }
 
 #[derive(Debug)]
@@ -62,20 +64,28 @@ impl KvmDirtyLog {
                 }
             })
             .collect();
-        Self { slots, logs }
+        Self {
+            slots,
+            logs,
+            extents: None,
+        }
     }
 
     /// Arms every piece that has memory; all of them where the block has no file that could tell. A page that comes into being between
     /// the look at the file and the clearing has lost its bit, but the caller looks which pages exist after this returns.
     fn arm_everything(&mut self) -> io::Result<()> {
-        for (slot, log) in (0..).zip(&mut self.logs) {
-            let Some(block) = self.slots.block(slot) else {
+        let mut extents = Extents::default();
+        for (slot, log) in (0_u16..).zip(&mut self.logs) {
+            let Some(block) = self.slots.block(slot.into()) else {
                 continue;
             };
             let mut present = PageBitmap::new(PageCount(log.pages));
-            for run in Extents::of_block(BlockId(0), block)?.data {
+            let found = Extents::of_block(BlockId(slot), block)?;
+            for run in &found.data {
                 present.set_range(run.start, run.count);
             }
+            extents.data.extend(found.data);
+            extents.holes.extend(found.holes);
             for (word, present) in log.words.iter_mut().zip(present.words()) {
                 *word = !present;
             }
@@ -85,10 +95,11 @@ impl KvmDirtyLog {
             }
             for range in log.armed_ranges() {
                 if log.words[range.clone()].iter().any(|holes| *holes != 0) {
-                    log.clear(&self.slots, slot, range)?;
+                    log.clear(&self.slots, slot.into(), range)?;
                 }
             }
         }
+        self.extents = Some(extents);
         Ok(())
     }
 
@@ -139,6 +150,10 @@ impl DirtyLog for KvmDirtyLog {
             Self::fetch_slot(&self.slots, slot.into(), log, into)?;
         }
         Ok(())
+    }
+
+    fn take_extents(&mut self) -> Option<Extents> {
+        self.extents.take()
     }
 
     fn protector(&self) -> Option<Arc<dyn WriteProtector>> {

@@ -23,6 +23,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vmferry_transport::memory::extents::Extents;
 use vmferry_transport::memory::{
     DirtyLog, DirtyLogError, DirtyMap, GuestRam, PageBitmap, WriteProtector,
 };
@@ -116,6 +117,10 @@ impl DirtyLog for PagemapLog {
             scan(&self.pagemap, range, &mut self.found, into.block_mut(block))?;
         }
         Ok(())
+    }
+
+    fn take_extents(&mut self) -> Option<Extents> {
+        None
     }
 
     fn protector(&self) -> Option<Arc<dyn WriteProtector>> {

@@ -506,12 +506,18 @@ async fn dial(address: Address, hello: DataHello) -> Result<OwnedFd, String> {
         .map_err(|error| format!("data connection {}: {error}", hello.index))
 }
 
-/// Starts the log first and looks which pages exist second: a page that comes into being in between is in the log.
+/// Starts the log first and looks which pages exist second: a page that comes into being in between is in the log. A log that has looked
+/// itself, before it was ready, saves looking at everything: only what were holes then may have changed.
 fn arm(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound), String> {
     let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
     log.start().map_err(|error| chain(&error))?;
+    let looked = log.take_extents();
     let armed = ArmedLog { log };
-    match Extents::of(machine.ram()) {
+    let extents = match looked {
+        Some(mut extents) => extents.look_again(machine.ram()).map(|()| extents),
+        None => Extents::of(machine.ram()),
+    };
+    match extents {
         Ok(extents) => {
             let holes = PageCount(extents.holes.iter().map(|run| run.count.0).sum());
             let found = FirstRound {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use super::DirtyMap;
+#[cfg(feature = "uring")]
+use super::extents::Extents;
 use crate::units::PageRun;
 
 /// A dirty log failed. The migration fails, the guest goes on: nothing was lost at the source.
@@ -31,6 +33,10 @@ pub trait DirtyLog: Send {
     /// # Errors
     /// When the kernel refuses; then nothing is logged, and `stop` need not be called.
     fn start(&mut self) -> Result<(), DirtyLogError>;
+
+    /// What existed when the log started, for a log that had to look; taken once. Pages may have come into being since.
+    #[cfg(feature = "uring")]
+    fn take_extents(&mut self) -> Option<Extents>;
 
     /// Marks in `into` every page written since the last fetch (or since `start`) and forgets it, so that a write that comes later is
     /// reported again. Bits already set in `into` stay. A log with a [`protector`](Self::protector) does not forget here.
@@ -118,6 +124,11 @@ impl DirtyLog for UnitedLog {
 
     fn fetch(&mut self, into: &mut DirtyMap) -> Result<(), DirtyLogError> {
         self.logs.iter_mut().try_for_each(|log| log.fetch(into))
+    }
+
+    #[cfg(feature = "uring")]
+    fn take_extents(&mut self) -> Option<Extents> {
+        self.logs.iter_mut().find_map(|log| log.take_extents())
     }
 
     fn protector(&self) -> Option<Arc<dyn WriteProtector>> {

@@ -55,22 +55,46 @@ impl Extents {
         Ok(extents)
     }
 
+    /// Looks at the holes again: pages that have come into being since become data. Costs little where nothing has, unlike looking at
+    /// everything: the kernel walks data page by page, and skips holes.
+    ///
+    /// # Errors
+    /// When a file cannot be asked.
+    pub fn look_again(&mut self, ram: &GuestRam) -> io::Result<()> {
+        for hole in std::mem::take(&mut self.holes) {
+            match ram.block(hole.block).and_then(RamBlock::file) {
+                Some((file, start)) => self.add_range(hole, file, start)?,
+                None => self.holes.push(hole),
+            }
+        }
+        Ok(())
+    }
+
     fn add_block(&mut self, id: BlockId, block: &RamBlock) -> io::Result<()> {
-        let pages = block.pages().0;
-        let run = |start, end| PageRun {
+        let all = PageRun {
             block: id,
+            start: PageIndex(0),
+            count: block.pages(),
+        };
+        match block.file() {
+            Some((file, start)) if !is_full(file, start + all.count.to_bytes())? => {
+                self.add_range(all, file, start)
+            }
+            _ => {
+                self.data.push(all);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sorts the pages of `range`, whose block begins at `file_start` of `file`.
+    fn add_range(&mut self, range: PageRun, file: &File, file_start: u64) -> io::Result<()> {
+        let run = |start, end| PageRun {
+            block: range.block,
             start: PageIndex(start),
             count: PageCount(end - start),
         };
-        let Some((file, file_start)) = block.file() else {
-            self.data.push(run(0, pages));
-            return Ok(());
-        };
-        if is_full(file, file_start + pages * PAGE_SIZE)? {
-            self.data.push(run(0, pages));
-            return Ok(());
-        }
-        let mut page = 0;
+        let (mut page, pages) = (range.start.0, range.end().0);
         while page < pages {
             // Outwards to whole pages: a page that exists in part exists.
             let data = match seek(file, SeekFrom::Data(file_start + page * PAGE_SIZE))? {
@@ -224,6 +248,30 @@ pub(crate) mod tests {
             expected,
             "looking changes nothing"
         );
+    }
+
+    #[test]
+    fn a_second_look_finds_what_has_come_into_being_in_holes() {
+        let ram = memfd_ram(&[10, 4]);
+        let write = |block: usize, page| {
+            let page = GuestPage::of(&ram.blocks()[block], PageIndex(page)).unwrap();
+            page.copy_from(&[1; 4096]);
+        };
+        write(0, 2);
+        let mut extents = Extents::of(&ram).unwrap();
+        for (block, page) in [(0, 0), (0, 3), (0, 9), (1, 1)] {
+            write(block, page);
+        }
+        extents.look_again(&ram).unwrap();
+        let sorted = |mut runs: Vec<PageRun>| {
+            runs.sort_by_key(|run| (run.block, run.start));
+            runs.into_iter()
+                .flat_map(|run| (run.start.0..run.end().0).map(move |page| (run.block, page)))
+                .collect::<Vec<_>>()
+        };
+        let expected = Extents::of(&ram).unwrap();
+        assert_eq!(sorted(extents.data), sorted(expected.data));
+        assert_eq!(sorted(extents.holes), sorted(expected.holes));
     }
 
     #[test]
