@@ -40,6 +40,8 @@ mod cancel; // I3, I6: an operator who changes his mind
 mod corrupt; // I2, I5: pages and state that were changed on the way
 mod doubt; // I1: the link is lost at the commit
 mod flow; // the main job over every transport
-// mod kill; // I1, I3: either side is killed at any moment
-// mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
-// mod sparse; // memory that the guest never touched stays out of both processes
+mod kill; // I1, I3: either side is killed at any moment
+mod memory; // a target without memory
+mod network; // two network namespaces, as two hosts
+mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
+mod sparse; // memory that the guest never touched stays out of both processes

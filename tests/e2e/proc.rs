@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// What a process holds. Sizes in bytes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Holdings {
-    /// Open descriptors by kind: `socket`, `anon_inode:[io_uring]`, a path, and so on.
+    /// Open descriptors by kind: `socket`, `anon_inode:[io_uring]`, `file` and so on.
     pub(crate) fds: BTreeMap<String, usize>,
     /// Threads by name.
     pub(crate) threads: BTreeMap<String, usize>,
@@ -34,13 +34,7 @@ impl Holdings {
             {
                 memfds.insert(meta.ino(), meta.blocks() * 512);
             }
-            let kind = link.split(':').next().unwrap_or_default();
-            let kind = if link.starts_with("anon_inode") || link.starts_with("/memfd:") {
-                &link
-            } else {
-                kind
-            };
-            *fds.entry(kind.to_owned()).or_default() += 1;
+            *fds.entry(kind(&link).to_owned()).or_default() += 1;
         }
         let mut threads = BTreeMap::new();
         for thread in entries(pid, "task") {
@@ -63,6 +57,18 @@ impl Holdings {
             populated_bytes: 0,
             ..self.clone()
         }
+    }
+}
+
+/// What a descriptor is, by what its link says.
+fn kind(link: &str) -> &str {
+    if link.starts_with("anon_inode:") || link.starts_with("/memfd:") {
+        link
+    } else if link.starts_with('/') {
+        "file"
+    } else {
+        // Such as `socket:[NUMBER]`.
+        link.split(':').next().unwrap_or_default()
     }
 }
 

@@ -1,0 +1,234 @@
+//! Either side is killed with SIGKILL at a random moment: there are never two guests, and a target that dies before the commit leaves
+//! the guest running at the source, which can migrate again at once.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, turn, until};
+use crate::qmp::{Failure, Qmp};
+
+on_both_accelerators!(killing_either_side_never_makes_two_guests);
+
+/// How often a side is killed, both accelerators together, unless `VMFERRY_KILLS` says otherwise.
+const KILLS: u64 = 50;
+
+/// Watches over two VMs: they may not run at the same time.
+struct Watch {
+    over: Arc<AtomicBool>,
+    looks: Arc<AtomicU64>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    fn over(source: PathBuf, target: PathBuf) -> Self {
+        let (over, looks) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let (end, count) = (Arc::clone(&over), Arc::clone(&looks));
+        let watcher = thread::spawn(move || watch(&source, &target, &end, &count));
+        Self {
+            over,
+            looks,
+            watcher: Some(watcher),
+        }
+    }
+
+    /// How often both were looked at.
+    fn end(mut self) -> u64 {
+        self.over.store(true, Ordering::SeqCst);
+        if let Some(watcher) = self.watcher.take() {
+            watcher.join().unwrap();
+        }
+        self.looks.load(Ordering::SeqCst)
+    }
+}
+
+/// Once the guest has run at the target it may never again run at the source.
+fn watch(source: &Path, target: &Path, over: &AtomicBool, looks: &AtomicU64) {
+    let (Some(mut source), Some(mut target)) = (Qmp::connect(source), Qmp::connect(target)) else {
+        return;
+    };
+    let runs = |qmp: &mut Qmp| match qmp.execute("query-status", json!({})) {
+        Ok(status) => status["running"] == true,
+        // The process has ended, or is about to.
+        Err(Failure::Gone | Failure::Refused(_)) => false,
+    };
+    while !over.load(Ordering::SeqCst) {
+        let at_target = runs(&mut target);
+        assert!(!(at_target && runs(&mut source)), "two guests run");
+        looks.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// What became of the trials.
+#[derive(Debug, Default)]
+struct Tally {
+    went_on_at_source: u64,
+    completed_before: u64,
+    in_doubt: u64,
+    never_came: u64,
+    went_on_at_target: u64,
+}
+
+fn killing_either_side_never_makes_two_guests(accel: Accel) {
+    let _turn = turn();
+    let chance = Chance::new();
+    let machine = Machine {
+        fill: "24M",
+        dirty_rate: "50000",
+        ..Machine::small(accel)
+    };
+    let kills = number_from_env("VMFERRY_KILLS")
+        .unwrap_or(KILLS)
+        .div_ceil(2);
+    let usual = usual_time(&machine);
+    let mut tally = Tally::default();
+    let mut source = machine.source();
+    for trial in 0..kills {
+        let connections = chance.of(&[1, 2, 4]);
+        source.set(json!({ "multifd-channels": connections }));
+        let mut target = machine.target();
+        let watch = Watch::over(source.qmp_path(), target.qmp_path());
+        source.migrate(&target.address());
+        // Half of the kills aim at the switchover, which is short.
+        let aim = chance.below(2) == 0;
+        let delay = if aim {
+            source.wait_status("device");
+            Duration::from_micros(chance.below(4000))
+        } else {
+            Duration::from_micros(chance.below(u64::try_from(usual.as_micros()).unwrap()))
+        };
+        thread::sleep(delay);
+        let kill_source = chance.below(2) == 0;
+        let victim = if kill_source { "source" } else { "target" };
+        println!("trial {trial}: aimed {aim}, kills the {victim} after {delay:?}");
+        if kill_source {
+            source.kill();
+            see_target(&mut target, &machine, &mut tally);
+            source = machine.source();
+        } else {
+            target.kill();
+            if !see_source(&mut source, &machine, &mut tally) {
+                source = machine.source();
+            }
+        }
+        watch.end();
+    }
+    println!("{tally:?}");
+    let Tally {
+        went_on_at_source,
+        never_came,
+        ..
+    } = tally;
+    assert!(kills < 20 || (went_on_at_source > 0 && never_came > 0));
+}
+
+/// How long a migration takes that nobody disturbs.
+fn usual_time(machine: &Machine) -> Duration {
+    let (mut source, mut target) = (machine.source(), machine.target());
+    let watch = Watch::over(source.qmp_path(), target.qmp_path());
+    let began = Instant::now();
+    source.migrate(&target.address());
+    assert_eq!(source.wait_migration()["status"], "completed");
+    let usual = began.elapsed();
+    target.assert_guest_works();
+    assert!(watch.end() > 10, "the watch is asleep");
+    usual
+}
+
+/// The source was killed: the guest has come, or it never will.
+fn see_target(target: &mut Vm, machine: &Machine, tally: &mut Tally) {
+    // What the source said last is here by then.
+    thread::sleep(Duration::from_millis(100));
+    let state = until("the target decides", || {
+        match target.qmp.execute("query-status", json!({})) {
+            Ok(status) => (status["status"] != "inmigrate").then_some("runs"),
+            // It gave up and has ended.
+            Err(_) => Some("ended"),
+        }
+        .or_else(|| of_no_guest(target))
+    });
+    match state {
+        "runs" => {
+            target.wait_runstate("running");
+            target.assert_guest_works();
+            tally.went_on_at_target += 1;
+        }
+        "lingers" => {
+            target.assert_guest_stopped();
+            let refusal = target.refusal("cont", json!({}));
+            assert!(refusal.contains("never run here"), "{refusal}");
+            tally.never_came += 1;
+        }
+        "waits" => {
+            machine.source().move_to(target);
+            tally.never_came += 1;
+        }
+        _ => {
+            target.assert_gave_up("incoming migration failed");
+            tally.never_came += 1;
+        }
+    }
+}
+
+/// The incoming migration has failed, or none has begun.
+fn of_no_guest(target: &mut Vm) -> Option<&'static str> {
+    let info = target.qmp.execute("query-migrate", json!({})).ok()?;
+    match info["status"].as_str() {
+        None => Some("waits"),
+        Some("failed") => Some("lingers"),
+        Some(_) => None,
+    }
+}
+
+/// The target was killed. Returns whether the source has the guest.
+fn see_source(source: &mut Vm, machine: &Machine, tally: &mut Tally) -> bool {
+    let info = until("the source decides", || {
+        let info = source.query("query-migrate");
+        let over = ["completed", "failed"].contains(&info["status"].as_str().unwrap());
+        (over || in_doubt(source, &info)).then_some(info)
+    });
+    match info["status"].as_str().unwrap() {
+        "failed" => {
+            source.assert_guest_works();
+            // At once, and to a good end.
+            let mut other = machine.target();
+            source.move_to(&mut other);
+            *source = other;
+            tally.went_on_at_source += 1;
+            true
+        }
+        "completed" => {
+            source.assert_guest_stopped();
+            tally.completed_before += 1;
+            false
+        }
+        _ => {
+            source.assert_guest_stopped();
+            let refusal = source.refusal("cont", json!({}));
+            assert!(!refusal.is_empty());
+            tally.in_doubt += 1;
+            false
+        }
+    }
+}
+
+/// COMMIT was sent, and nobody answers. Anything else that was under way ends soon when the target is dead.
+fn in_doubt(source: &mut Vm, info: &Value) -> bool {
+    if info["status"] != "device" {
+        return false;
+    }
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        if source.status() != "device" {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let refusal = source.refusal("migrate_cancel", json!({}));
+    assert!(refusal.contains("handed over"), "{refusal}");
+    true
+}
