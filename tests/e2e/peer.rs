@@ -202,15 +202,6 @@ impl FakeSource {
         data.say(&SourceFrame::DataHello(hello).encode());
         data
     }
-
-    /// Opens all data connections; the target is ready to take pages afterwards.
-    pub(crate) fn open_all(&mut self) -> Vec<Peer> {
-        let data = (0..self.hello.data_connections)
-            .map(|index| self.open(self.data_hello(index)))
-            .collect();
-        assert_eq!(self.control.hear_more(), Some(TargetFrame::DataReady));
-        data
-    }
 }
 
 /// An id that nobody else uses.

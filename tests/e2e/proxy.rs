@@ -274,13 +274,10 @@ fn next_frame<F: ControlFrame>(from: &mut TcpStream, buffer: &mut FrameBuffer) -
 
 /// Passes the frames of a data connection.
 fn pages(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream) {
-    let mut bytes = Vec::new();
-    loop {
-        bytes.resize(HEADER_BYTES, 0);
-        if from.read_exact(&mut bytes).is_err() {
-            return;
-        }
-        let header = FrameHeader::decode(bytes.first_chunk().unwrap()).unwrap();
+    let mut head = [0; HEADER_BYTES];
+    while from.read_exact(&mut head).is_ok() {
+        let header = FrameHeader::decode(&head).unwrap();
+        let mut bytes = head.to_vec();
         let body_end = HEADER_BYTES + ram::body_bytes(&header).unwrap();
         bytes.resize(body_end, 0);
         if from.read_exact(&mut bytes[HEADER_BYTES..]).is_err() {
