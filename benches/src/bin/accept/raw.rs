@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use rustix::fs::MemfdFlags;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
+use rustix::fs::{FallocateFlags, MemfdFlags};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
 use vmferry_benches::raw_copy::{self, Way};
 
 /// The other process, with its memory.
@@ -42,9 +44,9 @@ impl RawPeer {
         })
     }
 
-    /// Copies all of it once; GiB per second, until the other side has everything.
-    pub(crate) fn copy(&mut self, connections: u8) -> Result<f64> {
-        writeln!(self.input, "{connections}")?;
+    /// Copies all of it once; GiB per second, until the other side has everything. `fresh`: its memory does not exist before.
+    pub(crate) fn copy(&mut self, connections: u8, fresh: bool) -> Result<f64> {
+        writeln!(self.input, "{connections} {fresh}")?;
         let address = self.hear()?;
         let sockets = (0..connections)
             .map(|_| {
@@ -96,11 +98,24 @@ fn region(mib: u64) -> Result<Arc<GuestRegionMmap>> {
     Ok(Arc::new(region))
 }
 
-/// The other process: takes a number of connections per line, and what comes over them.
+/// Gives all memory back to the kernel.
+fn empty(region: &GuestRegionMmap) -> Result<()> {
+    let file = region.file_offset().context("a memfd")?.file();
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, flags, 0, region.len())?;
+    Ok(())
+}
+
+/// The other process: takes a number of connections per line, and whether to begin empty, and what comes over them.
 pub(crate) fn target(mib: u64) -> Result<()> {
     let region = region(mib)?;
     for line in std::io::stdin().lines() {
-        let connections: usize = line?.trim().parse()?;
+        let line = line?;
+        let (connections, fresh) = line.split_once(' ').context("two words")?;
+        let connections: usize = connections.parse()?;
+        if fresh.parse()? {
+            empty(&region)?;
+        }
         let listener = TcpListener::bind("127.0.0.1:0")?;
         println!("{}", listener.local_addr()?);
         let sockets = (0..connections)

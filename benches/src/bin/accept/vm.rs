@@ -1,13 +1,12 @@
 //! VM processes, and one migration between two of them.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::FallocateFlags;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmferry::cli::client::QmpClient;
@@ -164,12 +163,17 @@ impl Vm {
         self.ask("cont").map(drop)
     }
 
-    /// Makes all guest memory exist, from outside: this machine has no option for it.
+    /// Makes all guest memory exist, from outside: this machine has no option for it. Written rather than allocated, because the
+    /// kernel leaves the zeroing of allocated pages to whoever touches them first.
     pub(crate) fn populate(&self) -> Result<()> {
+        let zeros = vec![0; 1 << 20];
         for file in self.memory()? {
             let file = fs::File::options().read(true).write(true).open(file)?;
             let bytes = file.metadata()?.len();
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+            for offset in (0..bytes).step_by(zeros.len()) {
+                let left = usize::try_from(bytes - offset)?;
+                file.write_all_at(&zeros[..left.min(zeros.len())], offset)?;
+            }
         }
         Ok(())
     }
@@ -205,9 +209,10 @@ impl Vm {
         let uri = format!("tcp:127.0.0.1:{port}");
         let parameters = json!({ "multifd-channels": connections });
         self.client.execute("migrate-set-parameters", parameters)?;
+        // The guest may have been let run just now: that gap is not the migration's. It forgets it with its next write.
+        thread::sleep(Duration::from_millis(50));
         self.client
             .execute("x-query-workload", json!({ "reset": true }))?;
-        // The guest obeys with its next write.
         thread::sleep(Duration::from_millis(50));
         let began = Instant::now();
         self.client.execute("migrate", json!({ "uri": uri }))?;
