@@ -1,7 +1,8 @@
-//! Addresses as operators write them: `tcp:HOST:PORT` and `unix:PATH`.
+//! Addresses as operators write them: `tcp:HOST:PORT`, `unix:PATH`, `vsock:CID:PORT`, `fd:NAME`, `exec:COMMAND` and
+//! `file:PATH[,offset=N]`.
 //!
-//! Recipe for another kind (`vsock:`, `fd:`, `exec:`, `file:`): a variant, a line in `from_str`, one in `Display`, and the arms
-//! the compiler asks for in `connect.rs` and `listener.rs`. Text in, text out must be the same text; a test checks it.
+//! The first three are sockets, for `connect.rs` and `listener.rs`; an `fd:` may be one. What `exec:` and `file:` name takes bytes in
+//! one direction only. Text in, text out must be the same text; a test checks it.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -15,8 +16,22 @@ pub const HOST_CHARS_MAX: usize = 253;
 /// Longest path of a unix socket: the kernel's `sun_path` less its closing NUL.
 pub const UNIX_PATH_BYTES_MAX: usize = 107;
 
+/// Longest path of a file: the kernel's `PATH_MAX` less its closing NUL.
+pub const FILE_PATH_BYTES_MAX: usize = 4095;
+/// Longest name of a descriptor that was passed to the process, in bytes.
+pub const FD_NAME_BYTES_MAX: usize = 255;
+/// Longest command, in bytes: half of what the kernel takes as one argument.
+pub const COMMAND_BYTES_MAX: usize = 64 << 10;
+
+/// Largest offset into a file: the kernel's are signed.
+const OFFSET_MAX: u64 = i64::MAX as u64;
+/// What comes between path and offset of a file.
+const OFFSET_OPTION: &str = ",offset=";
+/// What can be written.
+const FORMS: &str =
+    "tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:NAME, exec:COMMAND or file:PATH[,offset=N]";
 /// Schemes that operators of other systems will try.
-const KNOWN_ELSEWHERE: [&str; 5] = ["fd", "vsock", "exec", "file", "rdma"];
+const KNOWN_ELSEWHERE: [&str; 1] = ["rdma"];
 
 /// Where a migration goes to or comes from. Parsed and checked; printing gives the text that parses to the same address.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
@@ -34,6 +49,31 @@ pub enum Address {
     Unix {
         /// Path of the socket, relative paths against the working directory.
         path: PathBuf,
+    },
+    /// `vsock:CID:PORT`.
+    Vsock {
+        /// Context id of a VM or host; 4294967295 listens for all of them.
+        cid: u32,
+        /// Port. 4294967295 lets the kernel choose when listening.
+        port: u32,
+    },
+    /// `fd:NAME`.
+    Fd {
+        /// Name of a descriptor that was passed to the process, or the number of one that it was started with.
+        name: String,
+    },
+    /// `exec:COMMAND`.
+    Exec {
+        /// What `/bin/sh -c` runs.
+        command: String,
+    },
+    /// `file:PATH[,offset=N]`.
+    File {
+        /// Path of the file, relative paths against the working directory. `/dev/fdset/N` means a set of descriptors that was passed to
+        /// the process.
+        path: PathBuf,
+        /// Bytes at the start of the file that are not ours.
+        offset: u64,
     },
 }
 
@@ -59,6 +99,39 @@ impl Address {
         };
         format!("unix:{text}").parse()
     }
+
+    /// An address of a file, of which the first `offset` bytes are not ours.
+    ///
+    /// # Errors
+    /// When the kernel or our own text form could not carry the path or the offset.
+    pub fn file(path: &str, offset: u64) -> Result<Self, AddressError> {
+        let text = format!("file:{path}{OFFSET_OPTION}{offset}");
+        if path.contains(OFFSET_OPTION) {
+            let reason = format!("a path cannot contain `{OFFSET_OPTION}`");
+            return Err(fault(&text, reason));
+        }
+        text.parse()
+    }
+
+    /// An address of a program with its arguments. It runs in place of the shell.
+    ///
+    /// # Errors
+    /// When there is no program, or the kernel could not carry the arguments.
+    pub fn exec(args: &[String]) -> Result<Self, AddressError> {
+        if let [shell, option, command] = args
+            && shell == "/bin/sh"
+            && option == "-c"
+        {
+            return format!("exec:{command}").parse();
+        }
+        let quoted = args
+            .iter()
+            .map(|arg| format!(" '{}'", arg.replace('\'', r"'\''")));
+        match quoted.collect::<String>() {
+            none if none.is_empty() => Err(fault("exec:", "the program is missing")),
+            words => format!("exec:exec{words}").parse(),
+        }
+    }
 }
 
 impl FromStr for Address {
@@ -66,20 +139,21 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let Some((scheme, rest)) = text.split_once(':') else {
-            return Err(fault(text, "use tcp:HOST:PORT or unix:PATH"));
+            return Err(fault(text, format!("use {FORMS}")));
         };
-        match scheme {
-            "tcp" => parse_tcp(text, rest),
-            "unix" => parse_unix(text, rest),
-            other if KNOWN_ELSEWHERE.contains(&other) => Err(fault(
-                text,
-                format!("`{other}:` is not supported; use tcp:HOST:PORT or unix:PATH"),
-            )),
-            _ => Err(fault(
-                text,
-                "it must start with `tcp:` or `unix:`, as in tcp:HOST:PORT or unix:PATH",
-            )),
-        }
+        let parsed = match scheme {
+            "tcp" => return parse_tcp(text, rest),
+            "unix" => return parse_unix(text, rest),
+            "vsock" => parse_vsock(rest),
+            "fd" => parse_fd(rest),
+            "exec" => parse_exec(rest),
+            "file" => parse_file(rest),
+            other if KNOWN_ELSEWHERE.contains(&other) => {
+                Err(format!("`{other}:` is not supported; use {FORMS}"))
+            }
+            _ => Err(format!("it must start with the kind, as in {FORMS}")),
+        };
+        parsed.map_err(|reason| fault(text, reason))
     }
 }
 
@@ -89,6 +163,13 @@ impl fmt::Display for Address {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Unix { path } => write!(f, "unix:{}", path.display()),
+            Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+            Self::Fd { name } => write!(f, "fd:{name}"),
+            Self::Exec { command } => write!(f, "exec:{command}"),
+            Self::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
+            Self::File { path, offset } => {
+                write!(f, "file:{}{OFFSET_OPTION}{offset}", path.display())
+            }
         }
     }
 }
@@ -159,6 +240,104 @@ fn parse_unix(text: &str, path: &str) -> Result<Address, AddressError> {
     Ok(Address::Unix {
         path: PathBuf::from(path),
     })
+}
+
+fn parse_vsock(rest: &str) -> Result<Address, String> {
+    let (cid, port) = rest
+        .split_once(':')
+        .ok_or("the port is missing, as in vsock:3:4444")?;
+    let number = |field: &str, text: &str| {
+        decimal(text)
+            .and_then(|number| u32::try_from(number).ok())
+            .ok_or_else(|| {
+                format!(
+                    "`{}` is no {field}; it is a number from 0 to 4294967295",
+                    brief(text)
+                )
+            })
+    };
+    Ok(Address::Vsock {
+        cid: number("context id", cid)?,
+        port: number("port", port)?,
+    })
+}
+
+fn parse_fd(name: &str) -> Result<Address, String> {
+    if name.is_empty() {
+        return Err("the name is missing, as in fd:NAME after getfd of NAME".to_owned());
+    }
+    if name.len() > FD_NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        return Err(format!(
+            "a name of a descriptor has at most {FD_NAME_BYTES_MAX} bytes and no control characters"
+        ));
+    }
+    Ok(Address::Fd {
+        name: name.to_owned(),
+    })
+}
+
+fn parse_exec(command: &str) -> Result<Address, String> {
+    if command.trim().is_empty() {
+        return Err("the command is missing, as in exec:gzip -c > FILE".to_owned());
+    }
+    if command.len() > COMMAND_BYTES_MAX || command.contains('\0') {
+        return Err(format!(
+            "a command has at most {COMMAND_BYTES_MAX} bytes and no NUL"
+        ));
+    }
+    Ok(Address::Exec {
+        command: command.to_owned(),
+    })
+}
+
+fn parse_file(rest: &str) -> Result<Address, String> {
+    let (path, offset) = match rest.split_once(OFFSET_OPTION) {
+        Some((path, offset)) => (path, parse_offset(offset)?),
+        None => (rest, 0),
+    };
+    if path.is_empty() {
+        return Err("the path is missing, as in file:/var/tmp/vm.vmferry".to_owned());
+    }
+    if path.len() > FILE_PATH_BYTES_MAX || path.contains('\0') {
+        return Err(format!(
+            "a path has at most {FILE_PATH_BYTES_MAX} bytes and no NUL"
+        ));
+    }
+    Ok(Address::File {
+        path: PathBuf::from(path),
+        offset,
+    })
+}
+
+/// Decimal with an optional binary suffix, or hexadecimal without one: `4096`, `4K`, `0x1000`.
+fn parse_offset(text: &str) -> Result<u64, String> {
+    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let bytes = match hexadecimal {
+        Some(digits) if digits.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            u64::from_str_radix(digits, 16).ok()
+        }
+        Some(_) => None,
+        None => {
+            let (digits, shift) = match text.char_indices().next_back() {
+                Some((at, last)) if !last.is_ascii_digit() => ("BKMGTPE"
+                    .find(last.to_ascii_uppercase()))
+                .map_or(("", 0), |unit| (&text[..at], 10 * unit)),
+                _ => (text, 0),
+            };
+            decimal(digits).and_then(|number| number.checked_mul(1 << shift))
+        }
+    };
+    bytes.filter(|bytes| *bytes <= OFFSET_MAX).ok_or_else(|| {
+        format!(
+            "`{}` is no offset; it is a number of bytes, as in 4096, 0x1000, 4K or 1M, below 8E",
+            brief(text)
+        )
+    })
+}
+
+fn decimal(digits: &str) -> Option<u64> {
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    plain.then(|| digits.parse().ok()).flatten()
 }
 
 fn check_ipv6(host: &str) -> Result<(), &'static str> {
@@ -243,6 +422,12 @@ mod tests {
             "tcp:[fe80::1%eth0]:1",
             "unix:/run/a b:c.sock",
             "unix:relative.sock",
+            "vsock:2:4294967295",
+            "fd:migrate-1",
+            "fd:7",
+            "exec:gzip -c > 'a b:c,d'",
+            "file:/var/tmp/vm",
+            "file:a,b:c,offset=4096",
         ] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
@@ -268,8 +453,8 @@ mod tests {
     #[test]
     fn errors_say_what_is_wrong_and_what_would_be_right() {
         for (text, part) in [
-            ("", "tcp:HOST:PORT or unix:PATH"),
-            ("localhost:1", "must start with `tcp:` or `unix:`"),
+            ("", "use tcp:HOST:PORT, unix:PATH"),
+            ("localhost:1", "must start with the kind, as in tcp:"),
             ("tcp:localhost", "port is missing"),
             ("tcp::1", "host is missing"),
             ("tcp:::1:1", "in brackets"),
@@ -284,7 +469,17 @@ mod tests {
             ("tcp:a/b:1", "'/' cannot be in a host name"),
             ("unix:", "path is missing"),
             ("unix:a\0b", "NUL"),
-            ("vsock:3:4", "`vsock:` is not supported"),
+            ("rdma:h:1", "`rdma:` is not supported"),
+            ("vsock:3", "port is missing"),
+            ("vsock::4", "no context id"),
+            ("vsock:3:4294967296", "no port"),
+            ("fd:", "name is missing"),
+            ("fd:a\nb", "no control characters"),
+            ("exec: ", "command is missing"),
+            ("exec:a\0", "no NUL"),
+            ("file:", "path is missing"),
+            ("file:,offset=1", "path is missing"),
+            ("file:a\0b", "no NUL"),
         ] {
             assert!(reason(text).contains(part), "{text:?}: {}", reason(text));
         }
@@ -297,6 +492,74 @@ mod tests {
         assert!(reason(&format!("unix:{longest}x")).contains("at most 107"));
         assert!(reason(&format!("tcp:{}:1", "h".repeat(254))).contains("at most 253"));
         assert!(reason(&"z:".repeat(100_000)).len() < 300);
+    }
+
+    #[test]
+    fn offsets_take_suffixes_and_bad_ones_are_refused() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("7b", 7),
+            ("4K", 4096),
+            ("1m", 1 << 20),
+            ("2G", 2 << 30),
+            ("7E", 7 << 60),
+            ("0x1000", 4096),
+            ("9223372036854775807", i64::MAX as u64),
+        ] {
+            let address: Address = format!("file:f,offset={text}").parse().unwrap();
+            let path = PathBuf::from("f");
+            assert_eq!(
+                address,
+                Address::File {
+                    path,
+                    offset: bytes
+                }
+            );
+        }
+        for text in [
+            "",
+            "K",
+            "-1",
+            "+1",
+            "1.5M",
+            "0x20M",
+            "0x",
+            "4KB",
+            "8E",
+            "16E",
+            "1 ",
+            "1,offset=2",
+            "ä",
+        ] {
+            let text = format!("file:f,offset={text}");
+            assert!(reason(&text).contains("is no offset"), "{}", reason(&text));
+        }
+    }
+
+    #[test]
+    fn a_program_with_arguments_becomes_a_command_of_the_shell() {
+        let exec = |args: &[&str]| {
+            let args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
+            Address::exec(&args).map(|address| address.to_string())
+        };
+        assert_eq!(exec(&["/bin/sh", "-c", "a | b"]).unwrap(), "exec:a | b");
+        assert_eq!(
+            exec(&["cat", "it's", ""]).unwrap(),
+            r"exec:exec 'cat' 'it'\''s' ''"
+        );
+        assert!(exec(&[]).is_err());
+        assert!(exec(&["a\0"]).is_err());
+    }
+
+    #[test]
+    fn a_file_name_that_looks_like_an_option_is_refused() {
+        assert!(Address::file("a,offset=1", 0).is_err());
+        assert_eq!(
+            Address::file("a", 9).unwrap().to_string(),
+            "file:a,offset=9"
+        );
+        assert_eq!(Address::file("a", 0).unwrap().to_string(), "file:a");
     }
 
     #[test]

@@ -48,6 +48,12 @@ pub enum ConnectError {
         /// Where to.
         address: Address,
     },
+    /// The address names something that sockets do not connect to.
+    #[error("cannot connect to {address}: addresses of this kind are not supported")]
+    Unsupported {
+        /// Where to.
+        address: Address,
+    },
 }
 
 impl Stream {
@@ -119,6 +125,12 @@ fn connect_blocking(address: &Address) -> Result<Socket, ConnectError> {
             connect_first(&candidates, deadline).map_err(connect_error)
         }
         Address::Unix { path } => connect_unix(path, deadline).map_err(connect_error),
+        Address::Vsock { .. }
+        | Address::Fd { .. }
+        | Address::Exec { .. }
+        | Address::File { .. } => Err(ConnectError::Unsupported {
+            address: address.clone(),
+        }),
     }
 }
 

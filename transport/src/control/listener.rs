@@ -49,6 +49,12 @@ pub enum ListenError {
         /// Where.
         address: Address,
     },
+    /// The address names something that sockets do not listen on.
+    #[error("cannot listen on {address}: addresses of this kind are not supported")]
+    Unsupported {
+        /// Where.
+        address: Address,
+    },
 }
 
 /// A listening socket, TCP or unix. A unix socket has mode 0600 and its path is removed when the listener is dropped.
@@ -98,6 +104,12 @@ impl Listener {
                     _ => listen_error(source),
                 })
             }
+            Address::Vsock { .. }
+            | Address::Fd { .. }
+            | Address::Exec { .. }
+            | Address::File { .. } => Err(ListenError::Unsupported {
+                address: address.clone(),
+            }),
         }
     }
 

@@ -27,7 +27,10 @@ mod stream;
 #[cfg(feature = "uring")]
 mod tests;
 
-pub use address::{Address, AddressError, HOST_CHARS_MAX, UNIX_PATH_BYTES_MAX};
+pub use address::{
+    Address, AddressError, COMMAND_BYTES_MAX, FD_NAME_BYTES_MAX, FILE_PATH_BYTES_MAX,
+    HOST_CHARS_MAX, UNIX_PATH_BYTES_MAX,
+};
 #[cfg(feature = "uring")]
 pub use connect::{CONNECT_DEADLINE, ConnectError};
 #[cfg(feature = "uring")]
