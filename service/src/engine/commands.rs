@@ -150,7 +150,7 @@ impl Engine {
                 "parameters cannot change while cleanup is under way (status {status})"
             )));
         }
-        self.parameters.apply(patch);
+        self.parameters = self.parameters.with(patch)?;
         self.bandwidth
             .set(self.parameters.max_bandwidth_bytes_per_sec);
         let tuning = self.tuning();

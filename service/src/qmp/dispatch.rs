@@ -153,10 +153,10 @@ mod tests {
             (
                 "migrate-set-parameters",
                 json!({"multifd-channels": 4}),
-                Command::MigrateSetParameters(ParameterPatch {
-                    multifd_channels: Some(4),
-                    ..Default::default()
-                }),
+                Command::MigrateSetParameters(
+                    ParameterPatch::parse(json!({"multifd-channels": 4}).as_object().unwrap())
+                        .unwrap(),
+                ),
             ),
             (
                 "migrate-set-capabilities",
