@@ -1,8 +1,8 @@
-//! Why a device could not be saved or restored. Every variant names the device.
+//! Why a device could not be saved or restored, or stands in the way of a migration. Every variant names the device.
 
 use std::io;
 
-/// Why a device could not be saved or restored.
+/// Why a device could not be saved or restored, or stands in the way of a migration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
@@ -48,5 +48,31 @@ pub enum DeviceError {
         /// Its error.
         #[source]
         source: io::Error,
+    },
+    /// The device objects to a migration now. It says what would have to change.
+    #[error("device {device} vetoes the migration: {reason}")]
+    Vetoed {
+        /// Name of the device.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+    /// What the migration waited for will not happen.
+    #[error("device {device}: the migration cannot go on: {reason}")]
+    Stuck {
+        /// Name of the device.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+    /// The device's code panicked. It is at fault; the log has the place.
+    #[error("device {device} is broken: panic during {during}: {text}")]
+    Panicked {
+        /// Name of the device.
+        device: String,
+        /// What it was told or asked.
+        during: String,
+        /// What it said.
+        text: String,
     },
 }

@@ -4,13 +4,16 @@
 //!
 //! - [`saved`]: rules for saved state, and its encoding
 //! - [`device`]: the trait of a part with state
+//! - [`notifier`]: the trait of a part that must know how a migration goes
 
 pub mod device;
 pub mod error;
 pub mod kvm;
+pub mod notifier;
 pub mod saved;
 pub mod soft;
 pub mod vmm_writes;
 
 pub use device::Device;
 pub use error::DeviceError;
+pub use notifier::{Notifier, Notifiers};
