@@ -14,7 +14,7 @@ use crate::machine::workload::{elf, loader::LoadOptions};
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  \
     vmferry workload-image --mem 1G --dirty-rate max -o workload.elf\n  \
-    qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off,isa-serial=on \\\n    \
+    qemu-system-x86_64 -M microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on \\\n    \
     -accel kvm -m 1G -kernel workload.elf -nodefaults -display none -serial null")]
 pub(super) struct ImageArgs {
     /// RAM of the machine that will run it; the program has to know

@@ -170,7 +170,7 @@ mod tests {
             let started = Command::new("qemu-system-x86_64")
                 .args([
                     "-M",
-                    "microvm,pit=off,pic=off,rtc=off,isa-serial=on",
+                    "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on",
                     "-cpu",
                     "qemu64",
                 ])
