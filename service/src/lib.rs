@@ -3,6 +3,7 @@
 //! - [`cli`]: the command line
 //! - [`config`]: what `vmferry run` is told
 //! - [`engine`]: owns the guest and the migrations, one event at a time
+//! - [`fds`]: file descriptors that operators have passed in
 //! - [`machine`]: the built-in machine and its guest
 //! - [`migration`]: what a migration is told and what it says of itself
 //! - [`qmp`]: the control interface
@@ -10,6 +11,7 @@
 pub mod cli;
 pub mod config;
 pub mod engine;
+pub mod fds;
 pub mod machine;
 pub mod migration;
 pub mod qmp;

@@ -18,6 +18,8 @@ mod address;
 #[cfg(feature = "uring")]
 mod connect;
 #[cfg(feature = "uring")]
+mod fd_reader;
+#[cfg(feature = "uring")]
 mod listener;
 #[cfg(feature = "uring")]
 pub mod runtime;
@@ -33,6 +35,8 @@ pub use address::{
 };
 #[cfg(feature = "uring")]
 pub use connect::{CONNECT_DEADLINE, ConnectError};
+#[cfg(feature = "uring")]
+pub use fd_reader::{FDS_PER_MESSAGE_MAX, FdReader, Received};
 #[cfg(feature = "uring")]
 pub use listener::{LISTEN_BACKLOG, ListenError, Listener};
 #[cfg(feature = "uring")]

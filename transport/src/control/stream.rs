@@ -147,6 +147,14 @@ impl Stream {
         self.socket.shutdown();
     }
 
+    /// Another handle on the socket, for a reader of a kind of its own.
+    pub(super) fn second_handle(&self) -> io::Result<OwnedFd> {
+        match &self.socket.0 {
+            Some(socket) => Ok(socket.try_clone()?.into()),
+            None => Err(misuse("the socket is gone")),
+        }
+    }
+
     /// Leaves the control thread: the socket in blocking mode, close-on-exec, for one data thread. Bytes already read are gone;
     /// call it only where the protocol has nothing under way.
     ///
