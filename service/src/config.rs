@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use vmferry_transport::control::Address;
 
 pub use crate::machine::AccelChoice;
+pub use crate::machine::disk::DiskConfig;
 use crate::machine::workload::layout::{RAM_MAX, RAM_MIN};
 use crate::machine::{MachineConfig, MachineError};
 
@@ -29,6 +30,8 @@ pub struct RunConfig {
     pub accel: AccelChoice,
     /// The machine. Its `incoming` is set exactly if [`incoming`](Self::incoming) is.
     pub machine: MachineConfig,
+    /// Its disks, each with a name of its own.
+    pub disks: Vec<DiskConfig>,
     /// Path of the QMP socket.
     pub qmp: PathBuf,
     /// Do not start the guest; `cont` does. With `incoming`: leave it stopped on arrival.

@@ -32,6 +32,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "userfaultfd and PAGEMAP_SCAN, which no crate covers",
     ),
     (
+        "service/src/machine/disk/lock.rs",
+        "fcntl with a struct flock, which no crate here offers for locks of open file descriptions",
+    ),
+    (
         "service/src/machine/workload/image.rs",
         "the guest program in assembly, and its bytes",
     ),

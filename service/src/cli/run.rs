@@ -9,6 +9,7 @@ use vmferry_transport::control::{Address, AddressError};
 
 use super::size::{DirtyRate, Size};
 use crate::config::{AccelChoice, Incoming, RunConfig};
+use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 
@@ -34,6 +35,9 @@ pub(super) struct RunArgs {
     /// Where the guest's serial port goes: stdio, null, or a file to append to
     #[arg(long, value_name = "stdio|null|FILE", default_value = "null", value_parser = parse_serial)]
     serial: SerialSink,
+    /// A raw image for the guest, locked while the guest is here; more than once for several. `ro`: read only
+    #[arg(long = "disk", value_name = "PATH[,id=NAME][,ro]")]
+    disks: Vec<DiskConfig>,
     /// Do not start the guest; `cont` over QMP does
     #[arg(long)]
     paused: bool,
@@ -119,7 +123,8 @@ impl RunArgs {
         crate::engine::run(config)
     }
 
-    fn config(self) -> anyhow::Result<RunConfig> {
+    fn config(mut self) -> anyhow::Result<RunConfig> {
+        name_disks(&mut self.disks)?;
         let machine = MachineConfig {
             mem_bytes: self.machine.mem.0,
             vcpus: self.machine.vcpus,
@@ -136,6 +141,7 @@ impl RunArgs {
             name: self.name,
             accel,
             machine,
+            disks: self.disks,
             qmp: self.qmp,
             paused: self.paused,
             incoming: self.incoming,
@@ -211,9 +217,15 @@ mod tests {
     fn everything_can_be_said() {
         let config = config(
             "--mem 2G --vcpus 2 --qmp q --accel soft --working-set 1M --dirty-rate max --fill 8M \
-             --serial /tmp/s --paused --name a --incoming unix:/tmp/i",
+             --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro",
         )
         .unwrap();
+        let disks: Vec<_> = config
+            .disks
+            .iter()
+            .map(|disk| (disk.id.as_str(), disk.read_only))
+            .collect();
+        assert_eq!(disks, [("disk0", false), ("b", true)]);
         assert_eq!(config.machine.workload.dirty_pages_per_sec, None);
         assert_eq!(config.machine.serial, SerialSink::File("/tmp/s".into()));
         assert_eq!(
@@ -242,6 +254,8 @@ mod tests {
             ("--mem 64M --qmp q --working-set 64M", "room for"),
             ("--mem 1G --qmp q --incoming here", "tcp:HOST:PORT"),
             ("--mem 1G --qmp q --dirty-rate 0", "at least 1"),
+            ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
+            ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
         ] {
             let error = format!("{:#}", config(text).unwrap_err());
             assert!(error.contains(part), "{text}: {error}");

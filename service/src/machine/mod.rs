@@ -3,6 +3,7 @@
 //! Two kinds behind one trait: a real KVM guest ([`Accel::Kvm`]), and the same workload on host threads where /dev/kvm is missing
 //! ([`Accel::Soft`]). The engine sees [`Machine`] only.
 
+pub mod disk;
 pub mod kvm;
 pub mod ram;
 pub mod read_back;
