@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use vmferry_transport::units::{BlockId, MigrationId, PageCount, PageIndex, PageRun, RoundId};
+use vmferry_transport::units::{BlockId, MigrationId, PageCount, PageIndex, PageRun, RoundId, Uuid};
 use vmferry_transport::wire::frame::{
     Abort, AbortCode, FrameBuffer, Ready, Resolution, SourceFrame, StateEnd, TargetFrame,
     Verification,
@@ -119,6 +119,7 @@ fn frames() -> Vec<(&'static str, Frame)> {
             }),
         ),
         ("data_ready", TargetFrame::DataReady),
+        ("switchover_ack", TargetFrame::SwitchoverAck),
         ("round_placed", TargetFrame::RoundPlaced(RoundId(5))),
         ("ready", TargetFrame::Ready(ready(None))),
         (
@@ -186,6 +187,8 @@ fn hello(migration_id: MigrationId) -> Hello {
             version_min: 1,
             version_max: 2,
         }],
+        uuid: Some(Uuid([0x42; 16])),
+        switchover_ack: true,
     }
 }
 

@@ -46,6 +46,9 @@ pub const RUNNING_DEADLINE_US: u64 = 10_000_000;
 pub const RESOLVE_RETRY_US: u64 = 1_000_000;
 /// How long the source tries to learn the outcome before it tells the operator that it cannot, in microseconds. It goes on asking.
 pub const RESOLVE_DEADLINE_US: u64 = 30_000_000;
+/// How long the guest may take to let go of a device before the migration gives up, in microseconds. Guests answer within a second,
+/// unless they are busy booting; a guest that never answers must not keep an operator waiting.
+pub const UNPLUG_DEADLINE_US: u64 = 30_000_000;
 /// How long a target remembers that it refused a migration after READY, so that a source in doubt can ask, in microseconds.
 pub const LINGER_US: u64 = 60_000_000;
 

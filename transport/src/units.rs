@@ -104,3 +104,69 @@ impl fmt::Display for MigrationId {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
+
+/// The UUID of a VM, as the operator gave it.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Uuid(pub [u8; 16]);
+
+/// A text that is no UUID.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("a UUID is written as 32 hexadecimal digits, like 12345678-1234-1234-1234-123456789abc")]
+pub struct UuidError;
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            if matches!(index, 4 | 6 | 8 | 10) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::str::FromStr for Uuid {
+    type Err = UuidError;
+
+    fn from_str(text: &str) -> Result<Self, UuidError> {
+        let groups: Vec<_> = text.split('-').map(str::len).collect();
+        if !matches!(groups[..], [8, 4, 4, 4, 12] | [32]) {
+            return Err(UuidError);
+        }
+        let digits: Option<Vec<u32>> = text
+            .chars()
+            .filter(|c| *c != '-')
+            .map(|c| c.to_digit(16))
+            .collect();
+        let digits = digits.ok_or(UuidError)?;
+        let mut bytes = [0; 16];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = u8::try_from(pair[0] << 4 | pair[1]).map_err(|_| UuidError)?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_read_as_it_is_written() {
+        let text = "01234567-89ab-cdef-0123-456789abcdef";
+        let uuid: Uuid = text.parse().unwrap();
+        assert_eq!(uuid.to_string(), text);
+        assert_eq!(text.replace('-', "").to_uppercase().parse(), Ok(uuid));
+        for bad in [
+            "",
+            "0",
+            "01234567-89ab-cdef-0123-456789abcde",
+            "01234567-89ab-cdef-0123-456789abcdeg",
+            "0123456789ab-cdef-0123-4567-89abcdef",
+            "01234567-89ab-cdef-0123-45678é9abcde",
+        ] {
+            assert_eq!(bad.parse::<Uuid>(), Err(UuidError), "{bad:?}");
+        }
+    }
+}

@@ -32,6 +32,10 @@ pub(super) enum Event {
     Restart,
     /// The operator lets a guest that was paused go on.
     Continue,
+    /// The operator lets a migration go on that waits in pre-switchover.
+    GoOn,
+    /// The guest has let go of its devices.
+    Unplugged,
     Stranger,
 }
 

@@ -118,6 +118,8 @@ pub struct Faults {
     pub fail_source_job: Option<SourceJob>,
     /// This job of the target fails the first time.
     pub fail_target_job: Option<TargetJob>,
+    /// Chance that the guest has to let go of a device first; it may take its time, or never do it.
+    pub unplug_wait: u32,
     /// Chance per job that it takes up to 40 s.
     pub slow_job: u32,
     /// Cut of a control connection.
@@ -192,6 +194,9 @@ impl Faults {
         }
         if rng.chance(150) {
             f.fail_job = rng.pick(&[20, 100]);
+        }
+        if rng.chance(150) {
+            f.unplug_wait = 500;
         }
         if rng.chance(150) {
             f.slow_job = rng.pick(&[20, 200]);

@@ -56,7 +56,7 @@ fn round(rng: &mut Rng, knows: &Knowledge) -> RoundId {
 /// Any frame that a target can send.
 pub(super) fn target_frame(rng: &mut Rng, knows: &Knowledge) -> TargetFrame {
     let number = rng.pick(&[0, 1, 1_000, u64::MAX]);
-    match rng.below(10) {
+    match rng.below(11) {
         0 => TargetFrame::HelloReply(HelloReply {
             version: rng.pick(&[1, 1, 0, 2, u16::MAX]),
             software: "evil".to_owned(),
@@ -75,6 +75,7 @@ pub(super) fn target_frame(rng: &mut Rng, knows: &Knowledge) -> TargetFrame {
         6 => TargetFrame::Running { resume_us: number },
         7 => TargetFrame::Resolved(resolution(rng)),
         8 => TargetFrame::Keepalive,
+        9 => TargetFrame::SwitchoverAck,
         _ => TargetFrame::Abort(abort(rng)),
     }
 }
@@ -89,6 +90,8 @@ pub(super) fn good_hello(knows: &Knowledge) -> Hello {
         software: "evil".to_owned(),
         blocks: knows.blocks.clone(),
         devices: knows.devices.clone(),
+        uuid: None,
+        switchover_ack: true,
     }
 }
 

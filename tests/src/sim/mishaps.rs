@@ -128,6 +128,15 @@ impl World {
         }
     }
 
+    pub(super) fn operator_goes_on(&mut self) {
+        if self.is_awake(Side::Source) && self.source.ending.is_none() {
+            let (now, status) = (self.moment(), self.source.core.status());
+            let answer = self.source.core.handle_continue(now);
+            self.note(|| format!("the operator goes on: {answer:?}"));
+            assert_eq!(answer.is_ok(), status == MigrationStatus::PreSwitchover);
+        }
+    }
+
     /// The operator looks at the target. If it might still take the guest, it is fenced first.
     pub(super) fn operator_decides(&mut self) {
         if !self.source.alive || !self.source.core.is_unresolved() {

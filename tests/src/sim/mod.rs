@@ -25,8 +25,10 @@ mod target_host;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use vmferry_transport::proto::{Source, SourceConfig, SourceTuning, Target, TargetConfig};
-use vmferry_transport::units::{MigrationId, Moment, PageCount};
+use vmferry_transport::proto::{
+    Source, SourceConfig, SourceTuning, Target, TargetConfig, ThrottleTuning,
+};
+use vmferry_transport::units::{MigrationId, Moment, PageCount, Uuid};
 use vmferry_transport::wire::DeviceSchema;
 use vmferry_transport::wire::hello::BlockInfo;
 
@@ -255,9 +257,16 @@ impl World {
             blocks: block_infos(&self.blocks),
             devices: self.devices.clone(),
             guest_runs: self.guest_should_run,
+            uuid: self.rng.chance(300).then_some(Uuid([7; 16])),
+            switchover_ack: self.rng.chance(300),
+            pause_before_switchover: self.rng.chance(200),
         };
         let limit = self.rng.pick(&[300_000, 300_000, 20_000]);
-        self.source.begin_again(Source::new(config, tuning(limit)));
+        let tuning = SourceTuning {
+            auto_converge: self.rng.chance(300).then_some(THROTTLE),
+            ..tuning(limit)
+        };
+        self.source.begin_again(Source::new(config, tuning));
         let now = self.moment();
         self.source.core.start(now);
     }
@@ -485,6 +494,11 @@ impl World {
             Event::Exit => self.exit_target(),
             Event::Operator => self.operator_decides(),
             Event::Continue => self.operator_continues(),
+            Event::GoOn => self.operator_goes_on(),
+            Event::Unplugged if self.source.alive => {
+                let now = self.moment();
+                self.source.core.handle_unplugged(now);
+            }
             Event::Restart if !self.target.alive => self.target = self.new_target(),
             Event::Stranger => self.stranger_connects(),
             _ => {}
@@ -627,11 +641,25 @@ fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetConfig {
         blocks: block_infos(blocks),
         devices: devices.to_vec(),
         software: "simulated target".to_owned(),
+        uuid: Some(Uuid([7; 16])),
     }
 }
 
+/// Harsh, so that a short run sees it.
+const THROTTLE: ThrottleTuning = ThrottleTuning {
+    trigger_percent: 1,
+    initial_percent: 20,
+    increment_percent: 40,
+    max_percent: 99,
+    tailslow: false,
+};
+
 fn tuning(downtime_limit_us: u64) -> SourceTuning {
-    SourceTuning { downtime_limit_us }
+    SourceTuning {
+        downtime_limit_us,
+        switchover_bytes_per_sec: None,
+        auto_converge: None,
+    }
 }
 
 /// Stands in until the first attempt begins.
@@ -645,5 +673,8 @@ fn no_config() -> SourceConfig {
         blocks: Vec::new(),
         devices: Vec::new(),
         guest_runs: false,
+        uuid: None,
+        switchover_ack: false,
+        pause_before_switchover: false,
     }
 }

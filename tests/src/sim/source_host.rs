@@ -58,6 +58,17 @@ pub(super) struct SourceHost {
     confirmed: bool,
     pub(super) operator: Option<Resolution>,
     pub(super) cancelled: bool,
+    /// What the notifiers have heard of this attempt.
+    pub(super) told: Told,
+    pub(super) throttle: u8,
+}
+
+/// What a notifier has heard of an attempt.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Told {
+    Nothing,
+    Setup,
+    End,
 }
 
 impl SourceHost {
@@ -90,6 +101,8 @@ impl SourceHost {
             confirmed: false,
             operator: None,
             cancelled: false,
+            told: Told::Nothing,
+            throttle: 0,
         }
     }
 
@@ -119,6 +132,7 @@ impl SourceHost {
         self.confirmed = false;
         self.operator = None;
         self.cancelled = false;
+        self.told = Told::Nothing;
     }
 }
 
@@ -139,6 +153,10 @@ impl World {
     fn source_acts(&mut self, action: SourceAction<SimProof>) {
         match action {
             SourceAction::StatusChanged(to) => {
+                if to == MigrationStatus::PreSwitchover {
+                    let delay = self.rng.below(60_000_000);
+                    self.schedule(delay, Event::GoOn);
+                }
                 let from = std::mem::replace(&mut self.source.status, to);
                 assert!(from.may_become(to), "status {from} became {to}");
             }
@@ -163,7 +181,21 @@ impl World {
                 let delay = self.job_delay();
                 self.schedule(delay, Event::Dial(id));
             }
-            SourceAction::StartLog => _ = self.start_source_job(SourceJob::StartLog),
+            SourceAction::NotifySetup => _ = self.start_source_job(SourceJob::NotifySetup),
+            SourceAction::WatchUnplug => {
+                let delay = self.rng.below(40_000_000);
+                self.schedule(delay, Event::Unplugged);
+            }
+            SourceAction::NotifyFailed => _ = self.start_source_job(SourceJob::NotifyFailed),
+            SourceAction::NotifyDone => _ = self.start_source_job(SourceJob::NotifyDone),
+            SourceAction::Throttle(percent) => {
+                assert!(percent <= 99, "a throttled guest still runs");
+                self.source.throttle = percent;
+            }
+            SourceAction::StartLog => {
+                assert_eq!(self.source.told, Told::Setup, "I7: SETUP comes first");
+                self.start_source_job(SourceJob::StartLog);
+            }
             SourceAction::SendRound { round, last } => self.send_round(round, last),
             SourceAction::Sync => _ = self.start_source_job(SourceJob::Sync),
             SourceAction::StopGuest => self.stop_guest(),
@@ -235,6 +267,8 @@ impl World {
             "resumed before the links are closed"
         );
         assert!(!self.source.log_on, "resumed before the dirty log is off");
+        assert_ne!(self.source.told, Told::Setup, "I7: resumed before FAILED");
+        assert_eq!(self.source.throttle, 0, "resumed with a throttle");
         assert!(
             self.source.jobs.is_empty(),
             "resumed during {:?}",
@@ -252,6 +286,8 @@ impl World {
     fn source_finished(&mut self, outcome: Outcome<SimProof>) {
         let source = &mut self.source;
         assert!(source.jobs.is_empty() && !source.has_links() && !source.log_on);
+        assert_ne!(source.told, Told::Setup, "I7: over without DONE or FAILED");
+        assert_eq!(source.throttle, 0, "over, and the guest is still throttled");
         let ending = match source.status {
             MigrationStatus::Completed => Ending::Completed,
             MigrationStatus::Failed => Ending::Failed,
@@ -325,6 +361,24 @@ impl World {
                 self.source.core.handle_log_stopped(now);
             }
             SourceJob::ResumeGuest => self.guest_resumes(now, fails),
+            SourceJob::NotifyFailed | SourceJob::NotifyDone => {
+                // Nobody was told anything when the first one vetoed.
+                assert_ne!(self.source.told, Told::End, "I7: told the end twice");
+                self.source.told = Told::End;
+                self.source.core.handle_notified(now, job);
+            }
+            SourceJob::NotifySetup => {
+                self.source.told = Told::Setup;
+                if fails {
+                    self.source
+                        .core
+                        .handle_job_failed(now, job, "a notifier vetoes");
+                } else {
+                    let waits = self.rng.chance(self.faults.unplug_wait);
+                    let device = waits.then(|| "net0".to_owned());
+                    self.source.core.handle_setup_told(now, device);
+                }
+            }
             job if fails => self
                 .source
                 .core

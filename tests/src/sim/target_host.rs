@@ -191,6 +191,7 @@ impl World {
                 self.start_target_job(TargetJob::Load);
             }
             TargetAction::StartGuest { run } => self.start_guest(run),
+            TargetAction::NotifyFailed => self.start_target_job(TargetJob::NotifyFailed),
             TargetAction::CloseLinks => {
                 let control = self.target.core.control().map(|control| LinkId(control.0));
                 let data = self.target.receiver.links.iter().copied().flatten();
@@ -300,6 +301,7 @@ impl World {
                 self.target.generation = self.new_job().0;
                 self.target.core.handle_links_closed(now);
             }
+            TargetJob::NotifyFailed => self.target.core.handle_notified(now),
             job if fails => {
                 if job == TargetJob::StartGuest {
                     self.target.vcpus = Vcpus::Fresh;

@@ -24,6 +24,8 @@ const BANDWIDTH_PAGES_MIN: u64 = 512;
 #[derive(Clone, Debug, Default)]
 pub struct Estimate {
     bytes_per_sec: Option<u64>,
+    /// What the operator says that the switchover will have.
+    switchover_bytes_per_sec: Option<u64>,
     /// The rate was measured with pages that had content, not with zeros alone.
     by_data: bool,
     round_trip_us: Option<u64>,
@@ -53,6 +55,11 @@ impl Estimate {
     /// Pages that the guest dirties per second, as the last dirty fetch has shown.
     pub fn dirty_pages_per_sec(&self) -> u64 {
         self.dirty_pages_per_sec
+    }
+
+    /// Bandwidth to decide by, in bytes per second, instead of the measured one.
+    pub fn set_switchover_bandwidth(&mut self, bytes_per_sec: Option<u64>) {
+        self.switchover_bytes_per_sec = bytes_per_sec.filter(|rate| *rate > 0);
     }
 
     /// Time of an exchange with the target. The shortest counts: whatever takes longer was held up by something else, once.
@@ -122,7 +129,7 @@ impl Estimate {
     }
 
     fn sending_us(&self, dirty: PageCount) -> u64 {
-        match self.bytes_per_sec {
+        match self.switchover_bytes_per_sec.or(self.bytes_per_sec) {
             Some(rate) => saturating(u128::from(dirty.to_bytes()) * 1_000_000 / u128::from(rate)),
             None if dirty.0 == 0 => 0,
             None => u64::MAX,

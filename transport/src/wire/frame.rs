@@ -44,6 +44,8 @@ pub mod kind {
     pub const RESOLVED: u8 = 24;
     /// Every page of a round is in its place.
     pub const ROUND_PLACED: u8 = 25;
+    /// The target's devices are ready for a switchover.
+    pub const SWITCHOVER_ACK: u8 = 26;
 }
 
 /// Why a side gives up, in a form the other side can act on; the text is for people.
@@ -192,6 +194,8 @@ pub enum TargetFrame {
     HelloReply(HelloReply),
     /// All data connections have arrived.
     DataReady,
+    /// The target's devices are ready for a switchover; only if the hello asked for it, and once.
+    SwitchoverAck,
     /// Every page of a round is in its place. The source waits for it between rounds, never within one.
     RoundPlaced(RoundId),
     /// Everything is loaded.
@@ -233,6 +237,7 @@ impl TargetFrame {
         match self {
             Self::HelloReply(reply) => encode_frame(kind::HELLO_REPLY, 0, &reply.encode()),
             Self::DataReady => encode_frame(kind::DATA_READY, 0, &[]),
+            Self::SwitchoverAck => encode_frame(kind::SWITCHOVER_ACK, 0, &[]),
             Self::RoundPlaced(round) => encode_frame(kind::ROUND_PLACED, 0, &round.0.to_le_bytes()),
             Self::Ready(ready) => encode_frame(kind::READY, 0, &encode_ready(ready)),
             Self::Running { resume_us } => encode_frame(kind::RUNNING, 0, &resume_us.to_le_bytes()),
@@ -295,7 +300,7 @@ impl ControlFrame for TargetFrame {
     fn body_max(kind: u8) -> Option<u32> {
         matches!(
             kind,
-            kind::HELLO_REPLY..=kind::ROUND_PLACED | kind::KEEPALIVE | kind::ABORT
+            kind::HELLO_REPLY..=kind::SWITCHOVER_ACK | kind::KEEPALIVE | kind::ABORT
         )
         .then_some(CONTROL_BYTES_MAX)
     }
@@ -306,6 +311,7 @@ impl ControlFrame for TargetFrame {
             kind::HELLO_REPLY => return HelloReply::decode(&body).map(Self::HelloReply),
             kind::ABORT => return decode_abort(&body).map(Self::Abort),
             kind::DATA_READY => Self::DataReady,
+            kind::SWITCHOVER_ACK => Self::SwitchoverAck,
             kind::ROUND_PLACED => Self::RoundPlaced(RoundId(reader.u32()?)),
             kind::READY => Self::Ready(decode_ready(&mut reader)?),
             kind::RUNNING => Self::Running {
@@ -514,7 +520,7 @@ impl FrameBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::PageCount;
+    use crate::units::{PageCount, Uuid};
     use crate::wire::DeviceSchema;
     use crate::wire::hello::{BlockInfo, VersionRange};
 
@@ -539,6 +545,8 @@ mod tests {
                     version_min: 1,
                     version_max: 2,
                 }],
+                uuid: Some(Uuid([9; 16])),
+                switchover_ack: true,
             }),
             SourceFrame::DataHello(DataHello {
                 version: 1,
@@ -579,6 +587,7 @@ mod tests {
                 software: "t".into(),
             }),
             TargetFrame::DataReady,
+            TargetFrame::SwitchoverAck,
             TargetFrame::RoundPlaced(RoundId(3)),
             TargetFrame::Ready(ready(None)),
             TargetFrame::Ready(ready(Some(Verification {

@@ -90,7 +90,7 @@ pub fn hello(bytes: &[u8]) {
     };
     assert_eq!(Hello::decode(&hello.encode()).as_ref(), Ok(&hello));
     assert!(hello.blocks.len() <= BLOCKS_MAX && hello.devices.len() <= DEVICES_MAX);
-    let fits_nothing = hello::compare(&hello, &[], &[]).is_ok();
+    let fits_nothing = hello::compare(&hello, &[], &[], None).is_ok();
     assert_eq!(
         fits_nothing,
         hello.blocks.is_empty() && hello.devices.is_empty()
@@ -105,7 +105,7 @@ pub fn hello(bytes: &[u8]) {
             .all(|device| device.version_min <= device.version_max)
     {
         assert_eq!(
-            hello::compare(&hello, &hello.blocks, &hello.devices),
+            hello::compare(&hello, &hello.blocks, &hello.devices, hello.uuid),
             Ok(())
         );
     }

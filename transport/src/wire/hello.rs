@@ -6,7 +6,7 @@ use crate::limits::{
     BLOCK_PAGES_MAX, BLOCKS_MAX, DATA_CONNECTIONS_MAX, DEVICES_MAX, NAME_BYTES_MAX, TEXT_BYTES_MAX,
     VERSION_MAX, VERSION_MIN,
 };
-use crate::units::{MigrationId, PAGE_SIZE, PageCount};
+use crate::units::{MigrationId, PAGE_SIZE, PageCount, Uuid};
 
 /// Protocol versions one side speaks, both ends included.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -59,7 +59,8 @@ pub struct BlockInfo {
 /// | 2, 2 | oldest and newest protocol version |
 /// | 16 | migration id |
 /// | 2 | number of data connections, 1 to 255 |
-/// | 1 | wishes: bit 0 checksums over page data, bit 1 verification of RAM and vCPUs before READY |
+/// | 1 | wishes: bit 0 checksums over page data, bit 1 verification of RAM and vCPUs before READY, bit 2 SWITCHOVER_ACK, bit 3 a UUID follows |
+/// | 16 | the VM's UUID, with bit 3 only |
 /// | text | name and version of the source's software |
 /// | 2 | number of RAM blocks, then per block: text name, 8 size in bytes, 4 backing page size |
 /// | 2 | number of devices, then per device: text name, text schema, 4 oldest, 4 newest version |
@@ -83,6 +84,10 @@ pub struct Hello {
     pub blocks: Vec<BlockInfo>,
     /// Devices to come.
     pub devices: Vec<DeviceSchema>,
+    /// The VM's UUID, to be compared with the target's if that has one.
+    pub uuid: Option<Uuid>,
+    /// The source waits for SWITCHOVER_ACK before it stops the guest.
+    pub switchover_ack: bool,
 }
 
 impl Hello {
@@ -93,7 +98,15 @@ impl Hello {
         body.extend_from_slice(&self.versions.max.to_le_bytes());
         body.extend_from_slice(&self.migration_id.0);
         body.extend_from_slice(&self.data_connections.to_le_bytes());
-        body.push(u8::from(self.checksum) | u8::from(self.verify) << 1);
+        body.push(
+            u8::from(self.checksum)
+                | u8::from(self.verify) << 1
+                | u8::from(self.switchover_ack) << 2
+                | u8::from(self.uuid.is_some()) << 3,
+        );
+        if let Some(Uuid(uuid)) = self.uuid {
+            body.extend_from_slice(&uuid);
+        }
         put_text(&mut body, &self.software, TEXT_BYTES_MAX);
         put_count(&mut body, self.blocks.len());
         for BlockInfo {
@@ -154,12 +167,17 @@ impl Hello {
             });
         }
         let wishes = reader.u8()?;
-        if wishes > 3 {
+        if wishes > 15 {
             return Err(WireError::Value {
                 field: "wishes",
                 value: u64::from(wishes),
             });
         }
+        let uuid = if wishes & 8 == 0 {
+            None
+        } else {
+            Some(Uuid(reader.id()?))
+        };
         let software = reader.text("software", TEXT_BYTES_MAX)?;
         let blocks = list(&mut reader, "RAM blocks", BLOCKS_MAX, read_block)?;
         let devices = list(&mut reader, "devices", DEVICES_MAX, read_device)?;
@@ -174,6 +192,8 @@ impl Hello {
             software,
             blocks,
             devices,
+            uuid,
+            switchover_ack: wishes & 4 != 0,
         })
     }
 }
@@ -331,7 +351,15 @@ pub fn compare(
     hello: &Hello,
     blocks: &[BlockInfo],
     devices: &[DeviceSchema],
+    uuid: Option<Uuid>,
 ) -> Result<(), String> {
+    if let (Some(theirs), Some(ours)) = (hello.uuid, uuid)
+        && theirs != ours
+    {
+        return Err(format!(
+            "this is another VM: the UUID is {theirs} at the source and {ours} at the target"
+        ));
+    }
     compare_blocks(&hello.blocks, blocks)?;
     compare_devices(&hello.devices, devices)
 }
@@ -423,6 +451,8 @@ mod tests {
             software: "test 1".into(),
             blocks: vec![block("ram0", 16), block("ram1", 4)],
             devices: vec![device("vcpu/0", 1), device("serial/0", 2)],
+            uuid: Some(Uuid([5; 16])),
+            switchover_ack: false,
         }
     }
 
@@ -534,9 +564,15 @@ mod tests {
                 ..
             } = hello();
             change(&mut blocks, &mut devices);
-            let text = compare(&hello(), &blocks, &devices).unwrap_err();
+            let text = compare(&hello(), &blocks, &devices, None).unwrap_err();
             assert!(text.contains(expected), "{case}: {text}");
         }
-        assert_eq!(compare(&hello(), &hello().blocks, &hello().devices), Ok(()));
+        let hello = hello();
+        let with = |uuid| compare(&hello, &hello.blocks, &hello.devices, uuid);
+        assert_eq!(with(None), Ok(()));
+        assert_eq!(with(hello.uuid), Ok(()));
+        let text = with(Some(Uuid([6; 16]))).unwrap_err();
+        assert!(text.contains("05050505-0505-0505-0505-050505050505 at the source"), "{text}");
+        assert!(text.contains("06060606-0606-0606-0606-060606060606 at the target"), "{text}");
     }
 }

@@ -51,6 +51,9 @@ pub fn fuzz_source(seed: u64) -> Depth {
         blocks: knows.blocks.clone(),
         devices: knows.devices.clone(),
         guest_runs: true,
+        uuid: None,
+        switchover_ack: rng.chance(300),
+        pause_before_switchover: rng.chance(200),
     };
     let mut run = SourceUnderFire {
         core: Source::new(config, tuning(1_000_000_000_000)),
@@ -102,6 +105,11 @@ impl SourceUnderFire {
                 }
             }
             35 => self.core.handle_progress(now, self.now),
+            38 => {
+                let waits = self.core.status() == MigrationStatus::PreSwitchover;
+                assert_eq!(self.core.handle_continue(now).is_ok(), waits);
+            }
+            39 => self.core.handle_unplugged(now),
             36 | 37 => self.wait(),
             _ => {}
         }
@@ -147,6 +155,9 @@ impl SourceUnderFire {
                     self.core
                         .handle_operator_resolution(Moment(self.now), Resolution::NotCommitted)
                 );
+            }
+            if self.core.status() == MigrationStatus::PreSwitchover {
+                assert_eq!(self.core.handle_continue(Moment(self.now)), Ok(()));
             }
             self.drive();
             self.check();
@@ -209,6 +220,12 @@ impl SourceUnderFire {
                 self.core.handle_links_closed(now);
             }
             SourceJob::StopLog => self.core.handle_log_stopped(now),
+            SourceJob::NotifySetup if fails => self.core.handle_job_failed(now, job, "veto"),
+            SourceJob::NotifySetup => {
+                let waits = self.rng.chance(200).then(|| "net0".to_owned());
+                self.core.handle_setup_told(now, waits);
+            }
+            SourceJob::NotifyFailed | SourceJob::NotifyDone => self.core.handle_notified(now, job),
             SourceJob::ResumeGuest => {
                 let proof = self.resuming.take();
                 match proof {
@@ -282,6 +299,9 @@ impl SourceUnderFire {
                 SourceAction::SaveState { .. } => self.jobs.push(SourceJob::SaveState),
                 SourceAction::CloseLinks => self.jobs.push(SourceJob::CloseLinks),
                 SourceAction::StopLog => self.jobs.push(SourceJob::StopLog),
+                SourceAction::NotifySetup => self.jobs.push(SourceJob::NotifySetup),
+                SourceAction::NotifyFailed => self.jobs.push(SourceJob::NotifyFailed),
+                SourceAction::NotifyDone => self.jobs.push(SourceJob::NotifyDone),
                 SourceAction::ResumeGuest(proof) => {
                     assert!(
                         !self.commit_sent || self.denied,
@@ -310,7 +330,10 @@ impl SourceUnderFire {
                     assert!(self.commit_sent);
                     self.depth.unresolved = true;
                 }
-                SourceAction::StatusChanged(_) | SourceAction::PassStarted(_) => {}
+                SourceAction::StatusChanged(_)
+                | SourceAction::PassStarted(_)
+                | SourceAction::WatchUnplug
+                | SourceAction::Throttle(_) => {}
             }
         }
     }

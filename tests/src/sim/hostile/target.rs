@@ -46,6 +46,7 @@ pub fn fuzz_target(seed: u64) -> Depth {
         blocks: knows.blocks.clone(),
         devices: knows.devices.clone(),
         software: "victim".to_owned(),
+        uuid: None,
     };
     let mut run = TargetUnderFire {
         core: Target::new(config),
@@ -296,6 +297,7 @@ impl TargetUnderFire {
                 self.core.handle_guest_started(now, 1);
             }
             TargetJob::CloseLinks => {}
+            TargetJob::NotifyFailed => self.core.handle_notified(now),
         }
     }
 
@@ -343,6 +345,7 @@ impl TargetUnderFire {
                     self.start(TargetJob::StartGuest);
                 }
                 TargetAction::CloseLinks => self.start(TargetJob::CloseLinks),
+                TargetAction::NotifyFailed => self.start(TargetJob::NotifyFailed),
                 TargetAction::Failed { .. } => {
                     assert!(!self.started && !self.failed && self.jobs.is_empty());
                     self.failed = true;

@@ -1,7 +1,8 @@
 //! What goes into the source core and what comes out of it: configuration, actions, jobs, outcomes.
 
 use crate::proto::status::MigrationStatus;
-use crate::units::{MigrationId, PageCount, RoundId};
+use crate::proto::throttle::ThrottleTuning;
+use crate::units::{MigrationId, PageCount, RoundId, Uuid};
 use crate::wire::frame::{Abort, AbortCode, SourceFrame};
 use crate::wire::hello::{BlockInfo, DataHello};
 use crate::wire::{DeviceSchema, Section};
@@ -25,6 +26,12 @@ pub struct SourceConfig {
     pub devices: Vec<DeviceSchema>,
     /// Whether the guest runs now. A guest that was paused is handed over paused, and left paused on failure.
     pub guest_runs: bool,
+    /// The VM's UUID, if the target is to compare it with its own.
+    pub uuid: Option<Uuid>,
+    /// Do not switch over before the target's devices have said that they are ready for it.
+    pub switchover_ack: bool,
+    /// Wait for the operator once the guest is stopped, before anything of it is handed over.
+    pub pause_before_switchover: bool,
 }
 
 /// What the operator may change while the migration runs.
@@ -32,6 +39,10 @@ pub struct SourceConfig {
 pub struct SourceTuning {
     /// Longest blackout that is accepted, in microseconds, compared with the prediction.
     pub downtime_limit_us: u64,
+    /// The bandwidth that the switchover will have, in bytes per second, as the operator says; `None`: what the rounds measure.
+    pub switchover_bytes_per_sec: Option<u64>,
+    /// Slow the guest down when rounds do not converge.
+    pub auto_converge: Option<ThrottleTuning>,
 }
 
 /// Something that takes time and reports back exactly once.
@@ -41,6 +52,8 @@ pub enum SourceJob {
     ConnectControl,
     /// Connecting all data connections.
     ConnectData,
+    /// Telling the notifiers SETUP.
+    NotifySetup,
     /// Starting the dirty log and finding the pages that exist.
     StartLog,
     /// Sending a round.
@@ -55,6 +68,10 @@ pub enum SourceJob {
     CloseLinks,
     /// Stopping the dirty log.
     StopLog,
+    /// Telling the notifiers FAILED.
+    NotifyFailed,
+    /// Telling the notifiers DONE.
+    NotifyDone,
     /// Resuming the guest.
     ResumeGuest,
 }
@@ -72,6 +89,12 @@ pub enum SourceAction<P> {
     SendControl(SourceFrame),
     /// Job [`SourceJob::ConnectData`]: open one connection per hello and send the hello on it.
     ConnectData(Vec<DataHello>),
+    /// Job [`SourceJob::NotifySetup`]: tell every notifier SETUP. Reports [`Source::handle_setup_told`](super::Source::handle_setup_told);
+    /// a veto is a failed job.
+    NotifySetup,
+    /// Watch until the guest has let go of its devices, then report [`Source::handle_unplugged`](super::Source::handle_unplugged). Stop
+    /// watching when the notifiers are told anything else.
+    WatchUnplug,
     /// Job [`SourceJob::StartLog`]: reports [`Source::handle_log_started`](super::Source::handle_log_started).
     StartLog,
     /// Job [`SourceJob::Round`]: send everything found by the last fetch. Reports [`Source::handle_round_sent`](super::Source::handle_round_sent).
@@ -86,7 +109,9 @@ pub enum SourceAction<P> {
     /// Job [`SourceJob::StopGuest`]: reports [`Source::handle_guest_stopped`](super::Source::handle_guest_stopped). If it fails, the
     /// guest runs on as if nothing had been asked.
     StopGuest,
-    /// Job [`SourceJob::SaveState`]: reports [`Source::handle_state_saved`](super::Source::handle_state_saved).
+    /// Keep the vCPUs from running for this share of the time, in percent; 0 lets them run freely.
+    Throttle(u8),
+    /// Job [`SourceJob::SaveState`]: make the disks inactive and save the state of every device. Reports [`Source::handle_state_saved`](super::Source::handle_state_saved).
     SaveState {
         /// Hash all RAM too.
         hash_ram: bool,
@@ -97,7 +122,13 @@ pub enum SourceAction<P> {
     CloseLinks,
     /// Job [`SourceJob::StopLog`]: reports [`Source::handle_log_stopped`](super::Source::handle_log_stopped), also when the log could not be stopped.
     StopLog,
-    /// Job [`SourceJob::ResumeGuest`]: the only way to let the guest run again.
+    /// Job [`SourceJob::NotifyFailed`]: tell FAILED to those notifiers that were told SETUP. Reports
+    /// [`Source::handle_notified`](super::Source::handle_notified).
+    NotifyFailed,
+    /// Job [`SourceJob::NotifyDone`]: tell DONE to those notifiers that were told SETUP. Reports
+    /// [`Source::handle_notified`](super::Source::handle_notified).
+    NotifyDone,
+    /// Job [`SourceJob::ResumeGuest`]: make the disks active, and only then let the guest run. The only way to let it run again.
     ResumeGuest(P),
     /// Tell the operator: the outcome cannot be learnt. The guest is stopped here and may run at the target.
     Unresolved,
@@ -193,6 +224,11 @@ pub struct SavedState {
     /// How long hashing took, in microseconds.
     pub hash_us: u64,
 }
+
+/// There is nothing to continue.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("the migration does not wait for the operator (status {0})")]
+pub struct ContinueError(pub MigrationStatus);
 
 /// It is too late to cancel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]

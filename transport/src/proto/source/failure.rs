@@ -96,7 +96,8 @@ impl<P: fmt::Debug> Source<P> {
             return;
         }
         let stopped = match std::mem::replace(&mut self.state, State::Ended) {
-            State::LastSync { stopped }
+            State::PreSwitchover { stopped }
+            | State::LastSync { stopped }
             | State::LastRound { stopped, .. }
             | State::AwaitReady { stopped } => Some(stopped),
             _ => None,
@@ -115,6 +116,7 @@ impl<P: fmt::Debug> Source<P> {
             self.send(now, SourceFrame::Abort(reason.to_abort()));
         }
         self.enter(now, State::Failing { stopped, reason });
+        self.let_run_freely();
         self.close_links();
     }
 
@@ -136,6 +138,15 @@ impl<P: fmt::Debug> Source<P> {
         if self.log_started {
             self.log_started = false;
             self.run(SourceJob::StopLog, SourceAction::StopLog);
+            return;
+        }
+        if self.notified {
+            self.notified = false;
+            if matches!(self.state, State::Failing { .. }) {
+                self.run(SourceJob::NotifyFailed, SourceAction::NotifyFailed);
+            } else {
+                self.run(SourceJob::NotifyDone, SourceAction::NotifyDone);
+            }
             return;
         }
         match std::mem::replace(&mut self.state, State::Ended) {

@@ -1,18 +1,21 @@
 //! The source's half of a migration, from `migrate` to the outcome.
 //!
 //! ```text
-//!  Idle -> Connecting -> AwaitReply -> Preparing -> Sending <-> Syncing        guest runs
-//!                                                                 |
-//!                                                                 v
-//!          Finishing <- AwaitRunning <- AwaitReady <- LastRound <- LastSync <- Stopping
-//!              |          |      ^ COMMIT                                       guest stopped
+//!  Idle -> Connecting -> AwaitReply -> Preparing -> Sending <-> Syncing -> Stopping      guest runs
+//!                                                                              |
+//!                                                      (operator) PreSwitchover |        guest stopped
+//!                                                                          |    |
+//!                                                                          v    v
+//!          Finishing <- AwaitRunning <- AwaitReady <- LastRound <- LastSync <---+
+//!              |          |      ^ COMMIT
 //!              v          v (link lost)
 //!           Completed   Resolving <-> Unresolved (operator decides)
 //!
 //!  any state before COMMIT, on error or cancel  ->  Failing  ->  Ended (guest as before)
 //! ```
 //!
-//! - **Preparing**: data connections and the dirty log are set up side by side.
+//! - **Preparing**: the data connections are set up while the notifiers are told SETUP; when nobody has anything to wait for any more,
+//!   the dirty log starts.
 //! - **Sending**: a round is on its way; it ends when the target has placed it, so that nothing is left in socket buffers when the
 //!   guest stops.
 //! - **Syncing**: the dirty logs are fetched; then another round or the switchover.
@@ -20,7 +23,9 @@
 //! - **AwaitReady**: the target holds everything. If the link dies here the guest goes on at the source.
 //! - **AwaitRunning**: COMMIT was sent. If the link dies here nobody but the target knows who owns the guest: the source stays stopped
 //!   and asks (**Resolving**). If it cannot learn the answer it says so (**Unresolved**), goes on asking, and waits for the operator.
-//! - **Failing**: pays the debts of the attempt in order: links closed, jobs over, dirty log off, guest resumed if it ran before.
+//! - **PreSwitchover**: only if the operator asked for it; nothing has been handed over yet.
+//! - **Failing**: pays the debts of the attempt in order: links closed, jobs over, dirty log off, notifiers told FAILED, guest resumed if it
+//!   ran before.
 //!
 //! `P` is the proof that the guest is stopped. The core never makes one: it receives it with
 //! [`handle_guest_stopped`](Source::handle_guest_stopped), and gives it back in [`SourceAction::ResumeGuest`], which no state after
@@ -36,17 +41,18 @@ use std::collections::VecDeque;
 use std::fmt;
 
 pub use self::action::{
-    CancelError, FirstRound, Outcome, Reason, RoundSent, SavedState, SourceAction, SourceConfig,
+    CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState, SourceAction, SourceConfig,
     SourceJob, SourceTuning,
 };
-use self::state::{Jobs, State};
+use self::state::{Jobs, Setup, State};
 use self::stats::Blackout;
 pub use self::stats::{BlackoutParts, SourceStats};
 use super::estimate::{Decision, Estimate};
 use super::status::MigrationStatus;
+use super::throttle::Throttle;
 use crate::limits::{
     CONNECT_DEADLINE_US, HELLO_DEADLINE_US, KEEPALIVE_US, READY_DEADLINE_US, RESOLVE_RETRY_US,
-    RUNNING_DEADLINE_US, STALL_US,
+    RUNNING_DEADLINE_US, STALL_US, UNPLUG_DEADLINE_US,
 };
 use crate::units::{MigrationId, Moment, PageCount};
 use crate::wire::frame::{Resolution, SourceFrame, TargetFrame};
@@ -74,6 +80,11 @@ pub struct Source<P> {
     round_sent: RoundSent,
     control_open: bool,
     log_started: bool,
+    /// Notifiers may have been told SETUP: they are owed DONE or FAILED (I7).
+    notified: bool,
+    /// The target's devices are ready for a switchover.
+    acked: bool,
+    throttle: Throttle,
 }
 
 impl<P: fmt::Debug> Source<P> {
@@ -99,6 +110,9 @@ impl<P: fmt::Debug> Source<P> {
             round_sent: RoundSent::default(),
             control_open: false,
             log_started: false,
+            notified: false,
+            acked: false,
+            throttle: Throttle::default(),
         }
     }
 
@@ -110,6 +124,11 @@ impl<P: fmt::Debug> Source<P> {
     /// Figures so far.
     pub fn stats(&self) -> &SourceStats {
         &self.stats
+    }
+
+    /// The share of time for which the vCPUs are kept from running, in percent.
+    pub fn throttle_percent(&self) -> u8 {
+        self.throttle.percent()
     }
 
     /// What the rounds so far have taught.
@@ -146,7 +165,10 @@ impl<P: fmt::Debug> Source<P> {
             .control_open
             .then(|| self.said_at.plus_micros(KEEPALIVE_US));
         let silence = self.listens().then(|| self.heard_at.plus_micros(STALL_US));
-        [deadline, keepalive, silence].into_iter().flatten().min()
+        [deadline, self.unplug_deadline(), keepalive, silence]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Begins.
@@ -155,6 +177,7 @@ impl<P: fmt::Debug> Source<P> {
     /// If called twice.
     pub fn start(&mut self, now: Moment) {
         assert!(matches!(self.state, State::Idle), "an attempt starts once");
+        self.set_tuning(self.tuning);
         self.stats.began = now;
         self.set_status(MigrationStatus::Setup);
         self.enter(now, State::Connecting);
@@ -163,6 +186,8 @@ impl<P: fmt::Debug> Source<P> {
 
     /// The operator changed a parameter.
     pub fn set_tuning(&mut self, tuning: SourceTuning) {
+        self.estimate
+            .set_switchover_bandwidth(tuning.switchover_bytes_per_sec);
         self.tuning = tuning;
     }
 
@@ -181,6 +206,24 @@ impl<P: fmt::Debug> Source<P> {
         }
         self.fail(now, Reason::Cancelled);
         Ok(())
+    }
+
+    /// The operator lets a migration go on that waits in `pre-switchover`.
+    ///
+    /// # Errors
+    /// [`ContinueError`] if it does not wait.
+    pub fn handle_continue(&mut self, now: Moment) -> Result<(), ContinueError> {
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::PreSwitchover { stopped } => {
+                self.set_status(MigrationStatus::Device);
+                self.switch_over(now, stopped);
+                Ok(())
+            }
+            other => {
+                self.state = other;
+                Err(ContinueError(self.status))
+            }
+        }
     }
 
     /// The operator says what became of a migration whose outcome cannot be learnt. Returns whether there was such a migration.
@@ -230,6 +273,31 @@ impl<P: fmt::Debug> Source<P> {
             // The target's DATA_READY may have been faster than the report of our own connects.
             self.begin_when_prepared(now);
         }
+    }
+
+    /// Every notifier was told SETUP and agrees; `waiting_for` names a device that the guest must let go of first.
+    pub fn handle_setup_told(&mut self, now: Moment, waiting_for: Option<String>) {
+        if self.jobs.end(SourceJob::NotifySetup) {
+            self.start_log_when_set_up(now, waiting_for);
+            self.pay_debts(now);
+        }
+    }
+
+    /// The guest has let go of every device that it had to.
+    pub fn handle_unplugged(&mut self, now: Moment) {
+        if let State::Preparing {
+            setup: Setup::Waiting { .. },
+            ..
+        } = self.state
+        {
+            self.start_log_when_set_up(now, None);
+        }
+    }
+
+    /// The notifiers were told FAILED or DONE.
+    pub fn handle_notified(&mut self, now: Moment, job: SourceJob) {
+        self.jobs.end(job);
+        self.pay_debts(now);
     }
 
     /// The dirty log runs, and it is known which pages exist.
@@ -294,8 +362,13 @@ impl<P: fmt::Debug> Source<P> {
                     "dirty log fetched"
                 );
                 match self.estimate.decide(dirty, self.tuning.downtime_limit_us) {
-                    Decision::AnotherRound => self.send_round(now),
-                    Decision::SwitchOver => self.stop_guest(now),
+                    Decision::SwitchOver if self.acked || !self.config.switchover_ack => {
+                        self.stop_guest(now);
+                    }
+                    Decision::SwitchOver | Decision::AnotherRound => {
+                        self.throttle(now, dirty);
+                        self.send_round(now);
+                    }
                 }
             }
             State::LastSync { stopped } => {
@@ -333,10 +406,11 @@ impl<P: fmt::Debug> Source<P> {
         );
         self.blackout.stopped = now;
         match &mut self.state {
-            State::Stopping => {
-                self.enter(now, State::LastSync { stopped: proof });
-                self.run(SourceJob::Sync, SourceAction::Sync);
+            State::Stopping if self.config.pause_before_switchover => {
+                self.enter(now, State::PreSwitchover { stopped: proof });
+                self.set_status(MigrationStatus::PreSwitchover);
             }
+            State::Stopping => self.switch_over(now, proof),
             State::Failing { stopped, .. } => {
                 *stopped = Some(proof);
                 self.pay_debts(now);
@@ -369,7 +443,11 @@ impl<P: fmt::Debug> Source<P> {
             SourceJob::ConnectControl | SourceJob::ConnectData | SourceJob::Round => {
                 self.lose_link(now, error);
             }
-            SourceJob::CloseLinks | SourceJob::StopLog | SourceJob::ResumeGuest => {
+            SourceJob::CloseLinks
+            | SourceJob::StopLog
+            | SourceJob::NotifyFailed
+            | SourceJob::NotifyDone
+            | SourceJob::ResumeGuest => {
                 unreachable!("job {job:?} reports in its own way");
             }
             _ => self.fail(now, Reason::Local(error.to_owned())),
@@ -455,6 +533,9 @@ impl<P: fmt::Debug> Source<P> {
                 *data_ready = true;
                 self.begin_when_prepared(now);
             }
+            (_, TargetFrame::SwitchoverAck) if self.config.switchover_ack && !self.acked => {
+                self.acked = true;
+            }
             (State::Sending { placed, .. }, TargetFrame::RoundPlaced(round))
                 if round == self.stats.round && !*placed =>
             {
@@ -499,6 +580,16 @@ impl<P: fmt::Debug> Source<P> {
         {
             self.expire(now, what);
         }
+        if let State::Preparing {
+            setup: Setup::Waiting { device, since },
+            ..
+        } = &self.state
+            && now.micros_since(*since) >= UNPLUG_DEADLINE_US
+        {
+            let after_s = UNPLUG_DEADLINE_US / 1_000_000;
+            let text = format!("the guest did not let go of device {device:?} within {after_s} s");
+            self.fail(now, Reason::Local(text));
+        }
         if self.listens() && now >= self.heard_at.plus_micros(STALL_US) {
             let reason = Reason::Deadline {
                 what: "give a sign of life",
@@ -538,6 +629,16 @@ impl<P: fmt::Debug> Source<P> {
             _ => return None,
         };
         Some((self.moved_at.plus_micros(micros), what))
+    }
+
+    fn unplug_deadline(&self) -> Option<Moment> {
+        match &self.state {
+            State::Preparing {
+                setup: Setup::Waiting { since, .. },
+                ..
+            } => Some(since.plus_micros(UNPLUG_DEADLINE_US)),
+            _ => None,
+        }
     }
 
     fn expire(&mut self, now: Moment, what: &'static str) {
@@ -591,6 +692,7 @@ fn frame_name(frame: &TargetFrame) -> &'static str {
     match frame {
         TargetFrame::HelloReply(_) => "answer to a hello",
         TargetFrame::DataReady => "DATA_READY",
+        TargetFrame::SwitchoverAck => "SWITCHOVER_ACK",
         TargetFrame::RoundPlaced(_) => "ROUND_PLACED",
         TargetFrame::Ready(_) => "READY",
         TargetFrame::Running { .. } => "RUNNING",

@@ -5,6 +5,17 @@ use std::fmt;
 use super::action::{FirstRound, Reason, SourceJob};
 use crate::units::Moment;
 
+/// How far the notifiers are with SETUP.
+#[derive(Debug)]
+pub(super) enum Setup {
+    /// They are being told.
+    Telling,
+    /// The guest has not let go of this device yet.
+    Waiting { device: String, since: Moment },
+    /// Nothing is waited for any more.
+    Done,
+}
+
 #[derive(Debug)]
 pub(super) enum State<P> {
     Idle,
@@ -12,6 +23,7 @@ pub(super) enum State<P> {
     AwaitReply,
     Preparing {
         data_ready: bool,
+        setup: Setup,
         first: Option<FirstRound>,
     },
     Sending {
@@ -20,6 +32,10 @@ pub(super) enum State<P> {
     },
     Syncing,
     Stopping,
+    /// The guest is stopped, and the operator has the say.
+    PreSwitchover {
+        stopped: P,
+    },
     LastSync {
         stopped: P,
     },
@@ -62,6 +78,7 @@ impl<P> State<P> {
             Self::Sending { .. } => "sending a round",
             Self::Syncing => "fetching the dirty log",
             Self::Stopping => "stopping the guest",
+            Self::PreSwitchover { .. } => "waiting for the operator to go on",
             Self::LastSync { .. } => "fetching the dirty log for the last time",
             Self::LastRound { .. } => "sending the last round",
             Self::AwaitReady { .. } => "waiting for READY",

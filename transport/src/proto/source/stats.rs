@@ -9,6 +9,7 @@ use crate::wire::frame::Ready;
 pub(super) struct Blackout {
     pub(super) asked: Moment,
     pub(super) stopped: Moment,
+    pub(super) continued: Moment,
     pub(super) synced: Moment,
     pub(super) sent: Moment,
     pub(super) saved: Moment,
@@ -20,6 +21,8 @@ pub(super) struct Blackout {
 pub struct BlackoutParts {
     /// Getting every vCPU out of the guest.
     pub pause_us: u64,
+    /// Waiting for the operator to go on, when that was asked for.
+    pub pre_switchover_us: u64,
     /// The last fetch of the dirty logs.
     pub dirty_fetch_us: u64,
     /// Handing the last pages to the kernel.
@@ -41,6 +44,7 @@ impl BlackoutParts {
     pub fn total_us(&self) -> u64 {
         let Self {
             pause_us,
+            pre_switchover_us,
             dirty_fetch_us,
             last_round_us,
             device_state_us,
@@ -50,6 +54,7 @@ impl BlackoutParts {
             verify_us,
         } = self;
         pause_us
+            + pre_switchover_us
             + dirty_fetch_us
             + last_round_us
             + device_state_us
@@ -99,6 +104,7 @@ impl<P> Source<P> {
         let Blackout {
             asked,
             stopped,
+            continued,
             synced,
             sent,
             saved,
@@ -120,7 +126,8 @@ impl<P> Source<P> {
         let resume_us = resume_us.min(commit);
         BlackoutParts {
             pause_us: stopped.micros_since(asked),
-            dirty_fetch_us: synced.micros_since(stopped),
+            pre_switchover_us: continued.micros_since(stopped),
+            dirty_fetch_us: synced.micros_since(continued),
             last_round_us: sent.micros_since(synced),
             device_state_us: state - hash_us,
             load_us: load - check_us,

@@ -4,9 +4,10 @@ use std::fmt;
 
 use super::Source;
 use super::action::{Reason, RoundSent, SavedState, SourceAction, SourceConfig, SourceJob};
-use super::state::State;
+use super::state::{Setup, State};
 use crate::proto::status::MigrationStatus;
-use crate::units::{Moment, RoundId};
+use crate::proto::throttle::Throttle;
+use crate::units::{Moment, PageCount, RoundId};
 use crate::wire::frame::{Ready, SourceFrame, StateEnd};
 use crate::wire::hello::{DataHello, Hello, HelloReply, VersionRange};
 
@@ -21,6 +22,9 @@ impl<P: fmt::Debug> Source<P> {
             blocks,
             devices,
             guest_runs: _,
+            uuid,
+            switchover_ack,
+            pause_before_switchover: _,
         } = self.config.clone();
         Hello {
             versions: VersionRange::OURS,
@@ -31,6 +35,8 @@ impl<P: fmt::Debug> Source<P> {
             software,
             blocks,
             devices,
+            uuid,
+            switchover_ack,
         }
     }
 
@@ -53,6 +59,7 @@ impl<P: fmt::Debug> Source<P> {
             now,
             State::Preparing {
                 data_ready: false,
+                setup: Setup::Telling,
                 first: None,
             },
         );
@@ -66,12 +73,32 @@ impl<P: fmt::Debug> Source<P> {
             })
             .collect();
         self.run(SourceJob::ConnectData, SourceAction::ConnectData(hellos));
-        self.run(SourceJob::StartLog, SourceAction::StartLog);
+        self.notified = true;
+        self.run(SourceJob::NotifySetup, SourceAction::NotifySetup);
+    }
+
+    /// Everybody has prepared. A log that runs slows the guest down, so it starts only now.
+    pub(super) fn start_log_when_set_up(&mut self, now: Moment, waiting_for: Option<String>) {
+        let State::Preparing { setup, .. } = &mut self.state else {
+            return;
+        };
+        match waiting_for {
+            Some(device) => {
+                *setup = Setup::Waiting { device, since: now };
+                self.set_status(MigrationStatus::WaitUnplug);
+                self.actions.push_back(SourceAction::WatchUnplug);
+            }
+            None => {
+                *setup = Setup::Done;
+                self.run(SourceJob::StartLog, SourceAction::StartLog);
+            }
+        }
     }
 
     pub(super) fn begin_when_prepared(&mut self, now: Moment) {
         let State::Preparing {
             data_ready: true,
+            setup: Setup::Done,
             first: Some(first),
         } = self.state
         else {
@@ -82,6 +109,7 @@ impl<P: fmt::Debug> Source<P> {
             return;
         }
         self.set_status(MigrationStatus::Active);
+        self.throttle = Throttle::new(now);
         self.stats.first_round = Some(now);
         self.stats.sync_count = 1;
         self.stats.round_pages = first.present;
@@ -137,10 +165,18 @@ impl<P: fmt::Debug> Source<P> {
     }
 
     pub(super) fn stop_guest(&mut self, now: Moment) {
-        self.set_status(MigrationStatus::Device);
+        if !self.config.pause_before_switchover {
+            self.set_status(MigrationStatus::Device);
+        }
         self.blackout.asked = now;
         self.enter(now, State::Stopping);
         self.run(SourceJob::StopGuest, SourceAction::StopGuest);
+    }
+
+    pub(super) fn switch_over(&mut self, now: Moment, stopped: P) {
+        self.blackout.continued = now;
+        self.enter(now, State::LastSync { stopped });
+        self.run(SourceJob::Sync, SourceAction::Sync);
     }
 
     pub(super) fn hand_over_when_sent(&mut self, now: Moment) {
@@ -176,6 +212,25 @@ impl<P: fmt::Debug> Source<P> {
             }),
         );
         self.enter(now, State::AwaitReady { stopped });
+    }
+
+    /// Looks whether the guest must be slowed down for the rounds to converge.
+    pub(super) fn throttle(&mut self, now: Moment, dirty: PageCount) {
+        let Some(tuning) = self.tuning.auto_converge else {
+            return self.let_run_freely();
+        };
+        let sent = self.round_sent.wire_bytes;
+        if let Some(percent) = self.throttle.note(now, dirty.to_bytes(), sent, tuning) {
+            tracing::info!(percent, "slowing the guest down: its rounds do not converge");
+            self.actions.push_back(SourceAction::Throttle(percent));
+        }
+    }
+
+    pub(super) fn let_run_freely(&mut self) {
+        if self.throttle.percent() > 0 {
+            self.throttle = Throttle::default();
+            self.actions.push_back(SourceAction::Throttle(0));
+        }
     }
 
     /// The target holds everything. From the moment the frame is handed to the driver the source never resumes by itself.
@@ -228,6 +283,7 @@ impl<P: fmt::Debug> Source<P> {
             self.send(now, SourceFrame::Finish);
         }
         self.set_status(MigrationStatus::Completed);
+        self.let_run_freely();
         self.close_links();
     }
 }

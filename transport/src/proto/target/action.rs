@@ -1,5 +1,6 @@
 //! What goes into the target core and what comes out of it: configuration, actions, jobs, errors.
 
+use crate::units::Uuid;
 use crate::wire::frame::{Abort, AbortCode, TargetFrame, Verification};
 use crate::wire::hello::BlockInfo;
 use crate::wire::{DeviceSchema, Section};
@@ -17,6 +18,8 @@ pub struct TargetConfig {
     pub devices: Vec<DeviceSchema>,
     /// Name and version of this software.
     pub software: String,
+    /// The VM's UUID, if a source that sends one is to have the same.
+    pub uuid: Option<Uuid>,
 }
 
 /// Status of an incoming migration; the names are QEMU's.
@@ -60,6 +63,8 @@ pub enum TargetJob {
     Load,
     /// Letting the guest run.
     StartGuest,
+    /// Telling the notifiers INCOMING_FAILED.
+    NotifyFailed,
     /// Closing all links of the attempt and ending the data threads.
     CloseLinks,
 }
@@ -94,6 +99,9 @@ pub enum TargetAction {
         /// It ran at the source and is to run here.
         run: bool,
     },
+    /// Job [`TargetJob::NotifyFailed`]: tell the notifiers INCOMING_FAILED, so that they give back what they have taken over before the
+    /// source hears of the failure. Reports [`Target::handle_notified`](super::Target::handle_notified).
+    NotifyFailed,
     /// Job [`TargetJob::CloseLinks`]: end the data threads, close the data connections and the control connection of the attempt,
     /// [`Target::control`](super::Target::control), and no other: somebody may be asking on another. Reports [`Target::handle_links_closed`](super::Target::handle_links_closed).
     CloseLinks,

@@ -38,7 +38,12 @@ impl Target {
             self.refuse(connection, AbortCode::Protocol, text);
             return;
         }
-        if let Err(difference) = compare(&hello, &self.config.blocks, &self.config.devices) {
+        if let Err(difference) = compare(
+            &hello,
+            &self.config.blocks,
+            &self.config.devices,
+            self.config.uuid,
+        ) {
             self.refuse(connection, AbortCode::Incompatible, &difference);
             return;
         }
@@ -46,6 +51,7 @@ impl Target {
             migration_id,
             data_connections,
             verify,
+            switchover_ack,
             ..
         } = hello;
         self.attempt = Some(Attempt {
@@ -53,6 +59,7 @@ impl Target {
             control: connection,
             version,
             verify,
+            switchover_ack,
             joined: vec![false; usize::from(data_connections)],
             sections: Vec::new(),
             section_bytes: 0,
@@ -131,18 +138,13 @@ impl Target {
                     self.note_asker(connection);
                     self.reply(connection, Resolution::Committed);
                 }
-                Phase::Starting => self.note_asker(connection),
-                phase => {
-                    if phase.before_commit() {
-                        self.fail(
-                            now,
-                            TargetError::Link(
-                                "the source lost the link and asks for the outcome".to_owned(),
-                            ),
-                        );
-                    }
-                    self.reply(connection, Resolution::NotCommitted);
+                Phase::Starting | Phase::Failing { told: false, .. } => self.note_asker(connection),
+                phase if phase.before_commit() => {
+                    let text = "the source lost the link and asks for the outcome";
+                    self.note_asker(connection);
+                    self.fail(now, TargetError::Link(text.to_owned()));
                 }
+                _ => self.reply(connection, Resolution::NotCommitted),
             }
         } else if self.refused.contains(&id) {
             self.reply(connection, Resolution::NotCommitted);

@@ -14,6 +14,7 @@
 //!   its place and every section is here.
 //! - **Ready**: everything is loaded. The guest still belongs to the source: if the link dies here, the attempt has failed, for good.
 //! - **Starting**: COMMIT was read. From here on the guest belongs to the target.
+//! - **Failing**: the notifiers hear of it first and give back what they have taken over; only then the source is told.
 //! - **Failed**: the target never starts this guest. That promise is what an answer to RESOLVE rests on, so a COMMIT that arrives
 //!   later is ignored (I1).
 
@@ -196,6 +197,14 @@ impl Target {
             self.enter(now, Phase::Receiving);
             self.set_status(TargetStatus::Active);
             self.send_control(now, TargetFrame::DataReady);
+            if self
+                .attempt
+                .as_ref()
+                .is_some_and(|attempt| attempt.switchover_ack)
+            {
+                // No device of ours needs to have seen anything before the switchover.
+                self.send_control(now, TargetFrame::SwitchoverAck);
+            }
         }
         self.pay_debts();
     }
@@ -250,9 +259,26 @@ impl Target {
         let error = TargetError::Local(code, error.to_owned());
         if self.phase == Phase::Starting {
             self.begin_failing(now, error);
-            self.reply_to_askers(Resolution::NotCommitted);
         } else if self.phase.before_commit() {
             self.fail(now, error);
+        }
+        self.pay_debts();
+    }
+
+    /// The notifiers were told INCOMING_FAILED and have given back what they had taken over: now the failure is published.
+    pub fn handle_notified(&mut self, now: Moment) {
+        self.end_job(TargetJob::NotifyFailed);
+        if let Phase::Failing { told, .. } = &mut self.phase
+            && !*told
+        {
+            *told = true;
+            self.set_status(TargetStatus::Failing);
+            if let Some(error) = self.error.as_ref().filter(|_| self.control_open) {
+                let abort = error.to_abort();
+                self.send_control(now, TargetFrame::Abort(abort));
+            }
+            self.reply_to_askers(Resolution::NotCommitted);
+            self.start_job(TargetJob::CloseLinks, TargetAction::CloseLinks);
         }
         self.pay_debts();
     }
@@ -337,17 +363,14 @@ impl Target {
             }
             self.refused.push_back(attempt.id);
         }
-        self.set_status(TargetStatus::Failing);
-        if self.control_open {
-            self.send_control(now, TargetFrame::Abort(error.to_abort()));
-        }
         self.error = Some(error);
-        self.enter(now, Phase::Failing { linger });
-        self.start_job(TargetJob::CloseLinks, TargetAction::CloseLinks);
+        let told = false;
+        self.enter(now, Phase::Failing { linger, told });
+        self.start_job(TargetJob::NotifyFailed, TargetAction::NotifyFailed);
     }
 
     fn pay_debts(&mut self) {
-        let Phase::Failing { linger } = self.phase else {
+        let Phase::Failing { linger, told: true } = self.phase else {
             return;
         };
         if self.jobs.is_empty() {

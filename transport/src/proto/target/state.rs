@@ -14,6 +14,7 @@ pub(super) struct Attempt {
     pub(super) control: Connection,
     pub(super) version: u16,
     pub(super) verify: bool,
+    pub(super) switchover_ack: bool,
     pub(super) joined: Vec<bool>,
     pub(super) sections: Vec<Section>,
     pub(super) section_bytes: u64,
@@ -21,7 +22,8 @@ pub(super) struct Attempt {
     pub(super) last_placed: Option<RoundId>,
     pub(super) end: Option<StateEnd>,
     pub(super) guest_runs: bool,
-    /// Connections that asked for the outcome after COMMIT. Those that came while the guest was starting still wait for the answer.
+    /// Connections that asked for the outcome. Those that came while the guest was starting, or before a failure may be told, still wait
+    /// for the answer.
     pub(super) askers: VecDeque<Connection>,
     /// The source has said that it knows the outcome.
     pub(super) settled: bool,
@@ -37,7 +39,11 @@ pub(super) enum Phase {
     Ready,
     Starting,
     Running,
-    Failing { linger: bool },
+    /// Told: the notifiers know, so everybody else may.
+    Failing {
+        linger: bool,
+        told: bool,
+    },
     Failed,
 }
 

@@ -7,7 +7,7 @@ mod target;
 
 use super::*;
 use crate::limits::*;
-use crate::units::{MigrationId, Moment, PageCount, RoundId};
+use crate::units::{MigrationId, Moment, PageCount, RoundId, Uuid};
 use crate::wire::frame::{
     Abort, AbortCode, Ready, Resolution, SourceFrame, StateEnd, TargetFrame, Verification,
 };

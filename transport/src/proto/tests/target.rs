@@ -15,6 +15,8 @@ fn hello() -> Hello {
         software: "s".to_owned(),
         blocks: blocks(),
         devices: devices(),
+        uuid: None,
+        switchover_ack: false,
     }
 }
 
@@ -32,6 +34,7 @@ fn listening() -> Target {
         blocks: blocks(),
         devices: devices(),
         software: "t".to_owned(),
+        uuid: None,
     })
 }
 
@@ -39,6 +42,19 @@ fn actions(target: &mut Target) -> Vec<String> {
     std::iter::from_fn(|| target.poll_action())
         .map(|action| format!("{action:?}"))
         .collect()
+}
+
+/// The notifiers are told of a failure; whoever must not hear of it before them has heard nothing.
+fn publish(target: &mut Target) -> TargetStatus {
+    let before = actions(target);
+    assert!(before.contains(&"NotifyFailed".to_owned()), "{before:?}");
+    assert!(
+        !before.iter().any(|action| action.contains("Abort") || action.contains("NotCommitted")),
+        "{before:?}"
+    );
+    assert_ne!(target.status(), TargetStatus::Failing);
+    target.handle_notified(NOW);
+    target.status()
 }
 
 fn awaiting_data() -> Target {
@@ -167,7 +183,7 @@ fn frames_that_do_not_belong_to_a_phase_end_the_attempt() {
             }
             target.handle_frame(NOW, CONTROL, frame.clone());
             assert_eq!(
-                target.status(),
+                publish(&mut target),
                 TargetStatus::Failing,
                 "{frame:?} while {name}"
             );
@@ -320,7 +336,7 @@ fn device_state_that_does_not_fit_is_refused_by_name() {
         for frame in frames {
             target.handle_frame(NOW, CONTROL, frame.clone());
         }
-        assert_eq!(target.status(), TargetStatus::Failing, "{text}");
+        assert_eq!(publish(&mut target), TargetStatus::Failing, "{text}");
         let error = target.error().unwrap().to_string();
         assert!(error.contains(text), "{error}");
     }
@@ -355,7 +371,7 @@ fn loading_waits_for_the_pages_and_for_the_state() {
         target.handle_frame(NOW, CONTROL, frame);
     }
     assert_eq!(
-        target.status(),
+        publish(&mut target),
         TargetStatus::Failing,
         "another round was the last"
     );
@@ -365,6 +381,7 @@ fn loading_waits_for_the_pages_and_for_the_state() {
 fn a_failed_attempt_never_starts_the_guest_whatever_comes_later() {
     for (name, mut target) in before_commit() {
         target.handle_connection_lost(NOW, CONTROL, "gone", false);
+        assert_eq!(publish(&mut target), TargetStatus::Failing, "{name}");
         target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
         target.handle_prepared(NOW);
         target.handle_round_placed(NOW, RoundId(3), true);
@@ -400,8 +417,13 @@ fn a_failed_attempt_never_starts_the_guest_whatever_comes_later() {
 #[test]
 fn a_question_before_commit_ends_the_attempt() {
     for (name, mut target) in before_commit() {
-        let answer = answer_to(&mut target, ASKER);
-        assert_eq!(answer, ["Resolved(NotCommitted"], "{name}");
+        target.handle_first_frame(NOW, ASKER, SourceFrame::Resolve(ID));
+        assert_eq!(publish(&mut target), TargetStatus::Failing, "{name}");
+        let answer = actions(&mut target);
+        assert!(
+            answer.contains(&"Send(Connection(9), Resolved(NotCommitted))".to_owned()),
+            "{name}: {answer:?}"
+        );
         target.handle_frame(NOW, CONTROL, SourceFrame::Commit);
         assert_eq!(
             target.status(),
@@ -420,6 +442,7 @@ fn a_question_while_the_guest_starts_is_answered_when_it_is_known() {
     let mut target = starting();
     assert_eq!(answer_to(&mut target, ASKER), [""; 0]);
     target.handle_job_failed(NOW, TargetJob::StartGuest, AbortCode::Internal, "no");
+    publish(&mut target);
     let acts = actions(&mut target);
     assert!(
         acts.contains(&"Send(Connection(9), Resolved(NotCommitted))".to_owned()),
@@ -519,6 +542,7 @@ fn a_guest_that_is_here_cannot_be_taken_back() {
 fn an_id_that_failed_is_not_accepted_again() {
     let mut target = receiving();
     target.handle_cancel(NOW);
+    publish(&mut target);
     target.handle_links_closed(NOW);
     target.listen_again(NOW);
     actions(&mut target);
@@ -551,6 +575,54 @@ fn a_source_that_falls_silent_or_brings_too_few_connections_is_given_up() {
     );
     for (name, mut target) in before_commit() {
         target.handle_timeout(NOW.plus_micros(STALL_US));
-        assert_eq!(target.status(), TargetStatus::Failing, "{name}");
+        assert_eq!(publish(&mut target), TargetStatus::Failing, "{name}");
+    }
+}
+
+#[test]
+fn a_source_that_asks_for_it_is_told_that_the_devices_are_ready_for_a_switchover() {
+    for switchover_ack in [false, true] {
+        let mut target = listening();
+        let hello = Hello {
+            switchover_ack,
+            ..hello()
+        };
+        target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello));
+        for index in 0..2 {
+            let connection = Connection(2 + u64::from(index));
+            target.handle_first_frame(NOW, connection, SourceFrame::DataHello(data_hello(index)));
+        }
+        target.handle_prepared(NOW);
+        let said = actions(&mut target).contains(&"Send(Connection(1), SwitchoverAck)".to_owned());
+        assert_eq!(said, switchover_ack);
+    }
+}
+
+#[test]
+fn a_source_of_another_vm_is_refused_with_both_uuids() {
+    let mut target = Target::new(TargetConfig {
+        blocks: blocks(),
+        devices: devices(),
+        software: "t".to_owned(),
+        uuid: Some(Uuid([1; 16])),
+    });
+    let other = Hello {
+        uuid: Some(Uuid([2; 16])),
+        ..hello()
+    };
+    target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(other));
+    let said = actions(&mut target).concat();
+    assert!(said.contains("another VM"), "{said}");
+    assert_eq!(target.status(), TargetStatus::None);
+    for uuid in [None, Some(Uuid([1; 16]))] {
+        let hello = Hello { uuid, ..hello() };
+        let mut target = Target::new(TargetConfig {
+            blocks: blocks(),
+            devices: devices(),
+            software: "t".to_owned(),
+            uuid: Some(Uuid([1; 16])),
+        });
+        target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello));
+        assert_eq!(target.status(), TargetStatus::Setup);
     }
 }
