@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use vmferry_transport::control::Address;
+use vmferry_transport::units::Uuid;
 
 pub use crate::machine::AccelChoice;
 pub use crate::machine::disk::DiskConfig;
@@ -26,6 +27,8 @@ pub enum Incoming {
 pub struct RunConfig {
     /// For people and `query-name`.
     pub name: Option<String>,
+    /// What tells this VM from others, for `query-uuid` and the capability `validate-uuid`.
+    pub uuid: Option<Uuid>,
     /// Accelerator.
     pub accel: AccelChoice,
     /// The machine. Its `incoming` is set exactly if [`incoming`](Self::incoming) is.

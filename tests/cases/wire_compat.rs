@@ -6,7 +6,9 @@
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use vmferry_transport::units::{BlockId, MigrationId, PageCount, PageIndex, PageRun, RoundId, Uuid};
+use vmferry_transport::units::{
+    BlockId, MigrationId, PageCount, PageIndex, PageRun, RoundId, Uuid,
+};
 use vmferry_transport::wire::frame::{
     Abort, AbortCode, FrameBuffer, Ready, Resolution, SourceFrame, StateEnd, TargetFrame,
     Verification,

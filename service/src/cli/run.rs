@@ -8,6 +8,8 @@ use clap::{Args, ValueEnum};
 use vmferry_transport::control::{Address, AddressError};
 
 use super::size::{DirtyRate, Size};
+use vmferry_transport::units::Uuid;
+
 use crate::config::{AccelChoice, Incoming, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::workload::WorkloadConfig;
@@ -44,6 +46,9 @@ pub(super) struct RunArgs {
     /// Name of the VM, for people
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// UUID of the VM; with the capability validate-uuid it must be the same at the target
+    #[arg(long, value_name = "UUID")]
+    uuid: Option<Uuid>,
     /// Start no guest but wait for one: listen at ADDR, or where migrate-incoming will say
     #[arg(long, value_name = "ADDR|defer", value_parser = parse_incoming)]
     incoming: Option<Incoming>,
@@ -139,6 +144,7 @@ impl RunArgs {
         };
         let config = RunConfig {
             name: self.name,
+            uuid: self.uuid,
             accel,
             machine,
             disks: self.disks,

@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::{Address, ListenError};
 use vmferry_transport::limits::LINGER_US;
-use vmferry_transport::proto::{MigrationStatus, TargetConfig, TargetError, TargetStatus};
+use vmferry_transport::proto::{
+    MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
+};
 
-use super::event::TargetEvent;
+use super::event::{Event, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::outgoing::chain;
@@ -14,6 +17,9 @@ use super::{Ending, Engine, software};
 use crate::machine::ResumeError;
 use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
+
+/// What the machine of an incoming migration is until the migration starts it.
+const NOT_STOPPED: &str = "the machine is being stopped or started by somebody else";
 
 /// Exit code of a process whose incoming migration has failed.
 const INCOMING_FAILED_CODE: u8 = 1;
@@ -25,6 +31,7 @@ impl Engine {
             blocks: self.block_infos(),
             devices: self.machine.schemas(),
             software: software(),
+            uuid: self.uuid,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
         self.incoming = Some(Incoming::listen(address, config, machine, self.clock, events).await?);
@@ -65,14 +72,28 @@ impl Engine {
                 }
             }
             IncomingAction::Load { sections, verify } => {
-                if let (Guest::Stopped(stopped), Some(incoming)) = (
-                    std::mem::replace(&mut self.guest, Guest::Away),
-                    &self.incoming,
-                ) {
-                    incoming.load(&self.jobs, stopped, sections, verify);
+                let Some(incoming) = &mut self.incoming else {
+                    return;
+                };
+                match std::mem::replace(&mut self.guest, Guest::Away) {
+                    Guest::Stopped(stopped) => {
+                        incoming.load(&self.jobs, stopped, sections, verify);
+                    }
+                    guest => {
+                        self.guest = guest;
+                        incoming.refuse_job(TargetJob::Load, NOT_STOPPED);
+                    }
                 }
             }
             IncomingAction::StartGuest { run } => self.take_over(run),
+            IncomingAction::NotifyFailed(migration) => {
+                let (notifiers, events) = (self.notifiers.clone(), self.events.clone());
+                self.jobs.run(move || {
+                    notifiers.incoming_failed(Mode::Normal, migration);
+                    // The engine ends only with the process.
+                    let _ = events.send(Event::Target(TargetEvent::Notified));
+                });
+            }
             IncomingAction::Failed { error, linger } => self.incoming_failed(&error, linger),
         }
     }
@@ -89,8 +110,12 @@ impl Engine {
             self.set_runstate(RunState::Paused);
             return;
         }
-        if let Guest::Stopped(stopped) = std::mem::replace(&mut self.guest, Guest::Away) {
-            incoming.start_guest(&self.jobs, stopped);
+        match std::mem::replace(&mut self.guest, Guest::Away) {
+            Guest::Stopped(stopped) => incoming.start_guest(&self.jobs, stopped),
+            guest => {
+                self.guest = guest;
+                incoming.refuse_job(TargetJob::StartGuest, NOT_STOPPED);
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vmferry_transport::control::Address;
 use vmferry_transport::memory::hash;
-use vmferry_transport::proto::{MigrationStatus, SourceConfig, SourceTuning};
+use vmferry_transport::proto::{MigrationStatus, SourceConfig, SourceTuning, ThrottleTuning};
 use vmferry_transport::units::MigrationId;
 use vmferry_transport::wire::frame::Resolution;
 
@@ -15,7 +15,7 @@ use super::outgoing::{Outgoing, OutgoingStart, chain};
 use super::run_control::answer;
 use super::{Engine, Reply, software};
 use crate::machine::Accel;
-use crate::migration::params::{CapabilityStatus, ParameterPatch};
+use crate::migration::params::{CapabilityStatus, MigrationParameters, ParameterPatch};
 use crate::qmp::schema::{KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, WorkloadInfo};
 use crate::qmp::{Command, EngineRequest, QmpError, ResolveOutcome, ShutdownReason};
 
@@ -50,6 +50,7 @@ impl Engine {
             Command::Migrate { uri } => self.migrate(uri),
             Command::MigrateIncoming { uri } => self.migrate_incoming(&uri).await,
             Command::QueryMigrate => value(self.migration_info()),
+            Command::MigrateContinue { state } => self.migrate_continue(state),
             Command::MigrateCancel => self.cancel(),
             Command::MigrateSetParameters(patch) => self.set_parameters(&patch),
             Command::QueryMigrateParameters => value(self.parameters),
@@ -99,9 +100,13 @@ impl Engine {
                 blocks: self.block_infos(),
                 devices: self.machine.schemas(),
                 guest_runs: matches!(self.guest, Guest::Running),
+                uuid: self.uuid.filter(|_| self.capabilities.validate_uuid),
+                switchover_ack: self.capabilities.switchover_ack,
+                pause_before_switchover: self.capabilities.pause_before_switchover,
             },
             tuning: self.tuning(),
             bandwidth: Arc::clone(&self.bandwidth),
+            notifiers: self.notifiers.clone(),
         };
         self.outgoing = Some(Outgoing::start(
             start,
@@ -127,6 +132,26 @@ impl Engine {
             .await
             .map_err(|error| QmpError::generic(chain(&error)))?;
         Ok(json!({}))
+    }
+
+    /// Lets a migration go on that waits in `state`; only `pre-switchover` waits.
+    fn migrate_continue(&mut self, state: MigrationStatus) -> Answer {
+        let (now, status) = (self.clock.now(), self.outgoing_status());
+        if state != status {
+            return Err(QmpError::generic(format!(
+                "the migration is in status {status}, not {state}"
+            )));
+        }
+        let continued = self
+            .outgoing
+            .as_mut()
+            .map(|outgoing| outgoing.core_mut().handle_continue(now));
+        match continued {
+            Some(Ok(())) => Ok(json!({})),
+            _ => Err(QmpError::generic(format!(
+                "a migration in status {status} does not wait to be continued"
+            ))),
+        }
     }
 
     fn cancel(&mut self) -> Answer {
@@ -236,8 +261,26 @@ impl Engine {
     }
 
     fn tuning(&self) -> SourceTuning {
+        let MigrationParameters {
+            downtime_limit_ms,
+            avail_switchover_bandwidth_bytes_per_sec: available,
+            throttle_trigger_threshold_percent: trigger_percent,
+            cpu_throttle_initial_percent: initial_percent,
+            cpu_throttle_increment_percent: increment_percent,
+            max_cpu_throttle_percent: max_percent,
+            cpu_throttle_tailslow: tailslow,
+            ..
+        } = self.parameters;
         SourceTuning {
-            downtime_limit_us: self.parameters.downtime_limit_ms * 1000,
+            downtime_limit_us: downtime_limit_ms * 1000,
+            switchover_bytes_per_sec: (available > 0).then_some(available),
+            auto_converge: self.capabilities.auto_converge.then_some(ThrottleTuning {
+                trigger_percent,
+                initial_percent,
+                increment_percent,
+                max_percent,
+                tailslow,
+            }),
         }
     }
 

@@ -16,6 +16,7 @@ use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 
 use super::guest::StoppedGuest;
 use super::link::LinkEvent;
+use super::notify::SetupTold;
 use super::outgoing::ArmedLog;
 use crate::machine::{MachineError, MachineEvent, ResumeError};
 use crate::qmp::EngineRequest;
@@ -71,6 +72,10 @@ pub(super) enum SourceEvent {
     Data(SenderEvent),
     /// A data connection has failed, and the target had time to say why.
     DataLost(String),
+    /// Notifiers were told SETUP; if none vetoed, what is still waited for.
+    SetupTold(SetupTold, Result<Option<String>, String>),
+    /// Notifiers were told FAILED or DONE.
+    Notified(SourceJob),
     LogStarted(ArmedLog, RoundWork, FirstRound),
     Synced(ArmedLog, DirtyMap, u64),
     Stopped(StoppedGuest),
@@ -96,5 +101,7 @@ pub(super) enum TargetEvent {
     /// The same for starting the guest; the time is in microseconds.
     Started(Result<u64, ResumeError>),
     StartedWith(Result<u64, String>),
+    /// Notifiers were told INCOMING_FAILED.
+    Notified,
     LinksClosed,
 }

@@ -18,7 +18,7 @@ use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
-use vmferry_transport::units::Moment;
+use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame, Verification};
 
@@ -49,6 +49,8 @@ pub(super) enum IncomingAction {
     StartGuest {
         run: bool,
     },
+    /// Tell the notifiers INCOMING_FAILED.
+    NotifyFailed(MigrationId),
     Failed {
         error: TargetError,
         linger: bool,
@@ -196,6 +198,7 @@ impl Incoming {
                 self.core
                     .handle_job_failed(now, TargetJob::StartGuest, AbortCode::Internal, &text);
             }
+            TargetEvent::Notified => self.core.handle_notified(now),
             TargetEvent::LinksClosed => self.core.handle_links_closed(now),
         }
     }
@@ -254,6 +257,10 @@ impl Incoming {
                 }
                 TargetAction::Failed { error, linger } => {
                     return Some(IncomingAction::Failed { error, linger });
+                }
+                TargetAction::NotifyFailed => {
+                    let id = self.core.migration_id().unwrap_or_default();
+                    return Some(IncomingAction::NotifyFailed(id));
                 }
                 TargetAction::Settled => self.stop_listening(),
                 TargetAction::Send(connection, frame) => self.send(connection, &frame),
@@ -381,6 +388,13 @@ impl Incoming {
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::LinksClosed));
         });
+    }
+
+    /// The engine could not even begin a job.
+    pub(super) fn refuse_job(&mut self, job: TargetJob, error: &str) {
+        let now = self.clock.now();
+        self.core
+            .handle_job_failed(now, job, AbortCode::Internal, error);
     }
 
     /// Queues the job that loads the state; the proof comes back with the result.

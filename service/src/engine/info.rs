@@ -140,6 +140,7 @@ fn blackout(parts: BlackoutParts) -> BlackoutInfo {
     let total_us = parts.total_us();
     let BlackoutParts {
         pause_us,
+        pre_switchover_us,
         dirty_fetch_us,
         last_round_us,
         device_state_us,
@@ -151,6 +152,7 @@ fn blackout(parts: BlackoutParts) -> BlackoutInfo {
     BlackoutInfo {
         total_us,
         pause_us,
+        pre_switchover_us,
         dirty_fetch_us,
         last_round_us,
         device_state_us,

@@ -19,6 +19,7 @@ mod incoming;
 mod info;
 mod jobs;
 mod link;
+mod notify;
 mod outgoing;
 mod run_control;
 
@@ -29,9 +30,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::Instant as TokioInstant;
+use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Listener, runtime};
 use vmferry_transport::data::BandwidthLimit;
-use vmferry_transport::units::PAGE_SIZE;
+use vmferry_transport::units::{PAGE_SIZE, Uuid};
 use vmferry_transport::wire::hello::BlockInfo;
 
 use crate::config::{Incoming as IncomingConfig, RunConfig};
@@ -142,6 +144,8 @@ struct Engine {
     parameters: MigrationParameters,
     capabilities: MigrationCapabilities,
     bandwidth: Arc<BandwidthLimit>,
+    notifiers: Notifiers,
+    uuid: Option<Uuid>,
     clock: Clock,
     jobs: JobThread,
     events: Events,
@@ -185,6 +189,8 @@ impl Engine {
             bandwidth: Arc::new(BandwidthLimit::new(parameters.max_bandwidth_bytes_per_sec)),
             parameters,
             capabilities: MigrationCapabilities::default(),
+            notifiers: Notifiers::new(),
+            uuid: config.uuid,
             clock: Clock::new(),
             jobs: JobThread::start().context("cannot start the job thread")?,
             events,

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Stream, runtime};
 use vmferry_transport::data::{
     Backend, BackendChoice, BandwidthLimit, DataSender, RoundWork, SenderConfig, SenderEvent,
@@ -26,6 +27,7 @@ use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
 use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
+use super::notify::SetupTold;
 use crate::machine::Machine;
 
 /// A dirty log that runs, with the pages it has reported and no round has sent.
@@ -69,6 +71,10 @@ pub(super) struct Outgoing {
     backend: BackendChoice,
     bandwidth: Arc<BandwidthLimit>,
     checksum: bool,
+    notifiers: Notifiers,
+    told: Option<SetupTold>,
+    /// The guest has to let go of a device; the notifiers know when it has.
+    unplugging: bool,
     log: Option<ArmedLog>,
     work: RoundWork,
     dirty: DirtyMap,
@@ -95,6 +101,7 @@ pub(super) struct OutgoingStart {
     pub(super) config: SourceConfig,
     pub(super) tuning: SourceTuning,
     pub(super) bandwidth: Arc<BandwidthLimit>,
+    pub(super) notifiers: Notifiers,
 }
 
 impl Outgoing {
@@ -110,6 +117,7 @@ impl Outgoing {
             config,
             tuning,
             bandwidth,
+            notifiers,
         } = start;
         let checksum = config.checksum;
         let dirty = machine.ram().empty_map();
@@ -130,6 +138,9 @@ impl Outgoing {
             backend: Backend::detect(),
             bandwidth,
             checksum,
+            notifiers,
+            told: None,
+            unplugging: false,
             log: None,
             work: RoundWork::default(),
             dirty,
@@ -167,7 +178,27 @@ impl Outgoing {
             self.core
                 .handle_progress(now, sender.progress().wire_bytes());
         }
+        if self.unplugging {
+            self.look_whether_unplugged(now);
+        }
         self.core.handle_timeout(now);
+    }
+
+    fn look_whether_unplugged(&mut self, now: Moment) {
+        let Some(told) = &self.told else {
+            return;
+        };
+        match told.pending() {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                self.unplugging = false;
+                self.core.handle_unplugged(now);
+            }
+            Err(error) => {
+                self.unplugging = false;
+                self.core.handle_unplug_failed(now, &chain(&error));
+            }
+        }
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Moment> {
@@ -237,6 +268,16 @@ impl Outgoing {
             }
             // Kinds of a later version of the transport concern somebody else.
             SourceEvent::Data(_) => {}
+            SourceEvent::SetupTold(told, outcome) => {
+                self.told = Some(told);
+                match outcome {
+                    Ok(waiting_for) => self.core.handle_setup_told(now, waiting_for),
+                    Err(veto) => self
+                        .core
+                        .handle_job_failed(now, SourceJob::NotifySetup, &veto),
+                }
+            }
+            SourceEvent::Notified(job) => self.core.handle_notified(now, job),
             SourceEvent::LogStarted(log, work, found) => {
                 self.log = Some(log);
                 self.work = work;
@@ -290,6 +331,22 @@ impl Outgoing {
                     }
                 }
                 SourceAction::ConnectData(hellos) => self.connect_data(hellos),
+                SourceAction::NotifySetup => {
+                    let (report, notifiers) = (self.reporter(), self.notifiers.clone());
+                    let migration = self.core.migration_id();
+                    jobs.run(move || {
+                        let (told, outcome) = SetupTold::tell(notifiers, migration);
+                        report(SourceEvent::SetupTold(told, outcome));
+                    });
+                }
+                SourceAction::WatchUnplug => self.unplugging = true,
+                SourceAction::NotifyFailed => {
+                    self.notify(jobs, SourceJob::NotifyFailed, SetupTold::failed);
+                }
+                SourceAction::NotifyDone => {
+                    self.notify(jobs, SourceJob::NotifyDone, SetupTold::done);
+                }
+                SourceAction::Throttle(percent) => self.machine.throttle(percent),
                 SourceAction::StartLog => self.start_log(jobs),
                 SourceAction::SendRound { round, last } => {
                     let mut work = std::mem::take(&mut self.work);
@@ -396,6 +453,17 @@ impl Outgoing {
                 Ok(sender) => SourceEvent::DataConnected(sender),
                 Err(error) => SourceEvent::JobFailed(SourceJob::ConnectData, chain(&error)),
             });
+        });
+    }
+
+    fn notify(&mut self, jobs: &JobThread, job: SourceJob, tell: fn(SetupTold)) {
+        self.unplugging = false;
+        let (report, told) = (self.reporter(), self.told.take());
+        jobs.run(move || {
+            if let Some(told) = told {
+                tell(told);
+            }
+            report(SourceEvent::Notified(job));
         });
     }
 

@@ -42,7 +42,7 @@ use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
 use control::Control;
-use vcpu_thread::{Board, Vcpu, run_vcpu};
+use vcpu_thread::{Board, Vcpu, run_throttle, run_vcpu};
 
 pub use state::{MachineV1, WorkloadV1};
 
@@ -212,6 +212,13 @@ impl KvmMachine {
                 .map_err(host("start a vCPU's thread"))?;
             threads.push(thread);
         }
+        let board = self.board.clone();
+        let thread = thread::Builder::new()
+            .name("vm-throttle".into())
+            .spawn(move || run_throttle(&board))
+            .map_err(host("start the thread that throttles"))?;
+        // Behind those of the vCPUs: kicks go by position.
+        threads.push(thread);
         Ok(())
     }
 
@@ -290,6 +297,10 @@ impl Machine for KvmMachine {
             proof,
             source: MachineError::Ended(why),
         })
+    }
+
+    fn throttle(&self, percent: u8) {
+        self.board.control.set_throttle(percent);
     }
 
     fn save(&self, _stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError> {
@@ -383,6 +394,7 @@ fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u32) -> Result<Vec<Vcpu>, MachineErro
             Ok(Vcpu {
                 kvm: Mutex::new(kvm),
                 kicker,
+                rest_due: AtomicBool::new(false),
             })
         })
         .collect()

@@ -9,6 +9,7 @@ pub mod ram;
 pub mod read_back;
 pub mod serial;
 pub mod soft;
+mod throttle;
 pub mod workload;
 
 use std::fmt;
@@ -198,6 +199,10 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// The proof comes back with the reason: the guest has ended, or the host refused.
     fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError>;
+
+    /// Keeps every vCPU from running for `percent` of the time, at most 99; 0 lets them run freely. Counts at once, also for a guest that
+    /// is stopped and started later; never blocks, and never delays a [`pause`](Self::pause).
+    fn throttle(&self, percent: u8);
 
     /// State of every device, vCPUs included. Changes nothing.
     ///

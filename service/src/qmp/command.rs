@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmferry_transport::control::Address;
+use vmferry_transport::proto::MigrationStatus;
 
 use super::QmpError;
 use crate::migration::params::{CapabilityStatus, ParameterPatch};
@@ -36,6 +37,11 @@ pub enum Command {
     },
     /// `query-migrate`; returns [`MigrationInfo`](super::schema::MigrationInfo).
     QueryMigrate,
+    /// `migrate-continue`: go on from `pre-switchover`.
+    MigrateContinue {
+        /// The status that the operator believes the migration to be in.
+        state: MigrationStatus,
+    },
     /// `migrate_cancel`. No error if no migration runs.
     MigrateCancel,
     /// `migrate-set-parameters`.
@@ -89,6 +95,12 @@ struct MigrateIncomingArguments {
     channels: Option<Value>,
     #[serde(default)]
     exit_on_error: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ContinueArguments {
+    state: MigrationStatus,
 }
 
 #[derive(Debug, Deserialize)]
@@ -159,6 +171,11 @@ pub(super) fn migrate_incoming(given: Map<String, Value>) -> Result<Command, Qmp
     Ok(Command::MigrateIncoming {
         uri: address(uri, channels)?,
     })
+}
+
+pub(super) fn migrate_continue(given: Map<String, Value>) -> Result<Command, QmpError> {
+    let ContinueArguments { state } = arguments(given)?;
+    Ok(Command::MigrateContinue { state })
 }
 
 pub(super) fn set_parameters(given: Map<String, Value>) -> Result<Command, QmpError> {

@@ -29,6 +29,9 @@ type Parser = fn(Map<String, Value>) -> Result<Request, QmpError>;
 const COMMANDS: &[(&str, Parser)] = &[
     ("cont", |a| plain(a, Command::Cont)),
     ("migrate", |a| command::migrate(a).map(Request::Engine)),
+    ("migrate-continue", |a| {
+        command::migrate_continue(a).map(Request::Engine)
+    }),
     ("migrate-incoming", |a| {
         command::migrate_incoming(a).map(Request::Engine)
     }),

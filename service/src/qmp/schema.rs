@@ -213,6 +213,8 @@ pub struct BlackoutInfo {
     pub total_us: u64,
     /// Stopping the vCPUs.
     pub pause_us: u64,
+    /// Waiting for the operator in `pre-switchover`.
+    pub pre_switchover_us: u64,
     /// Last fetch of the dirty log.
     pub dirty_fetch_us: u64,
     /// Sending the last round.
@@ -231,10 +233,11 @@ pub struct BlackoutInfo {
 
 impl BlackoutInfo {
     /// The parts with their names, in the order in which they happen.
-    pub fn parts(&self) -> [(&'static str, u64); 8] {
+    pub fn parts(&self) -> [(&'static str, u64); 9] {
         let Self {
             total_us: _,
             pause_us,
+            pre_switchover_us,
             dirty_fetch_us,
             last_round_us,
             device_state_us,
@@ -245,6 +248,7 @@ impl BlackoutInfo {
         } = *self;
         [
             ("pause", pause_us),
+            ("pre-switchover", pre_switchover_us),
             ("last dirty fetch", dirty_fetch_us),
             ("last round", last_round_us),
             ("device state", device_state_us),
@@ -438,8 +442,9 @@ mod tests {
     #[test]
     fn the_parts_of_a_blackout_add_up_to_every_field() {
         let info = BlackoutInfo {
-            total_us: 255,
+            total_us: 511,
             pause_us: 1,
+            pre_switchover_us: 256,
             dirty_fetch_us: 2,
             last_round_us: 4,
             device_state_us: 8,

@@ -1,6 +1,6 @@
 //! What happens to a world from outside: faults that are due, the operator, strangers.
 
-use vmferry_transport::proto::MigrationStatus;
+use vmferry_transport::proto::{MigrationStatus, SourceJob};
 use vmferry_transport::wire::frame::Resolution;
 
 use super::faults::{Faults, Kill, Since};
@@ -113,6 +113,7 @@ impl World {
     /// The guest may be paused and continued while rounds are sent, as with `stop` and `cont`.
     pub(super) fn may_pause(&self) -> bool {
         self.source.ending.is_none()
+            && !self.source.has_job(SourceJob::StopGuest)
             && matches!(
                 self.source.core.status(),
                 MigrationStatus::Setup | MigrationStatus::Active
@@ -129,7 +130,13 @@ impl World {
     }
 
     pub(super) fn operator_goes_on(&mut self) {
-        if self.is_awake(Side::Source) && self.source.ending.is_none() {
+        if !self.source.alive || self.source.ending.is_some() {
+            return;
+        }
+        if !self.is_awake(Side::Source) {
+            // Operators try again.
+            self.schedule(1_000_000, Event::GoOn);
+        } else {
             let (now, status) = (self.moment(), self.source.core.status());
             let answer = self.source.core.handle_continue(now);
             self.note(|| format!("the operator goes on: {answer:?}"));

@@ -14,17 +14,17 @@ mod estimate;
 mod source;
 mod status;
 mod target;
-mod throttle;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub use estimate::{Decision, Estimate};
 pub use source::{
-    BlackoutParts, CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState, Source,
-    SourceAction, SourceConfig, SourceJob, SourceStats, SourceTuning,
+    BlackoutParts, CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState,
+    Source, SourceAction, SourceConfig, SourceJob, SourceStats, SourceTuning,
 };
 pub use status::MigrationStatus;
-pub use throttle::{Throttle, ThrottleTuning};
 pub use target::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
+pub use throttle::{Throttle, ThrottleTuning};

@@ -572,7 +572,13 @@ mod tests {
         assert_eq!(with(None), Ok(()));
         assert_eq!(with(hello.uuid), Ok(()));
         let text = with(Some(Uuid([6; 16]))).unwrap_err();
-        assert!(text.contains("05050505-0505-0505-0505-050505050505 at the source"), "{text}");
-        assert!(text.contains("06060606-0606-0606-0606-060606060606 at the target"), "{text}");
+        assert!(
+            text.contains("05050505-0505-0505-0505-050505050505 at the source"),
+            "{text}"
+        );
+        assert!(
+            text.contains("06060606-0606-0606-0606-060606060606 at the target"),
+            "{text}"
+        );
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::machine::MachineEvent;
+use crate::machine::{MachineEvent, throttle};
 
 /// What the vCPU threads shall do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -43,6 +43,8 @@ struct State {
     parked: u32,
     /// Why the guest has ended, if it has.
     ended: Option<String>,
+    /// Share of time for which the vCPUs rest, in percent.
+    throttle_percent: u8,
 }
 
 impl Control {
@@ -54,6 +56,7 @@ impl Control {
                 threads,
                 parked: 0,
                 ended: None,
+                throttle_percent: 0,
             }),
             changed: Condvar::new(),
             stop: AtomicBool::new(true),
@@ -94,11 +97,51 @@ impl Control {
             if left.is_zero() {
                 return;
             }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.wait_at_most(state, left);
+        }
+    }
+
+    /// From now on vCPUs rest for `percent` of the time. Those that rest longer than that go on.
+    pub(super) fn set_throttle(&self, percent: u8) {
+        self.lock().throttle_percent = percent;
+        self.changed.notify_all();
+    }
+
+    /// For the thread that tells vCPUs to rest: waits for `time`, or until the throttle is another than `percent`. Returns the throttle,
+    /// or `None` if the threads shall end.
+    pub(super) fn wait_throttle(&self, percent: u8, time: Duration) -> Option<u8> {
+        let end = Instant::now().checked_add(time);
+        let mut state = self.lock();
+        while state.wanted != Wanted::Quit && state.throttle_percent == percent {
+            let left = end.map_or(Duration::MAX, |end| {
+                end.saturating_duration_since(Instant::now())
+            });
+            if left.is_zero() {
+                break;
+            }
+            state = if percent == 0 {
+                self.wait(state)
+            } else {
+                self.wait_at_most(state, left)
+            };
+        }
+        (state.wanted != Wanted::Quit).then_some(state.throttle_percent)
+    }
+
+    /// For a vCPU thread that was kicked and is not to stop: rests, if it is due to, and lets the vCPU into the guest again by `unkick`,
+    /// while no pause can come between.
+    pub(super) fn rest(&self, due: bool, unkick: impl FnOnce()) {
+        let began = Instant::now();
+        let mut state = self.lock();
+        while due && state.wanted == Wanted::Run {
+            let left = throttle::rest(state.throttle_percent).saturating_sub(began.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            state = self.wait_at_most(state, left);
+        }
+        if state.wanted == Wanted::Run {
+            unkick();
         }
     }
 
@@ -194,13 +237,20 @@ impl Control {
             if left.is_zero() {
                 return false;
             }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.wait_at_most(state, left);
         }
         true
+    }
+
+    fn wait_at_most<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        time: Duration,
+    ) -> MutexGuard<'a, State> {
+        self.changed
+            .wait_timeout(state, time)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {

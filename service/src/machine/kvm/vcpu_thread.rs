@@ -4,6 +4,7 @@
 //! entering KVM_RUN once more with `immediate_exit` set, as KVM's documentation asks for before state is read.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use vmferry_devices::kvm::{Kicker, KvmVcpu};
 use super::control::{Control, Woken};
 use crate::machine::MachineEvent;
 use crate::machine::serial::SerialPort;
+use crate::machine::throttle::{self, SLICE};
 use crate::machine::workload::layout::port;
 
 /// Wakes late by no more than about this, in nanoseconds, so that a rate-limited guest keeps its schedule.
@@ -37,6 +39,8 @@ pub(super) struct Board {
 pub(super) struct Vcpu {
     pub(super) kvm: Mutex<KvmVcpu>,
     pub(super) kicker: Kicker,
+    /// Its slice is over: it rests before it enters the guest again.
+    pub(super) rest_due: AtomicBool,
 }
 
 impl Vcpu {
@@ -63,6 +67,32 @@ impl Board {
                 // Its flag is set, so it stops at its next exit; the caller waits with a deadline.
                 tracing::warn!(error = &error as &dyn std::error::Error, "vCPU not kicked");
             }
+        }
+    }
+}
+
+/// Body of the thread that sends vCPUs to rest while the guest is throttled. Ends with the machine.
+pub(super) fn run_throttle(board: &Board) {
+    let mut percent = 0;
+    loop {
+        match board.control.wait_throttle(percent, SLICE) {
+            None => return,
+            Some(now) if now != percent || now == 0 => {
+                percent = now;
+                continue;
+            }
+            Some(_) => {}
+        }
+        for vcpu in &board.vcpus {
+            vcpu.rest_due.store(true, Ordering::SeqCst);
+        }
+        board.kick_all();
+        if board
+            .control
+            .wait_throttle(percent, throttle::rest(percent))
+            .is_none()
+        {
+            return;
         }
     }
 }
@@ -109,6 +139,8 @@ enum Left {
 enum After {
     /// Enter the guest again.
     Continue,
+    /// Something took it out of the guest.
+    Kicked,
     /// Sleep for so long, then enter the guest again.
     Sleep(Duration),
     /// The guest ends.
@@ -120,7 +152,7 @@ fn run_until_stopped(board: &Board, vcpu: &Vcpu, fd: &mut VcpuFd, number: usize)
         let after = match fd.run() {
             Ok(exit) => serve(board, exit, number),
             Err(error) => match error.errno() {
-                libc::EINTR | libc::EAGAIN => After::Continue,
+                libc::EINTR | libc::EAGAIN => After::Kicked,
                 _ => After::End(failed(number, &format!("KVM_RUN: {error}"))),
             },
         };
@@ -132,6 +164,10 @@ fn run_until_stopped(board: &Board, vcpu: &Vcpu, fd: &mut VcpuFd, number: usize)
         };
         match after {
             After::Continue => {}
+            After::Kicked => {
+                let due = vcpu.rest_due.swap(false, Ordering::SeqCst);
+                board.control.rest(due, || vcpu.kicker.clear());
+            }
             After::Sleep(time) => board.control.sleep(time),
             After::End(event) => {
                 complete_exit(vcpu, fd);

@@ -8,11 +8,11 @@
 //! A vCPU counts as parked from the moment it has put its registers down until it has seen the command to run, both under one lock.
 //! So a resume that is followed at once by a stop may never have let a vCPU go, and "all parked" is true without waiting for it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::machine::MachineEvent;
+use crate::machine::{MachineEvent, throttle};
 
 /// Longest time a vCPU may take to park. It looks at the command between two pages, so only a host in distress comes near.
 pub(super) const PARK_MAX: Duration = Duration::from_secs(10);
@@ -53,6 +53,8 @@ pub(super) struct Gate {
     vcpus: u32,
     /// Whether the command is another one than to run. A hint that needs no lock; the command itself decides.
     leave_guest: AtomicBool,
+    /// Share of time for which vCPUs rest, in percent.
+    throttle_percent: AtomicU8,
     inner: Mutex<Inner>,
     command_changed: Condvar,
     vcpu_parked: Condvar,
@@ -64,6 +66,7 @@ impl Gate {
         Self {
             vcpus,
             leave_guest: AtomicBool::new(true),
+            throttle_percent: AtomicU8::new(0),
             inner: Mutex::new(Inner {
                 command: Command::Stop,
                 parked: 0,
@@ -119,6 +122,37 @@ impl Gate {
                 }
                 Command::Quit => return Leave::Quit,
             }
+        }
+    }
+
+    /// Makes vCPUs rest for `percent` of the time. One that rests already looks at its new share at once.
+    pub(super) fn set_throttle(&self, percent: u8) {
+        // Under the lock, or one that is about to rest could miss it.
+        let _inner = self.lock();
+        self.throttle_percent.store(percent, Ordering::SeqCst);
+        self.command_changed.notify_all();
+    }
+
+    /// Whether vCPUs have to rest between slices.
+    pub(super) fn is_throttled(&self) -> bool {
+        self.throttle_percent.load(Ordering::Relaxed) > 0
+    }
+
+    /// For a vCPU whose slice is over: rests, or until it has to park.
+    pub(super) fn rest(&self) {
+        let began = Instant::now();
+        let mut inner = self.lock();
+        while inner.command == Command::Run {
+            let percent = self.throttle_percent.load(Ordering::SeqCst);
+            let left = throttle::rest(percent).saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            inner = self
+                .command_changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 

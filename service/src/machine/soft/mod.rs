@@ -210,6 +210,10 @@ impl Machine for SoftMachine {
         })
     }
 
+    fn throttle(&self, percent: u8) {
+        self.shared.gate.set_throttle(percent);
+    }
+
     fn save(&self, _stopped: &VcpusStopped) -> Result<Vec<Section>, DeviceError> {
         let serial = lock(&self.shared.serial).save()?;
         let mut sections = vec![encode(MACHINE, &self.save_machine())?, serial];

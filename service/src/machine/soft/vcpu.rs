@@ -5,12 +5,13 @@
 //! an error like any other.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::time::ClockId;
 
 use super::gate::Gate;
 use super::memory::{PAGE_WORDS, Page, VcpuMemory};
+use crate::machine::throttle::SLICE;
 use crate::machine::workload::layout::{
     self, PAGE_BYTES, PARAMS_GPA, mailbox, mailbox_gpa, params,
 };
@@ -151,7 +152,16 @@ impl<'a> Vcpu<'a> {
 
     /// Runs until the gate says to leave, or the guest ends. `say` takes what goes to the serial port.
     pub(super) fn run(&mut self, gate: &Gate, say: impl Fn(&str)) -> Result<(), Stopped> {
+        let mut slice = None;
         while !gate.must_leave_guest() {
+            if gate.is_throttled() {
+                let began = *slice.get_or_insert_with(Instant::now);
+                if began.elapsed() >= SLICE {
+                    gate.rest();
+                    slice = None;
+                    continue;
+                }
+            }
             match self.registers.phase {
                 mailbox::PHASE_IDLE => {
                     if self.first {

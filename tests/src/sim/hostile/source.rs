@@ -1,7 +1,8 @@
 //! The source core against a hostile target.
 
 use vmferry_transport::proto::{
-    FirstRound, Outcome, RoundSent, SavedState, Source, SourceAction, SourceConfig, SourceJob,
+    FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction,
+    SourceConfig, SourceJob,
 };
 use vmferry_transport::units::{Moment, PageCount};
 use vmferry_transport::wire::frame::{

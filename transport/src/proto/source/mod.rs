@@ -41,8 +41,8 @@ use std::collections::VecDeque;
 use std::fmt;
 
 pub use self::action::{
-    CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState, SourceAction, SourceConfig,
-    SourceJob, SourceTuning,
+    CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState, SourceAction,
+    SourceConfig, SourceJob, SourceTuning,
 };
 use self::state::{Jobs, Setup, State};
 use self::stats::Blackout;
@@ -291,6 +291,17 @@ impl<P: fmt::Debug> Source<P> {
         } = self.state
         {
             self.start_log_when_set_up(now, None);
+        }
+    }
+
+    /// The guest will not let go of its devices; `error` says which, and why.
+    pub fn handle_unplug_failed(&mut self, now: Moment, error: &str) {
+        if let State::Preparing {
+            setup: Setup::Waiting { .. },
+            ..
+        } = self.state
+        {
+            self.fail(now, Reason::Local(error.to_owned()));
         }
     }
 

@@ -221,7 +221,10 @@ impl<P: fmt::Debug> Source<P> {
         };
         let sent = self.round_sent.wire_bytes;
         if let Some(percent) = self.throttle.note(now, dirty.to_bytes(), sent, tuning) {
-            tracing::info!(percent, "slowing the guest down: its rounds do not converge");
+            tracing::info!(
+                percent,
+                "slowing the guest down: its rounds do not converge"
+            );
             self.actions.push_back(SourceAction::Throttle(percent));
         }
     }

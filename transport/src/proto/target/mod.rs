@@ -88,6 +88,11 @@ impl Target {
         self.attempt.as_ref().map(|attempt| attempt.control)
     }
 
+    /// The attempt that was accepted last.
+    pub fn migration_id(&self) -> Option<MigrationId> {
+        self.attempt.as_ref().map(|attempt| attempt.id)
+    }
+
     /// What to do next; call until `None`.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<TargetAction> {

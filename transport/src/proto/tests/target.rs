@@ -49,7 +49,9 @@ fn publish(target: &mut Target) -> TargetStatus {
     let before = actions(target);
     assert!(before.contains(&"NotifyFailed".to_owned()), "{before:?}");
     assert!(
-        !before.iter().any(|action| action.contains("Abort") || action.contains("NotCommitted")),
+        !before
+            .iter()
+            .any(|action| action.contains("Abort") || action.contains("NotCommitted")),
         "{before:?}"
     );
     assert_ne!(target.status(), TargetStatus::Failing);
