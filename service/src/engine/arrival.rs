@@ -1,5 +1,6 @@
 //! The engine's part in an incoming migration: listening, the guest, and what becomes of the process when it fails.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_devices::notifier::Mode;
@@ -111,7 +112,9 @@ impl Engine {
             return;
         }
         match std::mem::replace(&mut self.guest, Guest::Away) {
-            Guest::Stopped(stopped) => incoming.start_guest(&self.jobs, stopped),
+            Guest::Stopped(stopped) => {
+                incoming.start_guest(&self.jobs, Arc::clone(&self.disks), stopped);
+            }
             guest => {
                 self.guest = guest;
                 incoming.refuse_job(TargetJob::StartGuest, NOT_STOPPED);

@@ -107,6 +107,7 @@ impl Engine {
             tuning: self.tuning(),
             bandwidth: Arc::clone(&self.bandwidth),
             notifiers: self.notifiers.clone(),
+            disks: Arc::clone(&self.disks),
         };
         self.outgoing = Some(Outgoing::start(
             start,

@@ -9,6 +9,7 @@ use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::Record;
 use super::outgoing::{OutgoingAction, chain};
+use super::ownership::start_guest;
 use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
 
@@ -61,9 +62,9 @@ impl Engine {
             OutgoingAction::StopGuest => self.stop_for_switchover(),
             OutgoingAction::ResumeGuest(stopped) => {
                 let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-                let attempt = self.attempts;
+                let (attempt, disks) = (self.attempts, Arc::clone(&self.disks));
                 self.jobs.run(move || {
-                    let result = machine.resume(stopped.into_proof());
+                    let result = start_guest(machine.as_ref(), &disks, stopped);
                     // The engine ends only with the process.
                     let _ = events.send(Event::Source(attempt, SourceEvent::Resumed(result)));
                 });

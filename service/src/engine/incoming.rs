@@ -28,6 +28,8 @@ use super::guest::StoppedGuest;
 use super::jobs::JobThread;
 use super::link::{ControlLink, FirstFrameError, LAST_WORD, LinkEvent, first_frame};
 use super::outgoing::chain;
+use super::ownership::start_arrived_guest;
+use crate::machine::disk::Disks;
 use crate::machine::read_back::state_differences;
 use crate::machine::{Machine, VcpusStopped};
 
@@ -415,13 +417,12 @@ impl Incoming {
         });
     }
 
-    /// Queues the job that lets the guest run.
-    pub(super) fn start_guest(&self, jobs: &JobThread, stopped: StoppedGuest) {
+    /// Queues the job that takes the disks and lets the guest run.
+    pub(super) fn start_guest(&self, jobs: &JobThread, disks: Arc<Disks>, stopped: StoppedGuest) {
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
         jobs.run(move || {
             let began = Instant::now();
-            let started = machine
-                .resume(stopped.into_proof())
+            let started = start_arrived_guest(machine.as_ref(), &disks, stopped)
                 .map(|()| micros(began.elapsed()));
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::Started(started)));

@@ -21,6 +21,7 @@ mod jobs;
 mod link;
 mod notify;
 mod outgoing;
+mod ownership;
 mod run_control;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ use vmferry_transport::units::{PAGE_SIZE, Uuid};
 use vmferry_transport::wire::hello::BlockInfo;
 
 use crate::config::{Incoming as IncomingConfig, RunConfig};
+use crate::machine::disk::Disks;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::params::{MigrationCapabilities, MigrationParameters};
 use crate::qmp::schema::RunState;
@@ -76,13 +78,18 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
     });
     let machine =
         machine::build(&config.machine, config.accel, tell).context("cannot build the machine")?;
+    let disks = Disks::open(&config.disks).context("cannot open the disks")?;
+    if config.incoming.is_none() {
+        // An incoming guest's disks belong to the source until the guest starts here.
+        disks.activate().context("cannot use the disks")?;
+    }
     let qmp_address = Address::unix(&config.qmp)?;
     let listener = Listener::bind(&qmp_address).await?;
     let (handle, inbox) = EngineHandle::channel();
     forward_requests(inbox.requests, events.clone());
     watch_signals(events.clone())?;
 
-    let mut engine = Engine::new(&config, machine, events, inbox.events)?;
+    let mut engine = Engine::new(&config, machine, Arc::new(disks), events, inbox.events)?;
     let server = QmpServer::start(listener, handle);
     tracing::info!(accel = %engine.machine.accel(), qmp = %config.qmp.display(), "machine is built");
     eprintln!(
@@ -137,6 +144,7 @@ struct Ending {
 struct Engine {
     name: Option<String>,
     machine: Arc<dyn Machine>,
+    disks: Arc<Disks>,
     guest: Guest,
     runstate: RunState,
     /// Let an incoming guest run if it ran at the source; `stop` and `cont` change it while waiting.
@@ -168,6 +176,7 @@ impl Engine {
     fn new(
         config: &RunConfig,
         machine: Arc<dyn Machine>,
+        disks: Arc<Disks>,
         events: Events,
         clients: broadcast::Sender<QmpEvent>,
     ) -> anyhow::Result<Self> {
@@ -179,6 +188,7 @@ impl Engine {
         Ok(Self {
             name: config.name.clone(),
             machine,
+            disks,
             guest: Guest::Stopped(StoppedGuest::new(proof)),
             runstate: if config.incoming.is_some() {
                 RunState::Inmigrate

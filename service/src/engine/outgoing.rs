@@ -29,6 +29,7 @@ use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
 use crate::machine::Machine;
+use crate::machine::disk::Disks;
 
 /// A dirty log that runs, with the pages it has reported and no round has sent.
 pub(super) struct ArmedLog {
@@ -71,6 +72,7 @@ pub(super) struct Outgoing {
     backend: BackendChoice,
     bandwidth: Arc<BandwidthLimit>,
     checksum: bool,
+    disks: Arc<Disks>,
     notifiers: Notifiers,
     told: Option<SetupTold>,
     /// The guest has to let go of a device; the notifiers know when it has.
@@ -102,6 +104,7 @@ pub(super) struct OutgoingStart {
     pub(super) tuning: SourceTuning,
     pub(super) bandwidth: Arc<BandwidthLimit>,
     pub(super) notifiers: Notifiers,
+    pub(super) disks: Arc<Disks>,
 }
 
 impl Outgoing {
@@ -118,6 +121,7 @@ impl Outgoing {
             tuning,
             bandwidth,
             notifiers,
+            disks,
         } = start;
         let checksum = config.checksum;
         let dirty = machine.ram().empty_map();
@@ -138,6 +142,7 @@ impl Outgoing {
             backend: Backend::detect(),
             bandwidth,
             checksum,
+            disks,
             notifiers,
             told: None,
             unplugging: false,
@@ -501,7 +506,7 @@ impl Outgoing {
 
     fn save(&mut self, jobs: &JobThread, hash_ram: bool) {
         let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
-        let lent = self.lent.take();
+        let (lent, disks) = (self.lent.take(), Arc::clone(&self.disks));
         jobs.run(move || {
             let Some(proof) = lent else {
                 return report(SourceEvent::JobFailed(
@@ -509,6 +514,11 @@ impl Outgoing {
                     "the guest is not stopped".into(),
                 ));
             };
+            // The target may activate them once it has the state.
+            if let Err(error) = disks.inactivate() {
+                drop(proof);
+                return report(SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)));
+            }
             let saved = machine.save(&proof);
             drop(proof);
             let began = Instant::now();

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::event::Event;
 use super::guest::{Guest, StoppedGuest};
 use super::outgoing::chain;
+use super::ownership::start_guest;
 use super::{Engine, Reply};
 use crate::machine::{MachineError, ResumeError};
 use crate::qmp::schema::RunState;
@@ -74,9 +75,11 @@ impl Engine {
     pub(super) fn resume_guest(&mut self) {
         if let Guest::Stopped(stopped) = std::mem::replace(&mut self.guest, Guest::Away) {
             let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+            let disks = Arc::clone(&self.disks);
             self.jobs.run(move || {
+                let started = start_guest(machine.as_ref(), &disks, stopped);
                 // The engine ends only with the process.
-                let _ = events.send(Event::Resumed(machine.resume(stopped.into_proof())));
+                let _ = events.send(Event::Resumed(started));
             });
         }
     }

@@ -123,6 +123,9 @@ pub enum MachineError {
     /// A device failed.
     #[error("machine state")]
     Device(#[from] DeviceError),
+    /// A disk is not ours to use. The guest stays stopped.
+    #[error(transparent)]
+    Disk(#[from] disk::DiskError),
     /// The guest ended by itself (exit port or a fatal vCPU error) and cannot be started again.
     #[error("the guest has ended: {0}")]
     Ended(String),
