@@ -5,9 +5,12 @@
 //! - [`saved`]: rules for saved state, and its encoding
 //! - [`device`]: the trait of a part with state
 //! - [`notifier`]: the trait of a part that must know how a migration goes
+//! - [`failover`], [`external`]: network cards that cannot move, and servers outside; both are such parts
 
 pub mod device;
 pub mod error;
+pub mod external;
+pub mod failover;
 pub mod kvm;
 pub mod notifier;
 pub mod saved;

@@ -7,6 +7,8 @@ use vmferry_transport::units::Uuid;
 
 pub use crate::machine::AccelChoice;
 pub use crate::machine::disk::DiskConfig;
+use crate::machine::failover::Primaries;
+pub use crate::machine::notify::NotifyConfig;
 use crate::machine::workload::layout::{RAM_MAX, RAM_MIN};
 use crate::machine::{MachineConfig, MachineError};
 
@@ -35,6 +37,10 @@ pub struct RunConfig {
     pub machine: MachineConfig,
     /// Its disks, each with a name of its own.
     pub disks: Vec<DiskConfig>,
+    /// Servers that hear of its migrations.
+    pub notify: Vec<NotifyConfig>,
+    /// Ids of stand-ins for passed-through network cards; see [`Primaries`](crate::machine::failover::Primaries).
+    pub failover_primaries: Vec<String>,
     /// Path of the QMP socket.
     pub qmp: PathBuf,
     /// Do not start the guest; `cont` does. With `incoming`: leave it stopped on arrival.
@@ -68,6 +74,7 @@ impl RunConfig {
                 "the name must have 1 to {NAME_CHARS_MAX} characters"
             ));
         }
+        Primaries::new(&self.failover_primaries, self.incoming.is_some())?;
         if let Err(error) = Address::unix(&self.qmp) {
             return refuse(format!("QMP socket: {}", error.reason));
         }

@@ -7,7 +7,7 @@ use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmferry_transport::wire::Section;
 
 use super::bytes::{bad_state, kernel};
@@ -67,6 +67,24 @@ pub fn restore_clock(vm: &VmFd, section: &Section) -> Result<ClockMove, DeviceEr
         .map_err(kernel(device, "KVM_SET_CLOCK"))?;
     let target = read_clock(vm, device)?;
     Ok(ClockMove { source, target })
+}
+
+/// Tells the guest of `vcpu`, which must not be running, that it was stopped, so that its watchdogs do not take the pause for a hang.
+/// False if the guest does not use the clock of KVM, and has nowhere to be told.
+///
+/// To be called for every vCPU before it runs again, after each stop, whoever stopped it: by an operator, for a migration that failed,
+/// and at the target after the state was loaded. KVM keeps the news until the vCPU enters the guest, and they are no part of any saved
+/// state: what was said at the source is lost by a migration. That is why this belongs to resuming and is no matter of a notifier: when
+/// a migration fails early, the guest was never stopped, and its running vCPUs cannot be told anything.
+///
+/// # Errors
+/// When the kernel refuses for another reason. The guest may then complain about the pause; it runs all the same.
+pub fn tell_paused(vcpu: &VcpuFd) -> io::Result<bool> {
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == libc::EINVAL => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn read_clock(vm: &VmFd, device: &str) -> Result<ClockV1, DeviceError> {

@@ -279,3 +279,67 @@ fn a_clock_from_another_age_is_refused() {
     assert!(matches!(error, DeviceError::BadState { .. }), "{error}");
     assert!(error.to_string().contains("kvm-clock"), "{error}");
 }
+
+#[test]
+fn a_guest_that_left_gets_no_more_interrupts_and_one_that_stayed_gets_them_as_before() {
+    use std::sync::Arc;
+
+    use vmferry_transport::units::MigrationId;
+
+    use crate::notifier::{Mode, Modes, Notifiers, Priority, Setup};
+
+    let Some((vm, ..)) = vm_with_vcpu(true) else {
+        return;
+    };
+    let vm = Arc::new(vm);
+    let mut pit = vm.get_pit2().unwrap();
+    // A timer that ticks.
+    (pit.channels[0].mode, pit.channels[0].count) = (2, 1193);
+    vm.set_pit2(&pit).unwrap();
+    let mut ioapic = kvm_irqchip {
+        chip_id: KVM_IRQCHIP_IOAPIC,
+        ..Default::default()
+    };
+    vm.get_irqchip(&mut ioapic).unwrap();
+    let mut bytes = to_bytes(&ioapic);
+    // Input 4 is a device's: vector 0x31, not masked.
+    bytes[32 + 4 * 8..][..8].copy_from_slice(&0x31_u64.to_le_bytes());
+    vm.set_irqchip(&from_bytes("irqchip", "ioapic", &bytes).unwrap())
+        .unwrap();
+    let state = || -> IrqchipV1 { decode(&save_irqchip(&vm, "irqchip", true).unwrap()).unwrap() };
+    let entry = |state: &IrqchipV1| state.ioapic[32 + 4 * 8..][..8].to_vec();
+
+    let notifiers = Notifiers::new();
+    let notifier = KvmNotifier::new(vm.clone(), true, true);
+    notifiers.register(Modes::ALL, Priority::CHECK, Box::new(notifier));
+    let setup = Setup {
+        mode: Mode::Normal,
+        migration: MigrationId([1; 16]),
+    };
+    let told = notifiers.setup(&setup).unwrap();
+    notifiers.failed(told);
+    assert_eq!(entry(&state()), 0x31_u64.to_le_bytes());
+    assert_eq!(vm.get_pit2().unwrap().channels[0].mode, 2);
+    assert_ne!(state().pic_master[10], 0xff);
+
+    let told = notifiers.setup(&setup).unwrap();
+    notifiers.done(told);
+    let silent = state();
+    assert_eq!(entry(&silent), 0x1_0031_u64.to_le_bytes());
+    assert!(
+        silent.ioapic[32..224]
+            .chunks(8)
+            .all(|entry| entry[2] & 1 == 1)
+    );
+    assert_eq!((silent.pic_master[10], silent.pic_slave[10]), (0xff, 0xff));
+    let modes = vm.get_pit2().unwrap().channels.map(|channel| channel.mode);
+    assert_eq!(modes, [5; 3]);
+}
+
+#[test]
+fn only_a_guest_with_kvms_clock_can_be_told_of_a_pause() {
+    let Some((_vm, vcpu, _)) = vm_with_vcpu(false) else {
+        return;
+    };
+    assert!(!tell_paused(vcpu.fd()).unwrap());
+}

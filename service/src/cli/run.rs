@@ -12,6 +12,7 @@ use vmferry_transport::units::Uuid;
 
 use crate::config::{AccelChoice, Incoming, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
+use crate::machine::notify::NotifyConfig;
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 
@@ -40,6 +41,12 @@ pub(super) struct RunArgs {
     /// A raw image for the guest, locked while the guest is here; more than once for several. `ro`: read only
     #[arg(long = "disk", value_name = "PATH[,id=NAME][,ro]")]
     disks: Vec<DiskConfig>,
+    /// Tell a server on this socket how migrations go, in lines of JSON; it may veto. More than once for several
+    #[arg(long, value_name = "unix:PATH[,id=NAME]")]
+    notify: Vec<NotifyConfig>,
+    /// A stand-in for a passed-through network card, which must be unplugged before a migration
+    #[arg(long = "x-failover-primary", value_name = "ID", hide = true)]
+    failover_primaries: Vec<String>,
     /// Do not start the guest; `cont` over QMP does
     #[arg(long)]
     paused: bool,
@@ -148,6 +155,8 @@ impl RunArgs {
             accel,
             machine,
             disks: self.disks,
+            notify: self.notify,
+            failover_primaries: self.failover_primaries,
             qmp: self.qmp,
             paused: self.paused,
             incoming: self.incoming,
@@ -223,9 +232,12 @@ mod tests {
     fn everything_can_be_said() {
         let config = config(
             "--mem 2G --vcpus 2 --qmp q --accel soft --working-set 1M --dirty-rate max --fill 8M \
-             --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro",
+             --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro \
+             --notify unix:/tmp/d,id=display --x-failover-primary net0",
         )
         .unwrap();
+        assert_eq!(config.notify[0].id, "display");
+        assert_eq!(config.failover_primaries, ["net0"]);
         let disks: Vec<_> = config
             .disks
             .iter()
@@ -260,6 +272,11 @@ mod tests {
             ("--mem 64M --qmp q --working-set 64M", "room for"),
             ("--mem 1G --qmp q --incoming here", "tcp:HOST:PORT"),
             ("--mem 1G --qmp q --dirty-rate 0", "at least 1"),
+            ("--mem 1G --qmp q --notify tcp:h:1", "unix:PATH"),
+            (
+                "--mem 1G --qmp q --x-failover-primary a=b",
+                "not usable as an id",
+            ),
             ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
             ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
         ] {

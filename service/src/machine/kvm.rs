@@ -28,7 +28,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
     ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmVcpu, MemorySlots, VcpuProfile,
-    install_kick_handler, restore_clock, save_clock, vcpu_name,
+    install_kick_handler, restore_clock, save_clock, tell_paused, vcpu_name,
 };
 use vmferry_devices::saved::{decode, encode};
 use vmferry_devices::vmm_writes::VmmWriteLog;
@@ -290,8 +290,10 @@ impl Machine for KvmMachine {
             return Err(ResumeError { proof, source });
         }
         for vcpu in &self.board.vcpus {
-            // Tells the guest's watchdogs that it was stopped. EINVAL: the guest does not use the paravirtual clock.
-            let _ = vcpu.lock().fd().kvmclock_ctrl();
+            if let Err(error) = tell_paused(vcpu.lock().fd()) {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "the guest may take the pause for a hang");
+            }
         }
         self.board.control.run_all().map_err(|why| ResumeError {
             proof,

@@ -4,7 +4,9 @@
 //! ([`Accel::Soft`]). The engine sees [`Machine`] only.
 
 pub mod disk;
+pub mod failover;
 pub mod kvm;
+pub mod notify;
 pub mod ram;
 pub mod read_back;
 pub mod serial;

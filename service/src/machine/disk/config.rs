@@ -87,15 +87,16 @@ pub(super) fn check_names(disks: &[DiskConfig]) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn is_id(name: &str) -> bool {
+/// Whether operators may call a part of the machine so: short, and without characters that mean something elsewhere.
+pub(in crate::machine) fn is_id(name: &str) -> bool {
     (1..=ID_BYTES_MAX).contains(&name.len())
         && name
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
 }
 
-/// The path, and the options after it if there is a comma that ends it.
-fn split_path(text: &str) -> (String, Option<std::str::Split<'_, char>>) {
+/// The path, and the options after it if there is a comma that ends it. A comma in the path is written twice.
+pub(in crate::machine) fn split_path(text: &str) -> (String, Option<std::str::Split<'_, char>>) {
     let mut path = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once(',') {

@@ -27,6 +27,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use config::{DiskConfig, ID_BYTES_MAX, name_disks};
+pub(in crate::machine) use config::{is_id, split_path};
 pub use error::DiskError;
 pub use holder::Holder;
 pub use set::Disks;

@@ -261,3 +261,54 @@ fn vcpu_state_with_wrong_content_is_refused() {
     refuse(&|state| state.tsc.realtime_ns = 1, "clock");
     refuse(&|state| state.tsc.khz = u32::MAX, "kHz");
 }
+
+/// Tells the guest's clock of KVM where its page is, as the guest would.
+fn use_kvm_clock(machine: &KvmMachine, gpa: u64) {
+    const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    let entry = kvm_bindings::kvm_msr_entry {
+        index: MSR_KVM_SYSTEM_TIME_NEW,
+        data: gpa | 1,
+        ..Default::default()
+    };
+    let msrs = kvm_bindings::Msrs::from_entries(&[entry]).unwrap();
+    assert_eq!(
+        machine.board.vcpus[0].lock().fd().set_msrs(&msrs).unwrap(),
+        1
+    );
+}
+
+#[test]
+fn a_guest_is_told_of_each_pause_at_the_source_and_at_the_target() {
+    need_kvm!();
+    // Of KVM's clock page: the flags, and the one that says "the host stopped you".
+    const FLAGS: u64 = 29;
+    const STOPPED: u8 = 2;
+    let config = config(32 * MIB, 1, MIB);
+    let page = GuestAddress(config.mem_bytes - 4096 + FLAGS);
+    // The guest would clear the flag when it has seen it; this one has other things to do.
+    let told = |machine: &KvmMachine| {
+        passes_from_now(machine, 2);
+        let memory = machine.ram.memory();
+        let flags: u8 = memory.read_obj(page).unwrap();
+        memory.write_obj(flags & !STOPPED, page).unwrap();
+        flags & STOPPED != 0
+    };
+    let source = machine(&config);
+    let proof = source.pause().unwrap();
+    use_kvm_clock(&source, config.mem_bytes - 4096);
+    source.resume(proof).unwrap();
+    assert!(told(&source));
+    assert!(!told(&source), "once for each pause");
+    let proof = source.pause().unwrap();
+    source.resume(proof).unwrap();
+    assert!(told(&source), "as after a migration that failed");
+
+    let stopped = source.pause().unwrap();
+    let sections = source.save(&stopped).unwrap();
+    let target = machine(&incoming(&config));
+    copy_ram(&source, &target);
+    let target_stopped = target.pause().unwrap();
+    target.load(&target_stopped, &sections).unwrap();
+    target.resume(target_stopped).unwrap();
+    assert!(told(&target));
+}
