@@ -9,6 +9,8 @@ pub mod data;
 pub mod limits;
 pub mod memory;
 pub mod proto;
+#[cfg(feature = "uring")]
+pub mod streams;
 pub mod units;
 #[cfg(feature = "uring")]
 mod uring;

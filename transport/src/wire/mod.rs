@@ -1,5 +1,6 @@
 //! The wire format.
 
+pub mod archive;
 pub mod frame;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fuzz;

@@ -1,0 +1,471 @@
+//! The target's half of the protocol, for a source whose guest goes into an archive.
+//!
+//! Per control connection a thread that answers; one thread that takes pages and writes everything. It says READY when all but the
+//! end mark is written and on the disk, and RUNNING when the end mark is too. What goes wrong before or after COMMIT reaches the
+//! source as ABORT: the archive has no end mark then, or is discarded, and the guest goes on at the source.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+
+use super::interrupt::{Interrupt, Waited};
+use super::outlet::Outlet;
+use super::{StreamFault, socket_pair};
+use crate::limits::{CONTROL_BYTES_MAX, KEEPALIVE_US};
+use crate::units::PageCount;
+use crate::wire::WireError;
+use crate::wire::archive::ArchiveEncoder;
+use crate::wire::frame::{
+    Abort, AbortCode, FrameBuffer, Ready, Resolution, SourceFrame, StateEnd, TargetFrame,
+    Verification,
+};
+use crate::wire::header::{FrameHeader, HEADER_BYTES};
+use crate::wire::hello::{Hello, HelloReply, VersionRange};
+use crate::wire::ram::{self, RAM_RUNS, RamRuns, RoundEnd};
+
+const KEEPALIVE: Duration = Duration::from_micros(KEEPALIVE_US);
+/// Bytes asked for in one read of a control connection.
+const READ_BYTES: usize = 64 << 10;
+
+/// Saves one VM. The engine connects to it as it does to a target, with one data connection and checksummed pages.
+#[derive(Debug)]
+pub struct ArchiveWriter {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    name: String,
+    software: String,
+    interrupt: Interrupt,
+    outlet: Mutex<Option<Outlet>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the threads know of each other.
+#[derive(Debug, Default)]
+struct State {
+    /// The newest control connection, for what is said on it.
+    control: Option<UnixStream>,
+    data: Option<UnixStream>,
+    hello: Option<Hello>,
+    switchover: Vec<SourceFrame>,
+    end: Option<StateEnd>,
+    decision: Decision,
+    /// What became of the archive.
+    outcome: Option<Result<(), String>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+enum Decision {
+    #[default]
+    Open,
+    /// COMMIT has come: the guest is the archive's.
+    Committed,
+    /// It will not be taken any more.
+    GivenUp,
+}
+
+impl ArchiveWriter {
+    /// Waits for the first connection. Nothing is written before.
+    pub fn new(outlet: Outlet, software: String) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                name: outlet.name().to_owned(),
+                software,
+                interrupt: outlet.interrupt(),
+                outlet: Mutex::new(Some(outlet)),
+                state: Mutex::default(),
+                changed: Condvar::new(),
+            }),
+            threads: Mutex::default(),
+        }
+    }
+
+    /// A control connection. Later ones may ask what became of the archive.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors or threads.
+    pub fn connect_control(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = socket_pair()?;
+        self.shared.lock().control = Some(ours.try_clone()?);
+        self.spawn("save-control", move |shared| shared.serve(&ours))?;
+        Ok(theirs)
+    }
+
+    /// The data connection.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors or threads.
+    pub fn connect_data(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = socket_pair()?;
+        self.shared.lock().data = Some(ours.try_clone()?);
+        self.spawn("save-data", move |shared| shared.save(ours))?;
+        Ok(theirs)
+    }
+
+    /// Ends the save unless it is complete, and waits until its file or command is left alone. Blocks, as long as a file system may.
+    pub fn give_up(&self) {
+        self.shared.give_up();
+        self.join();
+    }
+
+    /// The source will not come back. An archive whose outcome is known has been dealt with when this returns; another goes on being
+    /// written: the guest is given to it. Blocks for a moment.
+    pub fn leave(&self) {
+        let settled = self.shared.lock().outcome.is_some();
+        if settled {
+            self.join();
+        }
+    }
+
+    fn spawn(&self, name: &str, body: impl FnOnce(&Shared) + Send + 'static) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || body(&shared))?;
+        self.threads().push(thread);
+        Ok(())
+    }
+
+    fn join(&self) {
+        let threads = std::mem::take(&mut *self.threads());
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!(name = self.shared.name, "a thread that saves has panicked");
+            }
+        }
+        // Never begun: there was no data connection.
+        self.shared.discard();
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for ArchiveWriter {
+    fn drop(&mut self) {
+        if self.shared.lock().decision == Decision::Open {
+            self.shared.give_up();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say(&self, frame: &TargetFrame) {
+        let control = self.lock().control.as_ref().map(UnixStream::try_clone);
+        if let Some(Ok(mut control)) = control {
+            // Fails if the source has closed the link, which its thread here sees.
+            let _ = control.write_all(&frame.encode());
+        }
+    }
+
+    /// From now on no COMMIT is taken, and whatever waits ends.
+    fn give_up(&self) {
+        let mut state = self.lock();
+        if state.outcome.is_some() {
+            return;
+        }
+        state.decision = Decision::GivenUp;
+        if let Some(data) = &state.data {
+            // Fails only if it is closed already.
+            let _ = data.shutdown(Shutdown::Both);
+        }
+        drop(state);
+        self.interrupt.raise();
+        self.changed.notify_all();
+    }
+
+    fn discard(&self) {
+        let mut outlet = self.outlet.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(outlet) = outlet.take() {
+            outlet.discard();
+        }
+    }
+
+    /// Body of the thread of a control connection.
+    fn serve(&self, control: &UnixStream) {
+        match self.answer(control) {
+            Ok(()) => {}
+            Err(error) => tracing::debug!(name = self.name, error, "control connection ended"),
+        }
+        let open = self.lock().decision == Decision::Open;
+        if open {
+            self.give_up();
+        }
+        // The other handle of it stays with the state.
+        let _ = control.shutdown(Shutdown::Both);
+    }
+
+    fn answer(&self, control: &UnixStream) -> Result<(), String> {
+        let never = Interrupt::new().map_err(|error| error.to_string())?;
+        let mut buffer = FrameBuffer::default();
+        let mut bytes = vec![0; READ_BYTES];
+        loop {
+            while let Some(frame) = buffer.poll_frame().map_err(|error| error.to_string())? {
+                if !self.take(frame) {
+                    return Ok(());
+                }
+            }
+            match never.wait(control.as_fd(), PollFlags::IN, Some(KEEPALIVE)) {
+                Ok(Waited::TimedOut) => self.say(&TargetFrame::Keepalive),
+                Ok(Waited::Ready) => match (&*control).read(&mut bytes) {
+                    Ok(0) => return Ok(()),
+                    Ok(count) => buffer.push(&bytes[..count]),
+                    Err(error) => return Err(error.to_string()),
+                },
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    /// Takes a frame of the source; false when nothing more is expected on this connection.
+    fn take(&self, frame: SourceFrame) -> bool {
+        let mut state = self.lock();
+        match frame {
+            SourceFrame::Hello(hello) => {
+                state.hello = Some(hello);
+                drop(state);
+                self.say(&TargetFrame::HelloReply(HelloReply {
+                    version: VersionRange::OURS.max,
+                    software: self.software.clone(),
+                }));
+            }
+            SourceFrame::Switchover(_) | SourceFrame::Section(_) => state.switchover.push(frame),
+            SourceFrame::StateEnd(end) => {
+                state.end = Some(end);
+                self.changed.notify_all();
+            }
+            SourceFrame::Commit => {
+                if state.decision == Decision::Open {
+                    state.decision = Decision::Committed;
+                }
+                self.changed.notify_all();
+            }
+            SourceFrame::Resolve(_) => {
+                drop(state);
+                let resolution = self.wait_outcome();
+                self.say(&TargetFrame::Resolved(resolution));
+            }
+            SourceFrame::Abort(_) | SourceFrame::Finish => return false,
+            SourceFrame::Keepalive | SourceFrame::DataHello(_) => {}
+        }
+        true
+    }
+
+    /// Who asks has lost the link: what is not committed by now never will be.
+    fn wait_outcome(&self) -> Resolution {
+        if self.lock().decision == Decision::Open {
+            self.give_up();
+        }
+        let mut state = self.lock();
+        loop {
+            match &state.outcome {
+                Some(Ok(())) => return Resolution::Committed,
+                Some(Err(_)) => return Resolution::NotCommitted,
+                None => {}
+            }
+            state = self.wait(state);
+        }
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Body of the thread that writes.
+    fn save(&self, data: UnixStream) {
+        let outlet = self
+            .outlet
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(outlet) = outlet else {
+            // A second data connection, which the hello does not announce.
+            return;
+        };
+        let mut job = Save {
+            shared: self,
+            outlet,
+            encoder: ArchiveEncoder::default(),
+            data,
+            blocks: Vec::new(),
+            began: Instant::now(),
+        };
+        let done = job.run();
+        let Save { outlet, data, .. } = job;
+        let word = match &done {
+            Ok(()) => TargetFrame::Running { resume_us: 0 },
+            Err(fault) => {
+                outlet.discard();
+                let text = format!("{}: {fault}", self.name);
+                TargetFrame::Abort(Abort::new(AbortCode::Resources, text))
+            }
+        };
+        let mut state = self.lock();
+        if done.is_err() {
+            state.decision = Decision::GivenUp;
+        }
+        state.outcome = Some(done.map_err(|fault| fault.to_string()));
+        drop(state);
+        self.changed.notify_all();
+        self.say(&word);
+        // After the reason, so that the source hears it first.
+        let _ = data.shutdown(Shutdown::Both);
+    }
+}
+
+/// The writing thread at work.
+struct Save<'a> {
+    shared: &'a Shared,
+    outlet: Outlet,
+    encoder: ArchiveEncoder,
+    data: UnixStream,
+    blocks: Vec<PageCount>,
+    began: Instant,
+}
+
+impl Save<'_> {
+    fn run(&mut self) -> Result<(), StreamFault> {
+        self.greet()?;
+        while !self.round()? {}
+        let end = self.state()?;
+        self.shared.say(&TargetFrame::Ready(self.ready(&end)));
+        let mut state = self.shared.lock();
+        while state.decision == Decision::Open {
+            state = self.shared.wait(state);
+        }
+        if state.decision == Decision::GivenUp {
+            return Err(StreamFault::GivenUp);
+        }
+        drop(state);
+        self.outlet.put(&self.encoder.end())?;
+        self.outlet.finish()
+    }
+
+    fn greet(&mut self) -> Result<(), StreamFault> {
+        let (header, frame) =
+            self.receive_head(|header| Ok(header.body_bytes.min(CONTROL_BYTES_MAX) as usize))?;
+        let mut buffer = FrameBuffer::default();
+        buffer.push(&frame);
+        let hello = buffer.poll_frame::<SourceFrame>();
+        if !matches!(hello, Ok(Some(SourceFrame::DataHello(_)))) {
+            return Err(wrong(WireError::Kind {
+                kind: header.kind,
+                flags: header.flags,
+            }));
+        }
+        let hello = self.shared.lock().hello.clone();
+        let hello = hello.ok_or(StreamFault::GivenUp)?;
+        if hello.data_connections != 1 || !hello.checksum {
+            let text = "an archive takes one data connection, with checksums";
+            return Err(StreamFault::Refused(text.to_owned()));
+        }
+        self.blocks = hello.blocks.iter().map(|block| block.pages).collect();
+        self.shared.say(&TargetFrame::DataReady);
+        let start = self.encoder.start(&hello);
+        self.outlet.put(&start)
+    }
+
+    /// Writes one round; whether it was the last.
+    fn round(&mut self) -> Result<bool, StreamFault> {
+        loop {
+            let (header, mut bytes) = self.receive_head(ram::body_bytes)?;
+            let (head, body) = (bytes.len(), &bytes[HEADER_BYTES..]);
+            if header.kind == RAM_RUNS {
+                let frame = RamRuns::decode(&header, body, &self.blocks).map_err(wrong)?;
+                let payload_bytes = frame.payload_bytes();
+                let payload = usize::try_from(payload_bytes).unwrap_or(usize::MAX);
+                bytes.resize(head + payload, 0);
+                self.data.read_exact(&mut bytes[head..]).map_err(lost)?;
+                self.encoder.frame(&bytes[..head], payload_bytes);
+                self.outlet.put(&bytes)?;
+                continue;
+            }
+            let end = RoundEnd::decode(&header, body).map_err(wrong)?;
+            self.encoder.frame(&bytes, 0);
+            self.outlet.put(&bytes)?;
+            self.shared.say(&TargetFrame::RoundPlaced(end.round));
+            if end.last {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Receives header and body of a frame.
+    fn receive_head(
+        &mut self,
+        body_bytes: impl FnOnce(&FrameHeader) -> Result<usize, WireError>,
+    ) -> Result<(FrameHeader, Vec<u8>), StreamFault> {
+        let mut head = [0; HEADER_BYTES];
+        self.data.read_exact(&mut head).map_err(lost)?;
+        let header = FrameHeader::decode(&head).map_err(wrong)?;
+        let mut bytes = head.to_vec();
+        bytes.resize(HEADER_BYTES + body_bytes(&header).map_err(wrong)?, 0);
+        let body = &mut bytes[HEADER_BYTES..];
+        self.data.read_exact(body).map_err(lost)?;
+        Ok((header, bytes))
+    }
+
+    /// Writes the state of the devices when all of it is here.
+    fn state(&mut self) -> Result<StateEnd, StreamFault> {
+        let mut state = self.shared.lock();
+        let end = loop {
+            if state.decision == Decision::GivenUp {
+                return Err(StreamFault::GivenUp);
+            }
+            if let Some(end) = state.end {
+                break end;
+            }
+            state = self.shared.wait(state);
+        };
+        let mut frames = std::mem::take(&mut state.switchover);
+        drop(state);
+        frames.push(SourceFrame::StateEnd(end));
+        self.began = Instant::now();
+        for frame in frames {
+            let frame = frame.encode();
+            self.encoder.frame(&frame, 0);
+            self.outlet.put(&frame)?;
+        }
+        self.outlet.sync()?;
+        Ok(end)
+    }
+
+    /// A hash that was asked for is in the archive and is looked at when it is loaded.
+    fn ready(&self, end: &StateEnd) -> Ready {
+        Ready {
+            load_us: u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            populated_bytes: 0,
+            verification: end.ram_hash.map(|ram_hash| Verification {
+                ram_hash,
+                ..Verification::default()
+            }),
+        }
+    }
+}
+
+/// The source of this process sent what it never sends.
+fn wrong(error: WireError) -> StreamFault {
+    StreamFault::Refused(error.to_string())
+}
+
+/// The source has closed the data connection.
+fn lost(_: io::Error) -> StreamFault {
+    StreamFault::GivenUp
+}
