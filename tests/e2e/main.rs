@@ -44,4 +44,5 @@ mod kill; // I1, I3: either side is killed at any moment
 mod memory; // a target without memory
 mod network; // two network namespaces, as two hosts
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
-mod sparse; // memory that the guest never touched stays out of both processes
+mod sparse;
+mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in // memory that the guest never touched stays out of both processes

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_devices::notifier::Mode;
-use vmferry_transport::control::{Address, ListenError};
+use vmferry_transport::control::Address;
 use vmferry_transport::limits::LINGER_US;
 use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
@@ -13,6 +13,7 @@ use vmferry_transport::proto::{
 use super::event::{Event, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
+use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::{Ending, Engine, software};
 use crate::machine::ResumeError;
@@ -27,7 +28,7 @@ const INCOMING_FAILED_CODE: u8 = 1;
 
 impl Engine {
     /// Begins to listen for an incoming migration.
-    pub(super) async fn listen(&mut self, address: &Address) -> Result<(), ListenError> {
+    pub(super) async fn listen(&mut self, address: &Address) -> Result<(), OriginError> {
         let config = TargetConfig {
             blocks: self.block_infos(),
             devices: self.machine.schemas(),
@@ -35,7 +36,10 @@ impl Engine {
             uuid: self.uuid,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
-        self.incoming = Some(Incoming::listen(address, config, machine, self.clock, events).await?);
+        let origin = Origin::open(address, &mut self.fds, &events).await?;
+        self.incoming = Some(Incoming::start(
+            address, origin, config, machine, self.clock, events,
+        ));
         Ok(())
     }
 
@@ -126,6 +130,8 @@ impl Engine {
     fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
         tracing::error!(%error, "incoming migration failed; this guest will never run here");
         eprintln!("vmferry: incoming migration failed: {error}");
+        let asked = self.incoming.as_ref();
+        let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
         let at = linger.then(|| Instant::now() + Duration::from_micros(LINGER_US));
         if self.ending.is_none() {
             self.ending = Some(Ending {

@@ -12,6 +12,7 @@ use vmferry_transport::wire::frame::Resolution;
 
 use super::guest::Guest;
 use super::outgoing::{Outgoing, OutgoingStart, chain};
+use super::route::Route;
 use super::run_control::answer;
 use super::{Engine, Reply, software};
 use crate::machine::Accel;
@@ -84,17 +85,20 @@ impl Engine {
         if let Some(refusal) = refusal {
             return Err(QmpError::generic(refusal));
         }
+        let route = Route::to(address, &mut self.fds).map_err(QmpError::generic)?;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| QmpError::generic(format!("no random migration id: {error}")))?;
         self.attempts += 1;
         let start = OutgoingStart {
             attempt: self.attempts,
-            address,
             config: SourceConfig {
                 migration_id: MigrationId(id),
-                data_connections: u16::from(self.parameters.multifd_channels),
-                checksum: self.parameters.x_checksum,
+                data_connections: match route.is_archive() {
+                    true => 1,
+                    false => u16::from(self.parameters.multifd_channels),
+                },
+                checksum: self.parameters.x_checksum || route.is_archive(),
                 verify: self.parameters.x_verify,
                 software: software(),
                 blocks: self.block_infos(),
@@ -108,6 +112,7 @@ impl Engine {
             bandwidth: Arc::clone(&self.bandwidth),
             notifiers: self.notifiers.clone(),
             disks: Arc::clone(&self.disks),
+            route,
         };
         self.outgoing = Some(Outgoing::start(
             start,

@@ -95,6 +95,8 @@ pub(super) enum TargetEvent {
     Data(ReceiverEvent),
     /// A data connection has failed, and the source had time to say why.
     DataLost(TargetError),
+    /// The archive that plays the source cannot be loaded.
+    SourceFailed(String),
     /// The job is over; the engine takes the proof back before the core learns the result.
     Loaded(StoppedGuest, Result<Loaded, DeviceError>),
     LoadedInto(Result<Loaded, DeviceError>),

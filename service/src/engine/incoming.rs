@@ -7,8 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use vmferry_transport::control::{Address, ListenError, Listener, Stream, runtime};
+use vmferry_transport::control::{Address, Listener, Stream, runtime};
 use vmferry_transport::data::{
     Backend, BackendChoice, DataError, DataReceiver, ReceiverConfig, ReceiverEvent,
     ReceiverProgress,
@@ -18,6 +19,7 @@ use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
+use vmferry_transport::streams::ArchiveLoader;
 use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame, Verification};
@@ -25,8 +27,9 @@ use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame,
 use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, TargetEvent};
 use super::guest::StoppedGuest;
-use super::jobs::JobThread;
+use super::jobs::{JobThread, off_thread};
 use super::link::{ControlLink, FirstFrameError, LAST_WORD, LinkEvent, first_frame};
+use super::origin::Origin;
 use super::outgoing::chain;
 use super::ownership::start_arrived_guest;
 use crate::machine::disk::Disks;
@@ -68,6 +71,9 @@ pub(super) struct Incoming {
     arrivals: Arrivals,
     address: Address,
     acceptor: Option<JoinHandle<()>>,
+    /// Plays the source.
+    loader: Option<ArchiveLoader>,
+    from_archive: bool,
     links: HashMap<Connection, Peer>,
     data: Vec<Option<OwnedFd>>,
     receiver: Option<DataReceiver>,
@@ -91,22 +97,29 @@ impl fmt::Debug for Incoming {
 }
 
 impl Incoming {
-    /// Listens on `address`.
-    ///
-    /// # Errors
-    /// When the address cannot be listened on.
-    pub(super) async fn listen(
+    /// Takes connections in from `origin`, which `address` has led to.
+    pub(super) fn start(
         address: &Address,
+        origin: Origin,
         config: TargetConfig,
         machine: Arc<dyn Machine>,
         clock: Clock,
         events: Events,
-    ) -> Result<Self, ListenError> {
-        let listener = Listener::bind(address).await?;
-        let local = listener.local_address().clone();
+    ) -> Self {
         let arrivals = Arrivals::default();
-        let acceptor = runtime::spawn(accept(listener, events.clone(), arrivals.clone()));
-        Ok(Self {
+        let (local, acceptor, loader) = match origin {
+            Origin::Network(listener) => {
+                let local = listener.local_address().clone();
+                let accept = accept(listener, events.clone(), arrivals.clone());
+                (local, runtime::spawn(accept), None)
+            }
+            Origin::Archive(loader, sockets) => {
+                let name = address.to_string();
+                let accept = accept_given(sockets, name, events.clone(), arrivals.clone());
+                (address.clone(), runtime::spawn(accept), Some(loader))
+            }
+        };
+        Self {
             core: Target::new(config),
             machine,
             clock,
@@ -114,12 +127,14 @@ impl Incoming {
             arrivals,
             address: local,
             acceptor: Some(acceptor),
+            from_archive: loader.is_some(),
+            loader,
             links: HashMap::new(),
             data: Vec::new(),
             receiver: None,
             progress: ReceiverProgress::default(),
             backend: Backend::detect(),
-        })
+        }
     }
 
     pub(super) fn core(&self) -> &Target {
@@ -133,6 +148,11 @@ impl Incoming {
     /// Where it listens, the port resolved.
     pub(super) fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// The source is no process of its own: nobody will ever ask for an outcome.
+    pub(super) fn is_from_archive(&self) -> bool {
+        self.from_archive
     }
 
     pub(super) fn backend(&self) -> &BackendChoice {
@@ -179,6 +199,10 @@ impl Incoming {
                 self.data_failed(now, data_error(connection, &error));
             }
             TargetEvent::DataLost(error) => self.core.handle_data_failed(now, error),
+            TargetEvent::SourceFailed(text) => {
+                let error = TargetError::Local(AbortCode::Resources, text);
+                self.core.handle_origin_failed(now, error);
+            }
             // Kinds of a later version of the transport concern somebody else.
             TargetEvent::Data(_) => {}
             TargetEvent::Loaded(..) | TargetEvent::Started(_) => {
@@ -358,6 +382,7 @@ impl Incoming {
         if let Some(receiver) = &receiver {
             self.progress = receiver.progress();
         }
+        let loader = self.loader.take();
         let events = self.events.clone();
         let (joined, join) = tokio::sync::oneshot::channel::<()>();
         match receiver {
@@ -384,6 +409,11 @@ impl Incoming {
         runtime::spawn(async move {
             if let Some(peer) = control {
                 close(peer).await;
+            }
+            if let Some(loader) = loader
+                && let Err(error) = off_thread("close", move || loader.give_up()).await
+            {
+                tracing::error!(error, "an archive may still be read");
             }
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;
@@ -516,6 +546,27 @@ async fn accept(listener: Listener, events: Events, arrivals: Arrivals) {
             introduce(Connection(number), stream, events, arrivals).await;
             drop(place);
         });
+    }
+}
+
+/// Takes connections in from the stand-in for the source.
+async fn accept_given(
+    mut sockets: mpsc::UnboundedReceiver<OwnedFd>,
+    name: String,
+    events: Events,
+    arrivals: Arrivals,
+) {
+    let mut number = 0;
+    while let Some(socket) = sockets.recv().await {
+        match Stream::from_socket(socket, name.clone()) {
+            Ok(stream) => {
+                let (events, arrivals) = (events.clone(), arrivals.clone());
+                runtime::spawn(introduce(Connection(number), stream, events, arrivals));
+                number += 1;
+            }
+            // Closed by that, which its other end sees.
+            Err(error) => tracing::error!(error = &error as &dyn Error, "connection lost"),
+        }
     }
 }
 

@@ -7,6 +7,27 @@ use std::thread;
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// Runs blocking `work` on a thread of its own: for what may take long or for ever, and would hold up other jobs.
+///
+/// # Errors
+/// A text, when there is no thread for it or it panicked.
+pub(super) async fn off_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    let (done, result) = tokio::sync::oneshot::channel();
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            // Nobody waiting any more is fine: the result is dropped here.
+            let _ = done.send(work());
+        })
+        .map_err(|error| format!("no thread: {error}"))?;
+    result
+        .await
+        .map_err(|_| "the helper thread panicked".to_owned())
+}
+
 /// The thread. Ends when the handle is dropped and the last job is done.
 #[derive(Debug)]
 pub(super) struct JobThread {

@@ -20,8 +20,10 @@ mod info;
 mod jobs;
 mod link;
 mod notify;
+mod origin;
 mod outgoing;
 mod ownership;
+mod route;
 mod run_control;
 
 use std::process::ExitCode;
@@ -38,6 +40,7 @@ use vmferry_transport::units::{PAGE_SIZE, Uuid};
 use vmferry_transport::wire::hello::BlockInfo;
 
 use crate::config::{Incoming as IncomingConfig, RunConfig};
+use crate::fds::FdStore;
 use crate::machine::disk::Disks;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::params::{MigrationCapabilities, MigrationParameters};
@@ -157,6 +160,8 @@ struct Engine {
     clock: Clock,
     jobs: JobThread,
     events: Events,
+    /// Descriptors that operators have passed in.
+    fds: FdStore,
     clients: broadcast::Sender<QmpEvent>,
     attempts: u64,
     outgoing: Option<Outgoing>,
@@ -204,6 +209,7 @@ impl Engine {
             clock: Clock::new(),
             jobs: JobThread::start().context("cannot start the job thread")?,
             events,
+            fds: FdStore::default(),
             clients,
             attempts: 0,
             outgoing: None,

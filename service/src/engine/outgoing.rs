@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vmferry_devices::notifier::Notifiers;
-use vmferry_transport::control::{Address, Stream, runtime};
+use vmferry_transport::control::{Stream, runtime};
 use vmferry_transport::data::{
     Backend, BackendChoice, BandwidthLimit, DataSender, RoundWork, SenderConfig, SenderEvent,
     SenderProgress, ZeroCopy,
@@ -28,6 +28,7 @@ use super::guest::StoppedGuest;
 use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
+use super::route::Route;
 use crate::machine::Machine;
 use crate::machine::disk::Disks;
 
@@ -58,7 +59,7 @@ pub(super) enum OutgoingAction {
 pub(super) struct Outgoing {
     attempt: u64,
     core: Source<StoppedGuest>,
-    address: Address,
+    route: Route,
     machine: Arc<dyn Machine>,
     clock: Clock,
     events: Events,
@@ -90,7 +91,7 @@ impl fmt::Debug for Outgoing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outgoing")
             .field("attempt", &self.attempt)
-            .field("address", &self.address)
+            .field("route", &self.route)
             .finish_non_exhaustive()
     }
 }
@@ -99,7 +100,7 @@ impl fmt::Debug for Outgoing {
 #[derive(Debug)]
 pub(super) struct OutgoingStart {
     pub(super) attempt: u64,
-    pub(super) address: Address,
+    pub(super) route: Route,
     pub(super) config: SourceConfig,
     pub(super) tuning: SourceTuning,
     pub(super) bandwidth: Arc<BandwidthLimit>,
@@ -116,7 +117,7 @@ impl Outgoing {
     ) -> Self {
         let OutgoingStart {
             attempt,
-            address,
+            route,
             config,
             tuning,
             bandwidth,
@@ -130,7 +131,7 @@ impl Outgoing {
         Self {
             attempt,
             core,
-            address,
+            route,
             machine,
             clock,
             events,
@@ -388,15 +389,15 @@ impl Outgoing {
     fn connect_control(&mut self) {
         self.connects += 1;
         let number = self.connects;
-        let (report, address, arrivals) =
-            (self.reporter(), self.address.clone(), self.arrivals.clone());
+        let (report, route, arrivals) =
+            (self.reporter(), self.route.clone(), self.arrivals.clone());
         runtime::spawn(async move {
-            report(match Stream::connect(&address).await {
+            report(match route.control().await {
                 Ok(stream) => {
                     arrivals.leave(number, stream, FrameBuffer::default());
                     SourceEvent::Connected(number)
                 }
-                Err(error) => SourceEvent::ConnectFailed(number, chain(&error)),
+                Err(error) => SourceEvent::ConnectFailed(number, error),
             });
         });
     }
@@ -416,9 +417,9 @@ impl Outgoing {
     }
 
     fn connect_data(&self, hellos: Vec<DataHello>) {
-        let (report, address, ram) = (
+        let (report, route, ram) = (
             self.reporter(),
-            self.address.clone(),
+            self.route.clone(),
             self.machine.ram().clone(),
         );
         let config = SenderConfig {
@@ -430,7 +431,7 @@ impl Outgoing {
         runtime::spawn(async move {
             let dials: Vec<_> = hellos
                 .into_iter()
-                .map(|hello| runtime::spawn(dial(address.clone(), hello)))
+                .map(|hello| runtime::spawn(dial(route.clone(), hello)))
                 .collect();
             let mut sockets = Vec::with_capacity(dials.len());
             for dial in dials {
@@ -550,10 +551,14 @@ impl Outgoing {
             // Nothing to wait for: the other end learns that this one is gone.
             None => drop(joined),
         }
+        let route = self.route.clone();
+        // What was given away stays there as long as nobody has taken it back.
+        let leave = self.core.in_doubt() || self.core.status() == MigrationStatus::Completed;
         runtime::spawn(async move {
             if let Some(control) = control {
                 control.close().await;
             }
+            route.close(leave).await;
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;
             report(SourceEvent::LinksClosed);
@@ -571,10 +576,8 @@ impl Outgoing {
     }
 }
 
-async fn dial(address: Address, hello: DataHello) -> Result<OwnedFd, String> {
-    let stream = Stream::connect(&address)
-        .await
-        .map_err(|error| chain(&error))?;
+async fn dial(route: Route, hello: DataHello) -> Result<OwnedFd, String> {
+    let stream = route.data().await?;
     let (written, _) = stream
         .write_all(SourceFrame::DataHello(hello).encode())
         .await;

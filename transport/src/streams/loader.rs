@@ -268,7 +268,7 @@ impl Peer {
     fn hear(&self) -> Result<TargetFrame, StreamFault> {
         loop {
             match self.frames.recv() {
-                Ok(TargetFrame::RoundPlaced(_)) => {}
+                Ok(TargetFrame::RoundPlaced(_) | TargetFrame::SwitchoverAck) => {}
                 Ok(TargetFrame::Abort(abort)) => return Err(StreamFault::Refused(abort.reason)),
                 Ok(frame) => return Ok(frame),
                 Err(_) => return Err(StreamFault::GivenUp),

@@ -378,6 +378,9 @@ impl Save<'_> {
         }
         self.blocks = hello.blocks.iter().map(|block| block.pages).collect();
         self.shared.say(&TargetFrame::DataReady);
+        if hello.switchover_ack {
+            self.shared.say(&TargetFrame::SwitchoverAck);
+        }
         let start = self.encoder.start(&hello);
         self.outlet.put(&start)
     }

@@ -195,6 +195,16 @@ impl Target {
         }
     }
 
+    /// The only place where a source could come from has none to give: no attempt will ever begin, or the one under way cannot go on.
+    pub fn handle_origin_failed(&mut self, now: Moment, error: TargetError) {
+        if self.phase == Phase::Listening {
+            self.set_status(TargetStatus::Setup);
+            self.begin_failing(now, error);
+        } else {
+            self.handle_data_failed(now, error);
+        }
+    }
+
     /// Memory is prepared and the data threads run.
     pub fn handle_prepared(&mut self, now: Moment) {
         self.end_job(TargetJob::Prepare);

@@ -21,6 +21,8 @@ fn hello() -> Hello {
             page_bytes: 4096,
         }],
         devices: Vec::new(),
+        uuid: None,
+        switchover_ack: false,
     }
 }
 

@@ -1,0 +1,90 @@
+//! Where an incoming migration comes from: whoever connects, or an archive.
+
+use std::os::fd::OwnedFd;
+
+use tokio::sync::mpsc;
+use vmferry_transport::control::{Address, ListenError, Listener};
+use vmferry_transport::streams::{ArchiveLoader, FdKind, Inlet, StreamError, fd_kind};
+
+use super::event::{Event, Events, TargetEvent};
+use super::jobs::off_thread;
+use super::outgoing::chain;
+use super::route::{fdset, no_target};
+use crate::fds::{Access, FdStore};
+
+/// No migration can come from there. The text names the address.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OriginError {
+    /// Not listening.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The file, pipe or command cannot be read.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The descriptor is not there or of no use.
+    #[error("{0}: {1}")]
+    Fd(Address, String),
+    /// The process is out of something.
+    #[error("{0}: {1}")]
+    Local(Address, String),
+}
+
+/// Where connections of an incoming migration come from.
+pub(super) enum Origin {
+    /// Anybody may connect.
+    Network(Listener),
+    /// A stand-in for the source, in this process.
+    Archive(ArchiveLoader, mpsc::UnboundedReceiver<OwnedFd>),
+}
+
+impl Origin {
+    /// Listens, or opens the archive and begins to read it.
+    ///
+    /// # Errors
+    /// When there is nothing to listen on or to read. What an archive holds is found out later.
+    pub(super) async fn open(
+        address: &Address,
+        fds: &mut FdStore,
+        events: &Events,
+    ) -> Result<Self, OriginError> {
+        let fd_error = |text: String| OriginError::Fd(address.clone(), text);
+        let name = address.to_string();
+        let inlet = match address {
+            Address::Exec { command } => Inlet::command(&name, command)?,
+            Address::File { path, offset } => {
+                let set = fdset(path).map_err(fd_error)?;
+                let opened = set.map(|set| fds.open(set, Access::Read)).transpose();
+                let opened = opened.map_err(|error| fd_error(chain(&error)))?;
+                let (path, offset) = (path.clone(), *offset);
+                off_thread("open", move || match opened {
+                    Some(fd) => Inlet::of_file(&name, fd, offset),
+                    None => Inlet::file(&name, &path, offset),
+                })
+                .await
+                .map_err(|text| OriginError::Local(address.clone(), text))??
+            }
+            Address::Fd { name: fd_name } => {
+                let fd = fds.take(fd_name).map_err(|error| fd_error(chain(&error)))?;
+                match fd_kind(&fd) {
+                    Ok(FdKind::Pipe) => Inlet::pipe(&name, fd)?,
+                    Ok(kind) => return Err(fd_error(no_target(kind).to_owned())),
+                    Err(error) => return Err(fd_error(error.to_string())),
+                }
+            }
+            _ => return Ok(Self::Network(Listener::bind(address).await?)),
+        };
+        let (given, connections) = mpsc::unbounded_channel();
+        let connect = move |socket| {
+            // Nobody takes it when the migration has ended; closing it tells the loader.
+            let _ = given.send(socket);
+        };
+        let events = events.clone();
+        let failed = move |error: StreamError| {
+            let text = format!("cannot load {error}");
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::SourceFailed(text)));
+        };
+        let loader = ArchiveLoader::start(inlet, Box::new(connect), Box::new(failed))?;
+        Ok(Self::Archive(loader, connections))
+    }
+}
