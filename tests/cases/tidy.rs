@@ -123,7 +123,6 @@ const KEPT_TO: &[(&str, &[&str])] = &[
     ("io-uring", &["vmferry-transport"]),
     ("tokio-uring", &["vmferry-transport", "vmferry"]),
     ("clap", &["vmferry", "vmferry-benches"]),
-    ("indicatif", &["vmferry"]),
     ("anyhow", &["vmferry", "vmferry-tests", "vmferry-benches"]),
 ];
 

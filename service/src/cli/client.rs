@@ -1,17 +1,20 @@
-//! A small blocking QMP client for the command line, for vmferry's sockets and QEMU's.
+//! A small QMP client for the command line, for vmferry's sockets and QEMU's.
 //!
-//! Every wait has a deadline. Events that arrive meanwhile are skipped: the command line asks for the state it wants to know.
+//! Every wait has a deadline, and [`QmpClient::poll`] waits as long as its caller likes. Events that arrive meanwhile are skipped:
+//! the command line asks for the state it wants to know.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::qmp::QmpError;
 use crate::qmp::schema::VersionInfo;
+use crate::qmp::{ErrorClass, QmpError};
 
 /// How long the other side may take for an answer. Every command answers at once; only hashing RAM takes its time.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
@@ -48,10 +51,22 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// No answer in time. A monitor of QEMU serves one client at a time; another one may be connected.
-    #[error("the VM at {} does not answer; is another client connected?", path.display())]
+    #[error(
+        "the VM at {} does not answer. Is another client connected? A monitor of QEMU serves one at a time; \
+         a second -qmp option gives it another",
+        path.display()
+    )]
     Silent {
         /// The socket.
         path: PathBuf,
+    },
+    /// The VM has no such command.
+    #[error("the monitor of this VM has no `{command}`: it is {vm}")]
+    Missing {
+        /// Which command.
+        command: String,
+        /// What answers, with its version.
+        vm: String,
     },
     /// The VM understood and refused.
     #[error("the VM refused `{command}`")]
@@ -72,7 +87,15 @@ impl ClientError {
             _ => None,
         }
     }
+
+    /// The VM answered, if only to say no: the connection is good.
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Missing { .. })
+    }
 }
+
+/// An answer, as the VM gave it.
+type Answer = Result<Value, QmpError>;
 
 /// A negotiated connection.
 #[derive(Debug)]
@@ -80,8 +103,13 @@ pub struct QmpClient {
     stream: UnixStream,
     path: PathBuf,
     version: VersionInfo,
+    out_of_band: bool,
     received: Vec<u8>,
     next_id: u64,
+    /// Commands under way, by id.
+    asked: BTreeMap<u64, String>,
+    /// Answers that came while another was waited for.
+    answered: BTreeMap<u64, Answer>,
 }
 
 impl QmpClient {
@@ -94,18 +122,35 @@ impl QmpClient {
             path: path.to_owned(),
             source,
         })?;
-        let version = VersionInfo::ours();
         let mut client = Self {
             stream,
             path: path.to_owned(),
-            version,
+            version: VersionInfo::ours(),
+            out_of_band: false,
             received: Vec::new(),
             next_id: 0,
+            asked: BTreeMap::new(),
+            answered: BTreeMap::new(),
         };
-        let greeting = client.message(Instant::now() + GREETING_DEADLINE)?;
+        let deadline = Instant::now() + GREETING_DEADLINE;
+        let greeting = loop {
+            match client.message(deadline.saturating_duration_since(Instant::now()))? {
+                Some(message) => break message,
+                None if Instant::now() < deadline => {}
+                None => return Err(client.silent()),
+            }
+        };
         client.version = serde_json::from_value(greeting["QMP"]["version"].clone())
             .map_err(|_| client.not_qmp("there was no greeting"))?;
-        client.execute("qmp_capabilities", json!({}))?;
+        let offered = greeting["QMP"]["capabilities"].as_array();
+        let out_of_band = offered.is_some_and(|all| all.contains(&json!("oob")));
+        let wanted = if out_of_band {
+            json!({ "enable": ["oob"] })
+        } else {
+            json!({})
+        };
+        client.execute("qmp_capabilities", wanted)?;
+        client.out_of_band = out_of_band;
         Ok(client)
     }
 
@@ -114,41 +159,107 @@ impl QmpClient {
         &self.version
     }
 
+    /// What the other side is, for people.
+    pub fn name(&self) -> String {
+        let VersionInfo { qemu, package } = &self.version;
+        if package.starts_with("vmferry") {
+            return package.clone();
+        }
+        format!("QEMU {}.{}.{}", qemu.major, qemu.minor, qemu.micro)
+    }
+
     /// Executes a command and waits for its answer.
     ///
     /// # Errors
     /// [`ClientError::Refused`] with the VM's reason, and everything that can happen to a connection.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        let id = self.send(command, arguments)?;
+        self.wait(id)
+    }
+
+    /// Executes a command that shall not wait for a main loop which is stuck, where the VM offers that.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn execute_out_of_band(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, ClientError> {
+        let how = if self.out_of_band {
+            "exec-oob"
+        } else {
+            "execute"
+        };
+        let id = self.send_as(how, command, arguments)?;
+        self.wait(id)
+    }
+
+    /// Sends a command without waiting; [`poll`](Self::poll) brings the answer.
+    ///
+    /// # Errors
+    /// The connection broke, or the VM takes nothing.
+    pub fn send(&mut self, command: &str, arguments: Value) -> Result<u64, ClientError> {
+        self.send_as("execute", command, arguments)
+    }
+
+    fn send_as(&mut self, how: &str, command: &str, arguments: Value) -> Result<u64, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
-        let line =
-            json!({ "execute": command, "arguments": arguments, "id": id }).to_string() + "\n";
-        let deadline = Instant::now() + ANSWER_DEADLINE;
+        let line = json!({ how: command, "arguments": arguments, "id": id }).to_string() + "\n";
         self.stream
             .set_write_timeout(Some(ANSWER_DEADLINE))
             .map_err(|error| self.broken(&error))?;
         self.stream
             .write_all(line.as_bytes())
             .map_err(|error| self.broken(&error))?;
+        self.asked.insert(id, command.to_owned());
+        Ok(id)
+    }
+
+    /// The answer to the command that was sent with `id`, if it comes within `patience`.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute), except that silence is none.
+    pub fn poll(&mut self, id: u64, patience: Duration) -> Result<Option<Value>, ClientError> {
+        let deadline = Instant::now() + patience;
         loop {
-            let mut message = self.message(deadline)?;
-            if message.get("event").is_some() {
-                continue;
+            if let Some(answer) = self.answered.remove(&id) {
+                let command = self.asked.remove(&id).unwrap_or_default();
+                return match answer {
+                    Ok(value) => Ok(Some(value)),
+                    Err(source) => Err(self.refused(command, source)),
+                };
             }
-            // QEMU leaves the id out when it could not even read the command.
-            if message.get("id").is_some_and(|theirs| *theirs != json!(id)) {
-                return Err(self.not_qmp("an answer to something else"));
-            }
-            if let Some(value) = message.get_mut("return") {
-                return Ok(value.take());
-            }
-            let source = serde_json::from_value(message["error"].take())
-                .unwrap_or_else(|_| QmpError::generic("it gave no reason"));
-            return Err(ClientError::Refused {
-                command: command.to_owned(),
-                source,
-            });
+            let Some(message) = self.message(deadline.saturating_duration_since(Instant::now()))?
+            else {
+                return Ok(None);
+            };
+            self.sort(message)?;
         }
+    }
+
+    /// Takes a message that came in; events are skipped.
+    fn sort(&mut self, mut message: Value) -> Result<(), ClientError> {
+        if message.get("event").is_some() {
+            return Ok(());
+        }
+        let id = match message.get("id") {
+            Some(theirs) => theirs.as_u64().filter(|id| self.asked.contains_key(id)),
+            // QEMU leaves the id out when it could not even read the command.
+            None => self.asked.keys().next().copied(),
+        };
+        let id = id.ok_or_else(|| self.not_qmp("an answer to something else"))?;
+        let answer = match message.get_mut("return") {
+            Some(value) => Ok(value.take()),
+            None => Err(reason(&message["error"])),
+        };
+        self.answered.insert(id, answer);
+        Ok(())
+    }
+
+    fn wait(&mut self, id: u64) -> Result<Value, ClientError> {
+        self.poll(id, ANSWER_DEADLINE)?.ok_or_else(|| self.silent())
     }
 
     /// Executes a command without arguments and reads its answer.
@@ -173,8 +284,9 @@ impl QmpClient {
             .map_err(|error| self.not_qmp(&format!("strange answer to `{command}`: {error}")))
     }
 
-    /// The next JSON text of the server: one line each.
-    fn message(&mut self, deadline: Instant) -> Result<Value, ClientError> {
+    /// The next JSON text of the server, one line each, if it comes within `patience`.
+    fn message(&mut self, patience: Duration) -> Result<Option<Value>, ClientError> {
+        let deadline = Instant::now() + patience;
         let mut searched = 0;
         loop {
             if let Some(at) = self.received[searched..]
@@ -182,30 +294,29 @@ impl QmpClient {
                 .position(|&byte| byte == b'\n')
             {
                 let line: Vec<u8> = self.received.drain(..=searched + at).collect();
+                searched = 0;
                 if line.trim_ascii().is_empty() {
-                    searched = 0;
                     continue;
                 }
                 return serde_json::from_slice(&line)
+                    .map(Some)
                     .map_err(|_| self.not_qmp("its answer is no JSON"));
             }
             searched = self.received.len();
             if searched > MESSAGE_BYTES_MAX {
                 return Err(self.not_qmp("an endless message"));
             }
-            self.receive(deadline)?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !self.receive(left)? {
+                return Ok(None);
+            }
         }
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<(), ClientError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ClientError::Silent {
-                path: self.path.clone(),
-            });
-        }
+    /// Whether something came within `patience`, which is not zero.
+    fn receive(&mut self, patience: Duration) -> Result<bool, ClientError> {
         self.stream
-            .set_read_timeout(Some(left))
+            .set_read_timeout(Some(patience))
             .map_err(|error| self.broken(&error))?;
         let mut buf = [0; 4096];
         match self.stream.read(&mut buf) {
@@ -214,18 +325,33 @@ impl QmpClient {
             }),
             Ok(count) => {
                 self.received.extend_from_slice(&buf[..count]);
-                Ok(())
+                Ok(true)
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => Err(self.broken(&error)),
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => Ok(true),
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Ok(false),
+                _ => Err(self.broken(&error)),
+            },
+        }
+    }
+
+    fn refused(&self, command: String, source: QmpError) -> ClientError {
+        if source.class == ErrorClass::CommandNotFound {
+            let vm = self.name();
+            return ClientError::Missing { command, vm };
+        }
+        ClientError::Refused { command, source }
+    }
+
+    fn silent(&self) -> ClientError {
+        ClientError::Silent {
+            path: self.path.clone(),
         }
     }
 
     fn broken(&self, error: &io::Error) -> ClientError {
         match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Silent {
-                path: self.path.clone(),
-            },
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.silent(),
             _ => ClientError::HungUp {
                 path: self.path.clone(),
             },
@@ -238,6 +364,13 @@ impl QmpClient {
             problem: problem.to_owned(),
         }
     }
+}
+
+/// The VM's reason; its class may be one that we do not know.
+fn reason(error: &Value) -> QmpError {
+    QmpError::deserialize(error).unwrap_or_else(|_| {
+        QmpError::generic(error["desc"].as_str().unwrap_or("it gave no reason"))
+    })
 }
 
 #[cfg(test)]
@@ -300,6 +433,38 @@ mod tests {
         let error = client.unwrap().execute("migrate", json!({})).unwrap_err();
         assert_eq!(error.to_string(), "the VM refused `migrate`");
         assert_eq!(error.refusal().unwrap().desc, "not now");
+    }
+
+    #[test]
+    fn a_command_that_is_missing_is_told_with_the_version_that_lacks_it() {
+        let (client, _dir) = client_of(&[
+            GREETING,
+            "{\"return\": {}, \"id\": 0}\r\n",
+            "{\"id\": 1, \"error\": {\"class\": \"CommandNotFound\", \"desc\": \"x-resolve?\"}}\r\n",
+        ]);
+        let error = client.unwrap().execute("x-resolve", json!({})).unwrap_err();
+        assert!(error.is_answer());
+        assert_eq!(
+            error.to_string(),
+            "the monitor of this VM has no `x-resolve`: it is QEMU 10.0.2"
+        );
+    }
+
+    #[test]
+    fn answers_may_come_late_and_while_another_is_waited_for() {
+        let (client, _dir) = client_of(&[
+            GREETING,
+            "{\"return\": {}, \"id\": 0}\r\n",
+            "{\"event\": \"STOP\"}\r\n",
+            "{\"return\": 5, \"id\": 1}\r\n{\"return\": 6, \"id\": 2}\r\n",
+        ]);
+        let mut client = client.unwrap();
+        let first = client.send("query-migrate", json!({})).unwrap();
+        assert_eq!(client.poll(first, Duration::ZERO).unwrap(), None);
+        assert_eq!(client.poll(first, Duration::from_millis(1)).unwrap(), None);
+        assert_eq!(client.execute("migrate_cancel", json!({})).unwrap(), 6);
+        let late = client.poll(first, Duration::ZERO).unwrap();
+        assert_eq!(late, Some(json!(5)));
     }
 
     #[test]

@@ -1,33 +1,42 @@
 //! `vmferry migrate`: starts a migration over QMP and follows it.
 
-use std::process::ExitCode;
-
-use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 use vmferry_transport::control::{Address, AddressError};
 
-use super::client::QmpClient;
+use super::client::{ClientError, QmpClient};
+use super::exit::Exit;
+use super::follow::{OnInterrupt, Options, Outcome, Show, follow, summary};
+use super::record::Record;
+use super::signals::Signals;
 use super::status::GuestStatus;
-use super::{QmpArgs, follow, output};
+use super::style::Colours;
+use super::{QmpArgs, output};
 use crate::migration::status::MigrationStatus;
-use crate::qmp::schema::MigrationInfo;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     vmferry migrate --qmp /tmp/source.qmp tcp:192.0.2.7:4444\n  \
-    vmferry migrate --qmp /tmp/source.qmp unix:/tmp/target.sock --streams 4 --json\n\n\
-    Exit status 0 means that the guest has moved. Ctrl-C stops following, not the\n\
-    migration; `vmferry cancel` stops that.")]
+    vmferry migrate --qmp /tmp/source.qmp unix:/tmp/target.sock --streams 4 --json\n  \
+    vmferry migrate --qmp /tmp/source.qmp tcp:192.0.2.7:4444 --detach\n\n\
+    Exit status: 0 the guest has moved, 1 it has not, 3 cancelled, 4 the VM stopped\n\
+    answering, so that the outcome is not known, 130 detached.\n\n\
+    Ctrl-C while following asks whether to cancel the migration or to detach and\n\
+    let it go on; a second Ctrl-C detaches. Where nobody can be asked (no terminal),\n\
+    SIGINT detaches, unless --on-interrupt says otherwise; SIGTERM and SIGHUP always\n\
+    do. Losing its watcher never changes what happens to a VM.")]
 pub(super) struct MigrateArgs {
     #[command(flatten)]
     vm: QmpArgs,
-    /// Where the target waits: tcp:HOST:PORT or unix:PATH
+    /// Where the target waits, such as tcp:HOST:PORT or unix:PATH
     #[arg(value_name = "ADDR", value_parser = parse_address)]
     address: Address,
     /// Data connections, 1 to 255 [default: as set in the VM, 2 at first]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     streams: Option<u8>,
+    /// Follow it to the end, which is what happens without any option too
+    #[arg(long)]
+    watch: bool,
     /// Print the final record as JSON instead of a summary
     #[arg(long)]
     json: bool,
@@ -35,36 +44,89 @@ pub(super) struct MigrateArgs {
     #[arg(long)]
     quiet: bool,
     /// Return as soon as the migration has begun
-    #[arg(long, conflicts_with = "json")]
+    #[arg(long, conflicts_with_all = ["watch", "quiet", "on_interrupt"])]
     detach: bool,
+    /// What Ctrl-C does
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = OnInterrupt::Ask)]
+    on_interrupt: OnInterrupt,
 }
 
 impl MigrateArgs {
-    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+    pub(super) fn execute(self) -> anyhow::Result<Exit> {
         let mut client = QmpClient::connect(&self.vm.qmp)?;
+        // From here on a signal must not end us between the start and the first look.
+        let signals = Signals::take()?;
         if let Some(streams) = self.streams {
             set_streams(&mut client, streams)?;
         }
         client.execute("migrate", json!({ "uri": self.address }))?;
         if self.detach {
-            return Ok(ExitCode::SUCCESS);
-        }
-        let mut display = follow::display(self.quiet);
-        let (record, info) = follow::wait_for_end(&mut client, display.as_mut(), &|| false)
-            .context("lost sight of the migration")?;
-        if self.json {
-            output::line(format_args!("{record:#}"))?;
-        } else if !self.quiet {
-            for line in follow::summary(&info) {
-                output::line(format_args!("{line}"))?;
+            if self.json {
+                let record: serde_json::Value = client.query("query-migrate")?;
+                output::line(format_args!("{record:#}"))?;
             }
+            return Ok(Exit::Done);
         }
-        if info.status == Some(MigrationStatus::Completed) {
-            return Ok(ExitCode::SUCCESS);
+        let options = Options {
+            qmp: self.vm.qmp.clone(),
+            show: if self.quiet {
+                Show::Nothing
+            } else {
+                Show::Progress
+            },
+            on_interrupt: self.on_interrupt,
+            look_around: false,
+        };
+        let record = match follow(&mut client, &signals, &options) {
+            Ok(Outcome::Ended(record)) => record,
+            Ok(Outcome::Detached(signal)) => {
+                self.say_detached();
+                return Ok(Exit::Detached(signal));
+            }
+            Err(error) => return Ok(lost(&error)),
+        };
+        if self.json {
+            output::line(format_args!("{:#}", record.json()))?;
         }
-        explain(&info, client.query("query-status").ok());
-        Ok(ExitCode::FAILURE)
+        if self.json || self.quiet {
+            let outcome = record.status();
+            if outcome == MigrationStatus::Cancelled {
+                output::message(&format!("migration {outcome}"));
+            }
+            explain(&record, client.query("query-status").ok());
+            return Ok(Exit::of(outcome));
+        }
+        conclude(&record, &mut client)
     }
+
+    fn say_detached(&self) {
+        let qmp = self.vm.qmp.display();
+        output::message(&format!(
+            "detached; the migration goes on. See `vmferry status --watch --qmp {qmp}` and `vmferry cancel --qmp {qmp}`"
+        ));
+    }
+}
+
+/// Says how a migration ended, and what became of the guest.
+pub(super) fn conclude(record: &Record, client: &mut QmpClient) -> anyhow::Result<Exit> {
+    for line in summary(record, Colours::of_stdout()) {
+        output::line(format_args!("{line}"))?;
+    }
+    explain(record, client.query("query-status").ok());
+    Ok(Exit::of(record.status()))
+}
+
+/// Says that the VM cannot be asked any more, and what that means.
+pub(super) fn lost(error: &ClientError) -> Exit {
+    output::message(&format!(
+        "lost sight of the migration: {}",
+        output::chain(error)
+    ));
+    output::message(
+        "how it ends is not known here: its process may have died, or only its monitor. Before starting the guest anywhere, ask \
+         the other side (`vmferry status`); if the target runs it, it has moved",
+    );
+    Exit::Lost
 }
 
 /// Several data connections need the capability `multifd` in QEMU; vmferry takes it as a matter of course.
@@ -79,20 +141,26 @@ pub(super) fn set_streams(client: &mut QmpClient, streams: u8) -> anyhow::Result
 }
 
 /// Why it did not work, and how the guest is.
-fn explain(info: &MigrationInfo, status: Option<GuestStatus>) {
-    let outcome = info.status.unwrap_or_default();
-    match &info.error_desc {
-        Some(reason) => output::note(format_args!("vmferry: migration {outcome}: {reason}")),
-        None => output::note(format_args!("vmferry: migration {outcome}")),
+fn explain(record: &Record, status: Option<GuestStatus>) {
+    match (record.status(), record.error()) {
+        (MigrationStatus::Completed, _) => return,
+        // Whoever did that knows why.
+        (MigrationStatus::Cancelled, _) => {}
+        (outcome, Some(reason)) => output::message(&format!("migration {outcome}: {reason}")),
+        (outcome, None) => output::message(&format!(
+            "migration {outcome}; this VM gives no reason, its log may"
+        )),
     }
-    let guest = match status {
+    let incoming = record.total_ms().is_none() && !record.listening().is_empty();
+    output::message(match status {
+        Some(_) if incoming => "the guest has not arrived; it is where it was",
         Some(status) if status.running => "the guest goes on running at the source",
         Some(_) => "the guest is stopped at the source",
         None => "the source does not answer any more",
-    };
-    output::note(format_args!("vmferry: {guest}"));
+    });
 }
 
-fn parse_address(text: &str) -> Result<Address, String> {
+/// An address on the command line.
+pub(super) fn parse_address(text: &str) -> Result<Address, String> {
     text.parse().map_err(|error: AddressError| error.reason)
 }

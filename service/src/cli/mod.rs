@@ -4,16 +4,21 @@
 //! Errors go to standard error as one line with their causes; the exit status is 0 only if what was asked for has happened.
 
 pub mod client;
+mod control;
 mod demo;
+mod exit;
 mod follow;
 mod image;
 mod migrate;
 mod output;
+mod record;
 mod run;
+mod settings;
+mod signals;
 pub mod size;
 mod status;
+mod style;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,8 +39,12 @@ use tracing_subscriber::EnvFilter;
         vmferry migrate --qmp /tmp/source.qmp tcp:127.0.0.1:4444\n\n\
         ADDR is tcp:HOST:PORT (an IPv6 address in brackets) or unix:PATH.\n\
         SIZE is a whole number with K, M, G or T (binary), like 512M.\n\
+        Everything but `run` and `demo` works on QEMU's QMP sockets too.\n\n\
+        Exit status: 0 done, 1 failed, 2 wrong command line, 3 migration cancelled,\n\
+        4 the VM stopped answering while it was followed (the outcome is not known),\n\
+        129, 130 or 143 following was ended by SIGHUP, Ctrl-C or SIGTERM (the migration goes on).\n\n\
         Environment: VMFERRY_LOG sets the log level (error, warn, info, debug, trace),\n\
-        VMFERRY_NO_URING=1 does without io_uring."
+        VMFERRY_NO_URING=1 does without io_uring, NO_COLOR=1 without colours."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -51,7 +60,21 @@ enum Command {
     /// Show how a VM and its migration are doing
     Status(status::StatusArgs),
     /// Cancel a migration; the guest goes on at the source
-    Cancel(status::CancelArgs),
+    Cancel(control::CancelArgs),
+    /// Go on with a migration that waits before its switchover
+    Continue(control::ContinueArgs),
+    /// Pause a post-copy migration, so that it can be recovered over another link
+    Pause(control::PauseArgs),
+    /// Shut the connections of a migration that hangs
+    Yank(control::YankArgs),
+    /// Decide which side has the guest when a link was lost at the commit
+    Resolve(control::ResolveArgs),
+    /// Have a VM wait for a guest
+    Incoming(control::IncomingArgs),
+    /// Show or set migration parameters
+    Set(settings::SetArgs),
+    /// Show or switch migration capabilities
+    Capabilities(settings::CapabilitiesArgs),
     /// Migrate a running VM between two processes of this machine, and check the result
     Demo(demo::DemoArgs),
     /// Write the built-in guest as an ELF file that other VMMs can boot
@@ -73,13 +96,13 @@ pub fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(style::Colours::of_stderr().on())
         .init();
     match cli.execute() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("vmferry: {error:#}");
-            ExitCode::FAILURE
+            output::message(&format!("{error:#}"));
+            exit::Exit::Failed.code()
         }
     }
 }
@@ -90,14 +113,22 @@ impl Cli {
     /// # Errors
     /// What went wrong, with its causes; to be shown to the user.
     pub fn execute(self) -> anyhow::Result<ExitCode> {
-        match self.command {
-            Command::Run(args) => args.execute(),
+        let exit = match self.command {
+            Command::Run(args) => return args.execute(),
+            Command::Demo(args) => return args.execute(),
+            Command::WorkloadImage(args) => return args.execute(),
             Command::Migrate(args) => args.execute(),
             Command::Status(args) => args.execute(),
             Command::Cancel(args) => args.execute(),
-            Command::Demo(args) => args.execute(),
-            Command::WorkloadImage(args) => args.execute(),
-        }
+            Command::Continue(args) => args.execute(),
+            Command::Pause(args) => args.execute(),
+            Command::Yank(args) => args.execute(),
+            Command::Resolve(args) => args.execute(),
+            Command::Incoming(args) => args.execute(),
+            Command::Set(args) => args.execute(),
+            Command::Capabilities(args) => args.execute(),
+        };
+        Ok(exit?.code())
     }
 }
 

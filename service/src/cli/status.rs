@@ -1,97 +1,137 @@
-//! `vmferry status` and `vmferry cancel`.
+//! `vmferry status`: how a VM and its migration are doing, once or all the time.
 
 use std::fmt;
-use std::process::ExitCode;
+use std::path::Path;
 
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{ClientError, QmpClient};
+use super::exit::Exit;
+use super::follow::{OnInterrupt, Options, Outcome, Show, follow};
+use super::record::Record;
+use super::signals::Signals;
 use super::size::{Size, duration, rate};
-use super::{QmpArgs, follow, output};
+use super::style::{Colours, Tone, clean};
+use super::{QmpArgs, migrate, output};
 use crate::migration::status::MigrationStatus;
-use crate::qmp::schema::{MigrationInfo, RamInfo, WorkloadInfo};
+use crate::qmp::schema::WorkloadInfo;
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  vmferry status --qmp /tmp/source.qmp")]
+#[command(
+    after_help = "Examples:\n  vmferry status --qmp /tmp/source.qmp\n  vmferry status --qmp /tmp/target.qmp --watch\n\n\
+    --watch follows the migration that is under way, or waits for the first one,\n\
+    and ends as `migrate` does, with the same exit status; if the last migration\n\
+    is over already, at once. Ctrl-C ends the watching and nothing else (130)."
+)]
 pub(super) struct StatusArgs {
     #[command(flatten)]
     vm: QmpArgs,
-    /// Print one JSON object instead
+    /// Keep showing it until the migration is over
+    #[arg(long)]
+    watch: bool,
+    /// Print JSON: one object, or with --watch one per line
     #[arg(long)]
     json: bool,
 }
 
 impl StatusArgs {
-    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+    pub(super) fn execute(self) -> anyhow::Result<Exit> {
         let mut client = QmpClient::connect(&self.vm.qmp)?;
-        let status: Value = client.query("query-status")?;
-        let migration: Value = client.query("query-migrate")?;
-        let workload = optional(client.query("x-query-workload"))?;
+        if self.watch {
+            return self.follow(&mut client);
+        }
+        let mut about = About {
+            status: client.query("query-status")?,
+            ..About::default()
+        };
+        let migration = Record::new(client.query("query-migrate")?);
+        match client.query("x-query-workload") {
+            Ok(workload) => about.workload = Some(workload),
+            Err(ClientError::Missing { .. }) => about.no_workload = true,
+            // Without a guest there is nothing to tell.
+            Err(ClientError::Refused { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         if self.json {
             let all = json!({
                 "version": client.version(),
-                "status": status,
-                "migration": migration,
-                "workload": workload,
+                "status": about.status,
+                "migration": migration.json(),
+                "workload": about.workload,
             });
             output::line(format_args!("{all:#}"))?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(Exit::Done);
         }
-        output::line(format_args!(
-            "{} at {}",
-            client.version().package.trim(),
-            self.vm.qmp.display()
-        ))?;
-        output::line(format_args!(
-            "  guest      {}",
-            client.parse::<GuestStatus>("query-status", &status)?
-        ))?;
-        let workload: Option<WorkloadInfo> = workload.map(serde_json::from_value).transpose()?;
-        if let Some(workload) = workload {
-            output::line(format_args!("  workload   {}", workload_line(&workload)))?;
+        for line in about.lines(&client.name(), &self.vm.qmp) {
+            output::line(format_args!("{line}"))?;
         }
-        for line in migration_lines(&serde_json::from_value(migration)?) {
+        for line in migration_lines(&migration, Colours::of_stdout()) {
             output::line(format_args!("  migration  {line}"))?;
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(Exit::Done)
+    }
+
+    fn follow(&self, client: &mut QmpClient) -> anyhow::Result<Exit> {
+        let signals = Signals::take()?;
+        let options = Options {
+            qmp: self.vm.qmp.clone(),
+            show: if self.json {
+                Show::Json
+            } else {
+                Show::Progress
+            },
+            // Who only looks on is not asked.
+            on_interrupt: OnInterrupt::Detach,
+            look_around: true,
+        };
+        match follow(client, &signals, &options) {
+            Ok(Outcome::Ended(record)) if self.json => Ok(Exit::of(record.status())),
+            Ok(Outcome::Ended(record)) => migrate::conclude(&record, client),
+            Ok(Outcome::Detached(signal)) => Ok(Exit::Detached(signal)),
+            Err(error) => Ok(migrate::lost(&error)),
+        }
     }
 }
 
-#[derive(Args, Debug)]
-#[command(after_help = "Example:\n  vmferry cancel --qmp /tmp/source.qmp\n\n\
-    Succeeds if there is nothing to cancel. After the commit a migration cannot\n\
-    be cancelled any more.")]
-pub(super) struct CancelArgs {
-    #[command(flatten)]
-    vm: QmpArgs,
+/// The VM apart from its migration.
+#[derive(Clone, Debug, Default)]
+pub(super) struct About {
+    /// Answer to `query-status`.
+    pub(super) status: Value,
+    /// Answer to `x-query-workload`.
+    pub(super) workload: Option<Value>,
+    /// The monitor has no such command.
+    pub(super) no_workload: bool,
 }
 
-impl CancelArgs {
-    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
-        let mut client = QmpClient::connect(&self.vm.qmp)?;
-        let before: MigrationInfo = client.query("query-migrate")?;
-        if before.status.is_none_or(MigrationStatus::is_idle) {
-            output::line(format_args!("there is no migration under way"))?;
-            return Ok(ExitCode::SUCCESS);
+impl About {
+    /// For people.
+    pub(super) fn lines(&self, name: &str, qmp: &Path) -> Vec<String> {
+        let guest = GuestStatus::deserialize(&self.status);
+        let mut lines = vec![
+            format!("{} at {}", clean(name), qmp.display()),
+            format!("  guest      {}", guest.unwrap_or_default()),
+        ];
+        let workload = self.workload.as_ref().map(WorkloadInfo::deserialize);
+        if let Some(Ok(workload)) = workload {
+            lines.push(format!("  workload   {}", workload_line(&workload)));
+        } else if self.no_workload {
+            lines.push("  workload   not told (no x-query-workload here)".to_owned());
         }
-        client.execute("migrate_cancel", json!({}))?;
-        let (_, info) = follow::wait_for_end(&mut client, &mut follow::Quiet, &|| false)?;
-        let outcome = info.status.unwrap_or_default();
-        output::line(format_args!("{outcome}"))?;
-        // It may have been faster.
-        let too_late = outcome == MigrationStatus::Completed;
-        Ok(if too_late {
-            ExitCode::FAILURE
-        } else {
-            ExitCode::SUCCESS
-        })
+        lines
+    }
+
+    /// For programs.
+    pub(super) fn json(&self) -> Value {
+        json!({ "status": self.status, "workload": self.workload })
     }
 }
 
 /// `query-status` of any VM, whatever states it has.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 pub(super) struct GuestStatus {
     /// Whether vCPUs run.
     pub(super) running: bool,
@@ -100,21 +140,12 @@ pub(super) struct GuestStatus {
 
 impl fmt::Display for GuestStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.status)?;
+        f.write_str(&clean(&self.status))?;
         if self.running {
             Ok(())
         } else {
             f.write_str(" (stopped)")
         }
-    }
-}
-
-/// `None` if the VM has no such command, or nothing to say to it.
-fn optional(answer: Result<Value, ClientError>) -> Result<Option<Value>, ClientError> {
-    match answer {
-        Ok(value) => Ok(Some(value)),
-        Err(ClientError::Refused { .. }) => Ok(None),
-        Err(error) => Err(error),
     }
 }
 
@@ -132,95 +163,105 @@ fn workload_line(workload: &WorkloadInfo) -> String {
     line
 }
 
-fn migration_lines(info: &MigrationInfo) -> Vec<String> {
-    let Some(status) = info.status else {
-        let listening = info
-            .socket_address
-            .iter()
-            .flatten()
-            .filter_map(|a| a.to_address().ok());
-        let lines: Vec<_> = listening
-            .map(|address| format!("waiting for one at {address}"))
-            .collect();
-        return if lines.is_empty() {
-            vec!["none so far".to_owned()]
-        } else {
-            lines
+fn migration_lines(record: &Record, colours: Colours) -> Vec<String> {
+    let status = record.status();
+    let mut lines = Vec::new();
+    if status == MigrationStatus::None && record.listening().is_empty() {
+        lines.push("none so far".to_owned());
+    } else if status != MigrationStatus::None {
+        let tone = match status {
+            MigrationStatus::Completed => Tone::Good,
+            MigrationStatus::Failed | MigrationStatus::Failing => Tone::Bad,
+            _ => Tone::Attention,
         };
-    };
-    let mut lines = vec![status.to_string()];
-    if let Some(ram) = info.ram {
-        lines.push(ram_line(status, ram, info.total_time));
+        lines.push(colours.paint(tone, &record.status_name()));
     }
-    if let Some(blackout) = &info.x_blackout {
+    if matches!(status, MigrationStatus::None | MigrationStatus::Setup) {
+        let listening = record.listening().into_iter();
+        lines.extend(listening.map(|address| format!("waiting for one at {address}")));
+    }
+    lines.extend(ram_line(record));
+    if let Some(blackout) = record.blackout() {
         lines.push(format!("blackout {}", duration(blackout.total_us)));
+    } else if let Some(ms) = record.downtime_ms() {
+        lines.push(format!("blackout {ms} ms"));
     }
-    lines.extend(info.error_desc.clone());
-    lines.extend(
-        info.blocked_reasons
-            .iter()
-            .flatten()
-            .map(|reason| format!("blocked: {reason}")),
-    );
+    if let Some(percent) = record.throttle() {
+        lines.push(format!("guest throttled {percent}%"));
+    }
+    lines.extend(record.error());
+    let blocked = record.blocked().into_iter();
+    lines.extend(blocked.map(|reason| format!("blocked: {reason}")));
     lines
 }
 
-fn ram_line(status: MigrationStatus, ram: RamInfo, total_ms: Option<u64>) -> String {
-    let moved = Size(ram.transferred);
-    match total_ms.map(|ms| ms.saturating_mul(1000)) {
+fn ram_line(record: &Record) -> Option<String> {
+    let bytes = record.ram("transferred")?;
+    let moved = Size(bytes);
+    Some(match record.total_ms().map(|ms| ms.saturating_mul(1000)) {
         // The target of a migration does not count time.
         None => format!("{moved} received"),
-        Some(us) if status.is_end() => {
-            format!(
-                "{moved} sent in {}, {}/s",
-                duration(us),
-                rate(ram.transferred, us)
-            )
+        Some(us) if record.status().is_end() => {
+            let rate = rate(bytes, us);
+            format!("{moved} sent in {}, {rate}/s", duration(us))
         }
         Some(_) => format!(
             "{moved} sent, {} left, {}/s dirtied",
-            Size(ram.remaining),
-            Size(ram.dirty_pages_rate.saturating_mul(ram.page_size))
+            Size(record.ram("remaining").unwrap_or(0)),
+            Size(record.dirtied().unwrap_or(0))
         ),
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn lines(answer: Value) -> Vec<String> {
+        migration_lines(&Record::new(answer), Colours::none())
+    }
+
     #[test]
     fn nothing_so_far_is_said_in_words() {
-        assert_eq!(migration_lines(&MigrationInfo::default()), ["none so far"]);
-        let waiting: MigrationInfo = serde_json::from_value(json!({
-            "socket-address": [{"type": "inet", "host": "::1", "port": "4444"}]
-        }))
-        .unwrap();
+        assert_eq!(lines(json!({})), ["none so far"]);
+        let address = json!([{"type": "inet", "host": "::1", "port": "4444"}]);
         assert_eq!(
-            migration_lines(&waiting),
+            lines(json!({"socket-address": address.clone()})),
             ["waiting for one at tcp:[::1]:4444"]
+        );
+        assert_eq!(
+            lines(json!({"status": "setup", "socket-address": address})),
+            ["setup", "waiting for one at tcp:[::1]:4444"]
         );
     }
 
     #[test]
     fn a_failure_shows_its_reason() {
-        let info = MigrationInfo {
-            status: Some(MigrationStatus::Failed),
-            ram: Some(RamInfo {
-                transferred: 1 << 20,
-                ..Default::default()
-            }),
-            error_desc: Some("the target has less memory".into()),
-            total_time: Some(500),
-            ..Default::default()
+        let found = lines(json!({
+            "status": "failed", "ram": {"transferred": 1 << 20}, "total-time": 500,
+            "error-desc": "the target has less memory", "blocked-reasons": ["a device"]
+        }));
+        let expected = [
+            "failed",
+            "1 MiB sent in 500 ms, 2 MiB/s",
+            "the target has less memory",
+            "blocked: a device",
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn what_a_monitor_lacks_is_said() {
+        let about = About {
+            status: json!({"running": true, "status": "running"}),
+            no_workload: true,
+            ..About::default()
         };
-        assert_eq!(
-            migration_lines(&info),
-            [
-                "failed",
-                "1 MiB sent in 500 ms, 2 MiB/s",
-                "the target has less memory"
-            ]
-        );
+        let expected = [
+            "QEMU 10.0.2 at /q",
+            "  guest      running",
+            "  workload   not told (no x-query-workload here)",
+        ];
+        assert_eq!(about.lines("QEMU 10.0.2", Path::new("/q")), expected);
     }
 }

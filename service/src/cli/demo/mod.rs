@@ -5,8 +5,6 @@ mod process;
 mod report;
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,10 +14,12 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmferry_transport::control::Address;
 
+use super::follow::{OnInterrupt, Options, Outcome, Show, follow};
 use super::migrate::set_streams;
+use super::output;
 use super::run::{MachineArgs, working_set_default};
+use super::signals::Signals;
 use super::size::{DirtyRate, Size};
-use super::{follow, output};
 use crate::migration::status::MigrationStatus;
 use crate::qmp::schema::{KvmInfo, MigrationInfo, StatusInfo, WorkloadInfo};
 use process::VmProcess;
@@ -78,7 +78,8 @@ enum Via {
 
 impl DemoArgs {
     pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
-        let interrupted = watch_for_interrupt()?;
+        // Every exit goes through the clean-up.
+        let signals = Signals::take()?;
         let dir = tempfile::Builder::new()
             .prefix("vmferry-demo-")
             .tempdir()
@@ -86,7 +87,7 @@ impl DemoArgs {
         let demo = Demo {
             args: &self,
             dir: &dir,
-            interrupted: &interrupted,
+            signals: &signals,
         };
         let report = demo.run()?;
         if self.json {
@@ -106,42 +107,10 @@ impl DemoArgs {
     }
 }
 
-/// Set by Ctrl-C, SIGTERM or SIGHUP, so that every exit goes through the clean-up.
-fn watch_for_interrupt() -> anyhow::Result<Arc<AtomicBool>> {
-    use tokio::signal::unix::{SignalKind, signal};
-
-    let flag = Arc::new(AtomicBool::new(false));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let (mut interrupt, mut terminate, mut hangup) = {
-        let _entered = runtime.enter();
-        (
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::hangup())?,
-        )
-    };
-    let set = Arc::clone(&flag);
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            runtime.block_on(async {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                    _ = hangup.recv() => {}
-                }
-            });
-            set.store(true, Ordering::Relaxed);
-        })?;
-    Ok(flag)
-}
-
 struct Demo<'a> {
     args: &'a DemoArgs,
     dir: &'a TempDir,
-    interrupted: &'a AtomicBool,
+    signals: &'a Signals,
 }
 
 impl Demo<'_> {
@@ -260,18 +229,27 @@ impl Demo<'_> {
         let workload = client.execute("x-query-workload", json!({ "reset": true }))?;
         let workload: WorkloadInfo = client.parse("x-query-workload", &workload)?;
         client.execute("migrate", json!({ "uri": address }))?;
-        let mut display = follow::display(self.args.quiet);
-        let interrupted = || self.interrupted.load(Ordering::Relaxed);
-        let (_, info) = follow::wait_for_end(client, display.as_mut(), &interrupted)?;
-        self.check_interrupt()?;
-        match info.status {
-            Some(MigrationStatus::Completed) => Ok(workload.passes),
+        let options = Options {
+            qmp: self.dir.path().join("source.qmp"),
+            show: if self.args.quiet {
+                Show::Nothing
+            } else {
+                Show::Progress
+            },
+            on_interrupt: OnInterrupt::Detach,
+            look_around: false,
+        };
+        let record = match follow(client, self.signals, &options)? {
+            Outcome::Ended(record) => record,
+            Outcome::Detached(_) => bail!("interrupted"),
+        };
+        match record.status() {
+            MigrationStatus::Completed => Ok(workload.passes),
             status => {
-                let status = status.unwrap_or_default();
+                let reason = record.error();
                 bail!(
                     "the migration {status}: {}",
-                    info.error_desc
-                        .unwrap_or_else(|| "no reason given".to_owned())
+                    reason.unwrap_or_else(|| "no reason given".to_owned())
                 )
             }
         }
@@ -301,7 +279,7 @@ impl Demo<'_> {
     }
 
     fn check_interrupt(&self) -> anyhow::Result<()> {
-        anyhow::ensure!(!self.interrupted.load(Ordering::Relaxed), "interrupted");
+        anyhow::ensure!(!self.signals.asked_to_end(), "interrupted");
         Ok(())
     }
 
