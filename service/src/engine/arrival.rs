@@ -54,6 +54,7 @@ impl Engine {
                 self.guest = Guest::Running;
                 self.set_runstate(RunState::Running);
                 self.emit(QmpEvent::resume());
+                self.primaries.guest_arrived();
                 TargetEvent::StartedWith(Ok(resume_us))
             }
             TargetEvent::Started(Err(ResumeError { proof, source })) => {
@@ -113,6 +114,7 @@ impl Engine {
                 .core_mut()
                 .handle_guest_started(self.clock.now(), 0);
             self.set_runstate(RunState::Paused);
+            self.primaries.guest_arrived();
             return;
         }
         match std::mem::replace(&mut self.guest, Guest::Away) {

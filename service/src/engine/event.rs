@@ -52,6 +52,8 @@ pub(super) enum Event {
     Source(u64, SourceEvent),
     /// Of the incoming migration.
     Target(TargetEvent),
+    /// The guest was asked to let go of the failover primary with this id.
+    Unplugging(String),
     /// A stop that an operator asked for is done.
     Stopped(Result<StoppedGuest, MachineError>),
     /// A resume that an operator asked for is done.

@@ -19,6 +19,7 @@ mod incoming;
 mod info;
 mod jobs;
 mod link;
+mod listeners;
 mod notify;
 mod origin;
 mod outgoing;
@@ -42,6 +43,7 @@ use vmferry_transport::wire::hello::BlockInfo;
 use crate::config::{Incoming as IncomingConfig, RunConfig};
 use crate::fds::FdStore;
 use crate::machine::disk::Disks;
+use crate::machine::failover::Primaries;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::params::{MigrationCapabilities, MigrationParameters};
 use crate::qmp::schema::RunState;
@@ -156,6 +158,7 @@ struct Engine {
     capabilities: MigrationCapabilities,
     bandwidth: Arc<BandwidthLimit>,
     notifiers: Notifiers,
+    primaries: Primaries,
     uuid: Option<Uuid>,
     clock: Clock,
     jobs: JobThread,
@@ -190,6 +193,8 @@ impl Engine {
         let proof = machine
             .pause()
             .context("cannot take the proof that the guest is stopped")?;
+        let (notifiers, primaries) = listeners::register(config, machine.as_ref(), &events)
+            .context("cannot tell others of migrations")?;
         Ok(Self {
             name: config.name.clone(),
             machine,
@@ -204,7 +209,8 @@ impl Engine {
             bandwidth: Arc::new(BandwidthLimit::new(parameters.max_bandwidth_bytes_per_sec)),
             parameters,
             capabilities: MigrationCapabilities::default(),
-            notifiers: Notifiers::new(),
+            notifiers,
+            primaries,
             uuid: config.uuid,
             clock: Clock::new(),
             jobs: JobThread::start().context("cannot start the job thread")?,
@@ -287,6 +293,10 @@ impl Engine {
             Event::Machine(event) => self.machine_event(event),
             Event::Source(attempt, event) => self.source_event(attempt, event),
             Event::Target(event) => self.target_event(event),
+            Event::Unplugging(id) => self.emit(QmpEvent::now(
+                "UNPLUG_PRIMARY",
+                serde_json::json!({ "device-id": id }),
+            )),
             Event::Stopped(result) => self.stopped(result),
             Event::Resumed(result) => self.resumed(result),
             Event::Terminate => self.end(0, ShutdownReason::HostSignal),

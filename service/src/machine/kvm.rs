@@ -27,12 +27,12 @@ use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
-    ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmVcpu, MemorySlots, VcpuProfile,
+    ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmNotifier, KvmVcpu, MemorySlots, VcpuProfile,
     install_kick_handler, restore_clock, save_clock, tell_paused, vcpu_name,
 };
 use vmferry_devices::saved::{decode, encode};
 use vmferry_devices::vmm_writes::VmmWriteLog;
-use vmferry_devices::{Device, DeviceError};
+use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
@@ -348,6 +348,11 @@ impl Machine for KvmMachine {
             .restore(serial)?;
         self.guest_is(workload);
         Ok(())
+    }
+
+    fn notifier(&self) -> Option<Box<dyn Notifier>> {
+        // It has a clock and no interrupt controllers: the guest polls.
+        Some(Box::new(KvmNotifier::new(self.vm.clone(), false, false)))
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {

@@ -16,7 +16,7 @@ pub mod workload;
 
 use std::fmt;
 
-use vmferry_devices::DeviceError;
+use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
@@ -220,6 +220,9 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// The machine is then half-loaded and must not run; loading again may repair it.
     fn load(&self, stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError>;
+
+    /// What of this machine itself must hear of migrations, if anything must.
+    fn notifier(&self) -> Option<Box<dyn Notifier>>;
 
     /// What the workload says of itself, read from guest memory; `None` if another guest runs, or none is loaded yet.
     fn workload_stats(&self) -> Option<WorkloadStats>;

@@ -24,7 +24,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmferry_devices::saved::{decode, encode, schema_of};
 use vmferry_devices::soft::PagemapLog;
 use vmferry_devices::vmm_writes::VmmWriteLog;
-use vmferry_devices::{Device, DeviceError};
+use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
@@ -251,6 +251,10 @@ impl Machine for SoftMachine {
         }
         self.guest_loaded.store(true, Ordering::Release);
         Ok(())
+    }
+
+    fn notifier(&self) -> Option<Box<dyn Notifier>> {
+        None
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {

@@ -1,0 +1,47 @@
+//! Who hears of this machine's migrations: the machine itself, the servers that the operator named, and its failover primaries.
+
+use vmferry_devices::DeviceError;
+use vmferry_devices::notifier::{Mode, Modes, Notifiers, Priority};
+
+use super::event::{Event, Events};
+use crate::config::RunConfig;
+use crate::machine::failover::Primaries;
+use crate::machine::{Machine, MachineError};
+
+/// Registers everybody. A guest that is asked to let go of a primary becomes [`Event::Unplugging`].
+///
+/// # Errors
+/// What the configuration says that cannot be.
+pub(super) fn register(
+    config: &RunConfig,
+    machine: &dyn Machine,
+    events: &Events,
+) -> Result<(Notifiers, Primaries), RegisterError> {
+    let notifiers = Notifiers::new();
+    if let Some(notifier) = machine.notifier() {
+        notifiers.register(Modes::ALL, Priority::CHECK, notifier);
+    }
+    for server in &config.notify {
+        notifiers.register(Modes::ALL, Priority::SERVER, server.notifier()?);
+    }
+    let primaries = Primaries::new(&config.failover_primaries, config.incoming.is_some())?;
+    let events = events.clone();
+    let unplugging = move |id: &str| {
+        // The engine ends only with the process.
+        let _ = events.send(Event::Unplugging(id.to_owned()));
+    };
+    for notifier in primaries.notifiers(unplugging) {
+        notifiers.register(Mode::Normal, Priority::GUEST, Box::new(notifier));
+    }
+    Ok((notifiers, primaries))
+}
+
+/// Why somebody could not be registered.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(super) enum RegisterError {
+    /// A primary.
+    Machine(#[from] MachineError),
+    /// A server.
+    Device(#[from] DeviceError),
+}
