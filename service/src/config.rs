@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use vmferry_transport::control::Address;
+use vmferry_transport::limits::Deadlines;
 use vmferry_transport::units::Uuid;
 
 pub use crate::machine::AccelChoice;
@@ -47,6 +48,8 @@ pub struct RunConfig {
     pub paused: bool,
     /// Wait for a guest instead of starting one.
     pub incoming: Option<Incoming>,
+    /// How long a migration waits for what.
+    pub deadlines: Deadlines,
 }
 
 impl RunConfig {

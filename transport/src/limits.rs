@@ -54,3 +54,56 @@ pub const LINGER_US: u64 = 60_000_000;
 
 const _: () = assert!(KEEPALIVE_US * 3 < STALL_US);
 const _: () = assert!(RESOLVE_DEADLINE_US < LINGER_US);
+
+/// Every deadline of a migration. Both sides should have the same ones, or a side takes the other's pauses for silence.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Deadlines {
+    /// [`HELLO_DEADLINE_US`].
+    pub hello_us: u64,
+    /// [`CONNECT_DEADLINE_US`].
+    pub connect_us: u64,
+    /// [`STALL_US`].
+    pub stall_us: u64,
+    /// [`KEEPALIVE_US`].
+    pub keepalive_us: u64,
+    /// [`READY_DEADLINE_US`].
+    pub ready_us: u64,
+    /// [`RUNNING_DEADLINE_US`].
+    pub running_us: u64,
+    /// [`RESOLVE_RETRY_US`].
+    pub resolve_retry_us: u64,
+    /// [`RESOLVE_DEADLINE_US`].
+    pub resolve_us: u64,
+    /// [`UNPLUG_DEADLINE_US`].
+    pub unplug_us: u64,
+    /// [`LINGER_US`].
+    pub linger_us: u64,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self::scaled(100)
+    }
+}
+
+impl Deadlines {
+    /// All of them multiplied by `percent` / 100, so that they keep their proportions.
+    #[must_use]
+    pub const fn scaled(percent: u32) -> Self {
+        const fn scale(micros: u64, percent: u32) -> u64 {
+            micros.saturating_mul(percent as u64) / 100
+        }
+        Self {
+            hello_us: scale(HELLO_DEADLINE_US, percent),
+            connect_us: scale(CONNECT_DEADLINE_US, percent),
+            stall_us: scale(STALL_US, percent),
+            keepalive_us: scale(KEEPALIVE_US, percent),
+            ready_us: scale(READY_DEADLINE_US, percent),
+            running_us: scale(RUNNING_DEADLINE_US, percent),
+            resolve_retry_us: scale(RESOLVE_RETRY_US, percent),
+            resolve_us: scale(RESOLVE_DEADLINE_US, percent),
+            unplug_us: scale(UNPLUG_DEADLINE_US, percent),
+            linger_us: scale(LINGER_US, percent),
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use vmferry_transport::control::{Address, AddressError};
+use vmferry_transport::limits::Deadlines;
 
 use super::size::{DirtyRate, Size};
 use vmferry_transport::units::Uuid;
@@ -62,6 +63,10 @@ pub(super) struct RunArgs {
     /// End when the process with this number, which must be the parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     end_with_parent: Option<u32>,
+    /// Multiply every deadline of a migration, in percent; the same on both sides. For tests, and for links that need more time
+    #[arg(long = "x-deadline-scale", value_name = "PERCENT", default_value_t = 100, hide = true,
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    deadline_scale: u32,
 }
 
 /// The machine; shared with `demo`.
@@ -160,6 +165,7 @@ impl RunArgs {
             qmp: self.qmp,
             paused: self.paused,
             incoming: self.incoming,
+            deadlines: Deadlines::scaled(self.deadline_scale),
         };
         config.check().context("the machine cannot be built so")?;
         Ok(config)

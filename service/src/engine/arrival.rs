@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::Address;
-use vmferry_transport::limits::LINGER_US;
 use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
@@ -34,6 +33,7 @@ impl Engine {
             devices: self.machine.schemas(),
             software: software(),
             uuid: self.uuid,
+            deadlines: self.deadlines,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
         let origin = Origin::open(address, &mut self.fds, &events).await?;
@@ -134,7 +134,7 @@ impl Engine {
         eprintln!("vmferry: incoming migration failed: {error}");
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
-        let at = linger.then(|| Instant::now() + Duration::from_micros(LINGER_US));
+        let at = linger.then(|| Instant::now() + Duration::from_micros(self.deadlines.linger_us));
         if self.ending.is_none() {
             self.ending = Some(Ending {
                 code: INCOMING_FAILED_CODE,

@@ -107,6 +107,7 @@ impl Engine {
                 uuid: self.uuid.filter(|_| self.capabilities.validate_uuid),
                 switchover_ack: self.capabilities.switchover_ack,
                 pause_before_switchover: self.capabilities.pause_before_switchover,
+                deadlines: self.deadlines,
             },
             tuning: self.tuning(),
             bandwidth: Arc::clone(&self.bandwidth),

@@ -14,7 +14,6 @@ use vmferry_transport::data::{
     Backend, BackendChoice, DataError, DataReceiver, ReceiverConfig, ReceiverEvent,
     ReceiverProgress,
 };
-use vmferry_transport::limits::HELLO_DEADLINE_US;
 use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
@@ -107,15 +106,16 @@ impl Incoming {
         events: Events,
     ) -> Self {
         let arrivals = Arrivals::default();
+        let hello = Duration::from_micros(config.deadlines.hello_us);
         let (local, acceptor, loader) = match origin {
             Origin::Network(listener) => {
                 let local = listener.local_address().clone();
-                let accept = accept(listener, events.clone(), arrivals.clone());
+                let accept = accept(listener, hello, events.clone(), arrivals.clone());
                 (local, runtime::spawn(accept), None)
             }
             Origin::Archive(loader, sockets) => {
                 let name = address.to_string();
-                let accept = accept_given(sockets, name, events.clone(), arrivals.clone());
+                let accept = accept_given(sockets, name, hello, events.clone(), arrivals.clone());
                 (address.clone(), runtime::spawn(accept), Some(loader))
             }
         };
@@ -523,7 +523,7 @@ async fn close(peer: Peer) {
 
 /// Takes connections in for as long as the listener lives. Each says its first frame on a task of its own, so that a silent one delays
 /// nobody.
-async fn accept(listener: Listener, events: Events, arrivals: Arrivals) {
+async fn accept(listener: Listener, hello_deadline: Duration, events: Events, arrivals: Arrivals) {
     let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
     for number in 0.. {
         let Ok(place) = Arc::clone(&strangers).acquire_owned().await else {
@@ -543,7 +543,7 @@ async fn accept(listener: Listener, events: Events, arrivals: Arrivals) {
         };
         let (events, arrivals) = (events.clone(), arrivals.clone());
         runtime::spawn(async move {
-            introduce(Connection(number), stream, events, arrivals).await;
+            introduce(Connection(number), stream, hello_deadline, events, arrivals).await;
             drop(place);
         });
     }
@@ -553,6 +553,7 @@ async fn accept(listener: Listener, events: Events, arrivals: Arrivals) {
 async fn accept_given(
     mut sockets: mpsc::UnboundedReceiver<OwnedFd>,
     name: String,
+    hello_deadline: Duration,
     events: Events,
     arrivals: Arrivals,
 ) {
@@ -561,7 +562,13 @@ async fn accept_given(
         match Stream::from_socket(socket, name.clone()) {
             Ok(stream) => {
                 let (events, arrivals) = (events.clone(), arrivals.clone());
-                runtime::spawn(introduce(Connection(number), stream, events, arrivals));
+                runtime::spawn(introduce(
+                    Connection(number),
+                    stream,
+                    hello_deadline,
+                    events,
+                    arrivals,
+                ));
                 number += 1;
             }
             // Closed by that, which its other end sees.
@@ -571,11 +578,17 @@ async fn accept_given(
 }
 
 /// Reads the first frame under a deadline. The read itself is never cancelled: the deadline shuts the stream down, which ends it.
-async fn introduce(connection: Connection, stream: Stream, events: Events, arrivals: Arrivals) {
+async fn introduce(
+    connection: Connection,
+    stream: Stream,
+    hello_deadline: Duration,
+    events: Events,
+    arrivals: Arrivals,
+) {
     let stream = std::rc::Rc::new(stream);
     let watched = std::rc::Rc::downgrade(&stream);
     let deadline = runtime::spawn(async move {
-        tokio::time::sleep(Duration::from_micros(HELLO_DEADLINE_US)).await;
+        tokio::time::sleep(hello_deadline).await;
         if let Some(stream) = watched.upgrade() {
             stream.shutdown();
         }

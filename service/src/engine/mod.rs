@@ -37,6 +37,7 @@ use tokio::time::Instant as TokioInstant;
 use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Listener, runtime};
 use vmferry_transport::data::BandwidthLimit;
+use vmferry_transport::limits::Deadlines;
 use vmferry_transport::units::{PAGE_SIZE, Uuid};
 use vmferry_transport::wire::hello::BlockInfo;
 
@@ -160,6 +161,7 @@ struct Engine {
     notifiers: Notifiers,
     primaries: Primaries,
     uuid: Option<Uuid>,
+    deadlines: Deadlines,
     clock: Clock,
     jobs: JobThread,
     events: Events,
@@ -212,6 +214,7 @@ impl Engine {
             notifiers,
             primaries,
             uuid: config.uuid,
+            deadlines: config.deadlines,
             clock: Clock::new(),
             jobs: JobThread::start().context("cannot start the job thread")?,
             events,

@@ -25,6 +25,7 @@ mod target_host;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
+use vmferry_transport::limits::Deadlines;
 use vmferry_transport::proto::{
     Source, SourceConfig, SourceTuning, Target, TargetConfig, ThrottleTuning,
 };
@@ -260,6 +261,7 @@ impl World {
             uuid: self.rng.chance(300).then_some(Uuid([7; 16])),
             switchover_ack: self.rng.chance(300),
             pause_before_switchover: self.rng.chance(200),
+            deadlines: Deadlines::default(),
         };
         let limit = self.rng.pick(&[300_000, 300_000, 20_000]);
         let tuning = SourceTuning {
@@ -642,6 +644,7 @@ fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetConfig {
         devices: devices.to_vec(),
         software: "simulated target".to_owned(),
         uuid: Some(Uuid([7; 16])),
+        deadlines: Deadlines::default(),
     }
 }
 
@@ -676,5 +679,6 @@ fn no_config() -> SourceConfig {
         uuid: None,
         switchover_ack: false,
         pause_before_switchover: false,
+        deadlines: Deadlines::default(),
     }
 }

@@ -1,5 +1,6 @@
 //! The source core against a hostile target.
 
+use vmferry_transport::limits::Deadlines;
 use vmferry_transport::proto::{
     FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction,
     SourceConfig, SourceJob,
@@ -55,6 +56,7 @@ pub fn fuzz_source(seed: u64) -> Depth {
         uuid: None,
         switchover_ack: rng.chance(300),
         pause_before_switchover: rng.chance(200),
+        deadlines: Deadlines::default(),
     };
     let mut run = SourceUnderFire {
         core: Source::new(config, tuning(1_000_000_000_000)),

@@ -1,6 +1,7 @@
 //! The target core against hostile sources.
 
 use bytes::Bytes;
+use vmferry_transport::limits::Deadlines;
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
@@ -47,6 +48,7 @@ pub fn fuzz_target(seed: u64) -> Depth {
         devices: knows.devices.clone(),
         software: "victim".to_owned(),
         uuid: None,
+        deadlines: Deadlines::default(),
     };
     let mut run = TargetUnderFire {
         core: Target::new(config),

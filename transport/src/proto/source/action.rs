@@ -1,5 +1,6 @@
 //! What goes into the source core and what comes out of it: configuration, actions, jobs, outcomes.
 
+use crate::limits::Deadlines;
 use crate::proto::status::MigrationStatus;
 use crate::proto::throttle::ThrottleTuning;
 use crate::units::{MigrationId, PageCount, RoundId, Uuid};
@@ -32,6 +33,8 @@ pub struct SourceConfig {
     pub switchover_ack: bool,
     /// Wait for the operator once the guest is stopped, before anything of it is handed over.
     pub pause_before_switchover: bool,
+    /// How long to wait for what.
+    pub deadlines: Deadlines,
 }
 
 /// What the operator may change while the migration runs.

@@ -5,7 +5,6 @@ use std::fmt;
 use super::Source;
 use super::action::{Outcome, Reason, SourceAction, SourceJob};
 use super::state::State;
-use crate::limits::RESOLVE_DEADLINE_US;
 use crate::proto::status::MigrationStatus;
 use crate::units::Moment;
 use crate::wire::frame::{Resolution, SourceFrame};
@@ -34,7 +33,7 @@ impl<P: fmt::Debug> Source<P> {
                 mut told,
                 asked: _,
             } => {
-                if !told && now.micros_since(since) >= RESOLVE_DEADLINE_US {
+                if !told && now.micros_since(since) >= self.config.deadlines.resolve_us {
                     told = true;
                     self.actions.push_back(SourceAction::Unresolved);
                 }

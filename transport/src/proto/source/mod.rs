@@ -50,10 +50,6 @@ pub use self::stats::{BlackoutParts, SourceStats};
 use super::estimate::{Decision, Estimate};
 use super::status::MigrationStatus;
 use super::throttle::Throttle;
-use crate::limits::{
-    CONNECT_DEADLINE_US, HELLO_DEADLINE_US, KEEPALIVE_US, READY_DEADLINE_US, RESOLVE_RETRY_US,
-    RUNNING_DEADLINE_US, STALL_US, UNPLUG_DEADLINE_US,
-};
 use crate::units::{MigrationId, Moment, PageCount};
 use crate::wire::frame::{Resolution, SourceFrame, TargetFrame};
 
@@ -163,8 +159,10 @@ impl<P: fmt::Debug> Source<P> {
         let deadline = self.deadline().map(|(at, _)| at);
         let keepalive = self
             .control_open
-            .then(|| self.said_at.plus_micros(KEEPALIVE_US));
-        let silence = self.listens().then(|| self.heard_at.plus_micros(STALL_US));
+            .then(|| self.said_at.plus_micros(self.config.deadlines.keepalive_us));
+        let silence = self
+            .listens()
+            .then(|| self.heard_at.plus_micros(self.config.deadlines.stall_us));
         [deadline, self.unplug_deadline(), keepalive, silence]
             .into_iter()
             .flatten()
@@ -595,16 +593,16 @@ impl<P: fmt::Debug> Source<P> {
             setup: Setup::Waiting { device, since },
             ..
         } = &self.state
-            && now.micros_since(*since) >= UNPLUG_DEADLINE_US
+            && now.micros_since(*since) >= self.config.deadlines.unplug_us
         {
-            let after_s = UNPLUG_DEADLINE_US / 1_000_000;
+            let after_s = self.config.deadlines.unplug_us / 1_000_000;
             let text = format!("the guest did not let go of device {device:?} within {after_s} s");
             self.fail(now, Reason::Local(text));
         }
-        if self.listens() && now >= self.heard_at.plus_micros(STALL_US) {
+        if self.listens() && now >= self.heard_at.plus_micros(self.config.deadlines.stall_us) {
             let reason = Reason::Deadline {
                 what: "give a sign of life",
-                after_s: STALL_US / 1_000_000,
+                after_s: self.config.deadlines.stall_us / 1_000_000,
             };
             if self.state.in_doubt() {
                 self.lose_link(now, "the target is silent");
@@ -612,7 +610,8 @@ impl<P: fmt::Debug> Source<P> {
                 self.fail(now, reason);
             }
         }
-        if self.control_open && now >= self.said_at.plus_micros(KEEPALIVE_US) {
+        if self.control_open && now >= self.said_at.plus_micros(self.config.deadlines.keepalive_us)
+        {
             self.send(now, SourceFrame::Keepalive);
         }
     }
@@ -620,23 +619,26 @@ impl<P: fmt::Debug> Source<P> {
     /// What is waited for from the peer, until when.
     fn deadline(&self) -> Option<(Moment, &'static str)> {
         let (micros, what) = match &self.state {
-            State::Connecting => (CONNECT_DEADLINE_US, "accept the connection"),
-            State::AwaitReply => (HELLO_DEADLINE_US, "answer the hello"),
+            State::Connecting => (self.config.deadlines.connect_us, "accept the connection"),
+            State::AwaitReply => (self.config.deadlines.hello_us, "answer the hello"),
             State::Preparing { data_ready, .. }
                 if !data_ready || self.jobs.has(SourceJob::ConnectData) =>
             {
-                (CONNECT_DEADLINE_US, "accept all data connections")
+                (
+                    self.config.deadlines.connect_us,
+                    "accept all data connections",
+                )
             }
             State::Sending { .. } | State::LastRound { sent: false, .. } => {
-                (STALL_US, "take any page")
+                (self.config.deadlines.stall_us, "take any page")
             }
-            State::AwaitReady { .. } => (READY_DEADLINE_US, "get ready"),
-            State::AwaitRunning { .. } => (RUNNING_DEADLINE_US, "start the guest"),
+            State::AwaitReady { .. } => (self.config.deadlines.ready_us, "get ready"),
+            State::AwaitRunning { .. } => (self.config.deadlines.running_us, "start the guest"),
             State::Resolving { .. } if self.jobs.has(SourceJob::CloseLinks) => return None,
             State::Resolving { asked: false, .. } if !self.jobs.has(SourceJob::ConnectControl) => {
-                (RESOLVE_RETRY_US, "answer")
+                (self.config.deadlines.resolve_retry_us, "answer")
             }
-            State::Resolving { .. } => (HELLO_DEADLINE_US, "answer"),
+            State::Resolving { .. } => (self.config.deadlines.hello_us, "answer"),
             _ => return None,
         };
         Some((self.moved_at.plus_micros(micros), what))
@@ -647,7 +649,7 @@ impl<P: fmt::Debug> Source<P> {
             State::Preparing {
                 setup: Setup::Waiting { since, .. },
                 ..
-            } => Some(since.plus_micros(UNPLUG_DEADLINE_US)),
+            } => Some(since.plus_micros(self.config.deadlines.unplug_us)),
             _ => None,
         }
     }

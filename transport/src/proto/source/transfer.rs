@@ -25,6 +25,7 @@ impl<P: fmt::Debug> Source<P> {
             uuid,
             switchover_ack,
             pause_before_switchover: _,
+            deadlines: _,
         } = self.config.clone();
         Hello {
             versions: VersionRange::OURS,

@@ -1,5 +1,6 @@
 //! What goes into the target core and what comes out of it: configuration, actions, jobs, errors.
 
+use crate::limits::Deadlines;
 use crate::units::Uuid;
 use crate::wire::frame::{Abort, AbortCode, TargetFrame, Verification};
 use crate::wire::hello::BlockInfo;
@@ -20,6 +21,8 @@ pub struct TargetConfig {
     pub software: String,
     /// The VM's UUID, if a source that sends one is to have the same.
     pub uuid: Option<Uuid>,
+    /// How long to wait for what.
+    pub deadlines: Deadlines,
 }
 
 /// Status of an incoming migration; the names are QEMU's.

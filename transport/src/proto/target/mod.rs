@@ -29,7 +29,6 @@ pub use self::action::{
     Connection, Loaded, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
 use self::state::{Attempt, Phase};
-use crate::limits::{CONNECT_DEADLINE_US, KEEPALIVE_US, STALL_US};
 use crate::units::{MigrationId, Moment, RoundId};
 use crate::wire::frame::{AbortCode, Ready, Resolution, SourceFrame, TargetFrame};
 
@@ -102,15 +101,17 @@ impl Target {
     /// When [`handle_timeout`](Self::handle_timeout) must be called at the latest.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Moment> {
-        let joining = (self.phase == Phase::AwaitData)
-            .then(|| self.entered_at.plus_micros(CONNECT_DEADLINE_US));
+        let joining = (self.phase == Phase::AwaitData).then(|| {
+            self.entered_at
+                .plus_micros(self.config.deadlines.connect_us)
+        });
         let silence = self
             .phase
             .before_commit()
-            .then(|| self.heard_at.plus_micros(STALL_US));
+            .then(|| self.heard_at.plus_micros(self.config.deadlines.stall_us));
         let keepalive = self
             .keeps_alive()
-            .then(|| self.said_at.plus_micros(KEEPALIVE_US));
+            .then(|| self.said_at.plus_micros(self.config.deadlines.keepalive_us));
         [joining, silence, keepalive].into_iter().flatten().min()
     }
 
@@ -331,7 +332,11 @@ impl Target {
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Moment) {
-        if self.phase == Phase::AwaitData && now >= self.entered_at.plus_micros(CONNECT_DEADLINE_US)
+        if self.phase == Phase::AwaitData
+            && now
+                >= self
+                    .entered_at
+                    .plus_micros(self.config.deadlines.connect_us)
         {
             let joined = self
                 .attempt
@@ -341,18 +346,21 @@ impl Target {
                 joined.iter().filter(|joined| **joined).count(),
                 joined.len(),
             );
-            let after_s = CONNECT_DEADLINE_US / 1_000_000;
+            let after_s = self.config.deadlines.connect_us / 1_000_000;
             let text = format!("only {came} of {all} data connections arrived within {after_s} s");
             self.fail(now, TargetError::Protocol(text));
         }
-        if self.phase.before_commit() && now >= self.heard_at.plus_micros(STALL_US) {
+        if self.phase.before_commit()
+            && now >= self.heard_at.plus_micros(self.config.deadlines.stall_us)
+        {
             let text = format!(
                 "the source gave no sign of life for {} s",
-                STALL_US / 1_000_000
+                self.config.deadlines.stall_us / 1_000_000
             );
             self.fail(now, TargetError::Link(text));
         }
-        if self.keeps_alive() && now >= self.said_at.plus_micros(KEEPALIVE_US) {
+        if self.keeps_alive() && now >= self.said_at.plus_micros(self.config.deadlines.keepalive_us)
+        {
             self.send_control(now, TargetFrame::Keepalive);
         }
     }

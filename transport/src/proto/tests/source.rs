@@ -22,6 +22,7 @@ fn config() -> SourceConfig {
         uuid: None,
         switchover_ack: false,
         pause_before_switchover: false,
+        deadlines: Deadlines::default(),
     }
 }
 
@@ -416,6 +417,19 @@ fn an_outcome_that_cannot_be_learnt_is_left_to_the_operator() {
     );
     assert!(source.handle_operator_resolution(now, Resolution::NotCommitted));
     assert!(clean_up(&mut source).0);
+}
+
+#[test]
+fn deadlines_are_those_of_the_configuration() {
+    let config = SourceConfig {
+        deadlines: Deadlines::scaled(10),
+        ..config()
+    };
+    let mut source = source_at(config, At::Reply);
+    source.handle_timeout(NOW.plus_micros(HELLO_DEADLINE_US / 10 - 1));
+    assert_eq!(source.status(), MigrationStatus::Setup);
+    source.handle_timeout(NOW.plus_micros(HELLO_DEADLINE_US / 10));
+    assert_eq!(source.status(), MigrationStatus::Failing);
 }
 
 #[test]

@@ -35,6 +35,7 @@ fn listening() -> Target {
         devices: devices(),
         software: "t".to_owned(),
         uuid: None,
+        deadlines: Deadlines::default(),
     })
 }
 
@@ -607,6 +608,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
         devices: devices(),
         software: "t".to_owned(),
         uuid: Some(Uuid([1; 16])),
+        deadlines: Deadlines::default(),
     });
     let other = Hello {
         uuid: Some(Uuid([2; 16])),
@@ -623,6 +625,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
             devices: devices(),
             software: "t".to_owned(),
             uuid: Some(Uuid([1; 16])),
+            deadlines: Deadlines::default(),
         });
         target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello));
         assert_eq!(target.status(), TargetStatus::Setup);
