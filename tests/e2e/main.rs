@@ -43,6 +43,7 @@ mod flow; // the main job over every transport
 mod kill; // I1, I3: either side is killed at any moment
 mod memory; // a target without memory
 mod network; // two network namespaces, as two hosts
+mod ownership; // I1, I3, I7: disks have one owner, and those who were told hear the end
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
 mod sparse;
 mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in // memory that the guest never touched stays out of both processes
