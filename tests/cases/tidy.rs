@@ -20,6 +20,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "message buffers that are guest pages, lent to the kernel by address",
     ),
     (
+        "transport/src/memory/ram.rs",
+        "vouches for the addresses of vm-memory's mappings",
+    ),
+    (
         "transport/src/memory/zero.rs",
         "volatile access to guest pages",
     ),

@@ -1,5 +1,10 @@
 //! The VM's RAM as a list of named blocks, each one shared mapping of a file (usually a memfd).
 
+#![expect(
+    unsafe_code,
+    reason = "vouches for the addresses of vm-memory's mappings"
+)]
+
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
@@ -13,7 +18,12 @@ use crate::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
 /// What the data path needs to know of a mapping: where it lies, and that it stays there while we hold it.
 ///
 /// Implemented for vm-memory's mmap regions. A VMM with another kind of region implements it for its own type.
-pub trait HostMapping: Send + Sync {
+///
+/// # Safety
+/// The data path reads and writes the mapping by address, and lends it to the kernel. An implementation vouches that as long as the
+/// value lives, [`host_address`](Self::host_address) returns the same address, and the [`len`](Self::len) bytes there are mapped,
+/// readable and writable, and never accessed through Rust references.
+pub unsafe trait HostMapping: Send + Sync {
     /// Address of the first byte in this process. Valid for [`len`](Self::len) bytes as long as `self` lives.
     fn host_address(&self) -> *mut u8;
     /// Length in bytes.
@@ -26,7 +36,8 @@ pub trait HostMapping: Send + Sync {
     fn file_offset(&self) -> Option<&FileOffset>;
 }
 
-impl<B: Bitmap + Send + Sync> HostMapping for GuestRegionMmap<B> {
+// SAFETY: a region owns its mmap until it is dropped and never moves it; vm-memory accesses it through volatile pointers only.
+unsafe impl<B: Bitmap + Send + Sync> HostMapping for GuestRegionMmap<B> {
     fn host_address(&self) -> *mut u8 {
         // An mmap region always knows the address of its first byte; null would be a bug of the region type.
         self.get_host_address(MemoryRegionAddress(0))

@@ -150,6 +150,66 @@ mod tests {
         }
     }
 
+    /// The table once more, as the reference on QEMU tells it, by the other end: what each status may come from. `failing` and `cancelling`
+    /// are left out of post-copy once the target runs; `wait-unplug` has no way back.
+    fn may_come_from(to: S) -> &'static [S] {
+        match to {
+            S::None | S::Colo => &[],
+            S::Setup => &[S::None, S::Completed, S::Failed, S::Cancelled],
+            S::WaitUnplug => &[S::Setup],
+            S::Active => &[S::Setup, S::WaitUnplug],
+            S::PreSwitchover => &[S::Active],
+            S::Device => &[S::Active, S::PreSwitchover],
+            S::PostcopyDevice => &[S::Device],
+            S::PostcopyActive => &[S::PostcopyDevice, S::PostcopyRecover],
+            S::PostcopyPaused => &[
+                S::PostcopyActive,
+                S::PostcopyRecoverSetup,
+                S::PostcopyRecover,
+            ],
+            S::PostcopyRecoverSetup => &[S::PostcopyPaused],
+            S::PostcopyRecover => &[S::PostcopyRecoverSetup],
+            S::Completed => &[S::Device, S::PostcopyDevice, S::PostcopyActive],
+            S::Failing => &[
+                S::Setup,
+                S::WaitUnplug,
+                S::Active,
+                S::PreSwitchover,
+                S::Device,
+                S::PostcopyDevice,
+            ],
+            S::Failed => &[S::Failing],
+            S::Cancelling => &[
+                S::Setup,
+                S::WaitUnplug,
+                S::Active,
+                S::PreSwitchover,
+                S::Device,
+            ],
+            S::Cancelled => &[S::Cancelling],
+        }
+    }
+
+    #[test]
+    fn every_pair_of_statuses_is_legal_or_impossible_as_the_reference_says() {
+        for from in S::ALL {
+            for to in S::ALL {
+                let legal = may_come_from(to).contains(&from);
+                assert_eq!(from.may_become(to), legal, "{from} to {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_status_but_the_reserved_one_is_reached_and_has_a_name_of_its_own() {
+        let names: std::collections::BTreeSet<_> = S::ALL.into_iter().map(S::name).collect();
+        assert_eq!(names.len(), S::ALL.len());
+        for to in S::ALL {
+            let reached = S::ALL.into_iter().any(|from| from.may_become(to));
+            assert_eq!(reached, !matches!(to, S::None | S::Colo), "{to}");
+        }
+    }
+
     #[test]
     fn every_status_that_is_not_idle_can_end() {
         for from in S::ALL

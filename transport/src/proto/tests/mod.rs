@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 mod source;
+mod switchover;
 mod target;
 
 use super::*;

@@ -2,14 +2,14 @@
 
 use super::*;
 
-fn reply() -> TargetFrame {
+pub(super) fn reply() -> TargetFrame {
     TargetFrame::HelloReply(HelloReply {
         version: 1,
         software: "t".to_owned(),
     })
 }
 
-fn config() -> SourceConfig {
+pub(super) fn config() -> SourceConfig {
     SourceConfig {
         migration_id: ID,
         data_connections: 2,
@@ -38,19 +38,19 @@ fn new_source(config: SourceConfig) -> Source<Proof> {
 }
 
 /// Debug text of all actions: enough to see what is asked for, and short to compare.
-fn actions(source: &mut Source<Proof>) -> Vec<String> {
+pub(super) fn actions(source: &mut Source<Proof>) -> Vec<String> {
     std::iter::from_fn(|| source.poll_action())
         .map(|action| format!("{action:?}"))
         .collect()
 }
 
-fn asks_for(actions: &[String], what: &str) -> bool {
+pub(super) fn asks_for(actions: &[String], what: &str) -> bool {
     actions.iter().any(|action| action.starts_with(what))
 }
 
 /// How far an attempt has come.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-enum At {
+pub(super) enum At {
     Reply,
     Preparing,
     Sending,
@@ -63,7 +63,7 @@ enum At {
 }
 
 /// An attempt that has come so far, and that has been told so.
-fn source_at(config: SourceConfig, at: At) -> Source<Proof> {
+pub(super) fn source_at(config: SourceConfig, at: At) -> Source<Proof> {
     type Step = (&'static str, fn(&mut Source<Proof>));
     let steps: [Step; 9] = [
         ("SendControl(Hello", |source| {
@@ -130,7 +130,7 @@ fn before_commit() -> [(At, Source<Proof>); 7] {
 }
 
 /// Ends what is under way and pays all debts; says whether the guest was resumed, and what the end was.
-fn clean_up(source: &mut Source<Proof>) -> (bool, String) {
+pub(super) fn clean_up(source: &mut Source<Proof>) -> (bool, String) {
     let mut resumed = false;
     for _ in 0..10 {
         while let Some(action) = source.poll_action() {
@@ -499,221 +499,4 @@ fn reports_of_jobs_that_links_closing_has_ended_are_dropped() {
     source.handle_job_failed(NOW, SourceJob::Round, "late");
     assert_eq!(source.status(), MigrationStatus::Failing);
     assert_eq!(actions(&mut source), [""; 0]);
-}
-
-/// An attempt that waits for a device that the guest has to let go of; everything else is prepared.
-fn waiting_for_unplug() -> Source<Proof> {
-    let mut source = source_at(config(), At::Preparing);
-    source.handle_data_connected(NOW);
-    source.handle_frame(NOW, TargetFrame::DataReady);
-    source.handle_setup_told(NOW, Some("net0".to_owned()));
-    assert_eq!(source.status(), MigrationStatus::WaitUnplug);
-    let asked = actions(&mut source);
-    assert!(asks_for(&asked, "WatchUnplug") && !asks_for(&asked, "StartLog"));
-    source
-}
-
-#[test]
-fn the_log_starts_when_the_guest_has_let_go_of_its_devices() {
-    let mut source = waiting_for_unplug();
-    source.handle_unplugged(NOW);
-    assert!(asks_for(&actions(&mut source), "StartLog"));
-    source.handle_unplugged(NOW);
-    assert!(actions(&mut source).is_empty());
-    source.handle_log_started(NOW, FirstRound::default());
-    assert_eq!(source.status(), MigrationStatus::Active);
-}
-
-#[test]
-fn a_guest_that_does_not_let_go_ends_the_attempt_and_names_the_device() {
-    let mut source = waiting_for_unplug();
-    for _ in 0..100 {
-        let Some(at) = source.poll_timeout() else {
-            break;
-        };
-        source.handle_frame(at, TargetFrame::Keepalive);
-        source.handle_timeout(at);
-    }
-    assert_eq!(source.status(), MigrationStatus::Failing);
-    let (resumed, end) = clean_up(&mut source);
-    assert!(!resumed && end.contains("net0"), "{end}");
-    let mut source = waiting_for_unplug();
-    source.handle_cancel(NOW).unwrap();
-    source.handle_unplugged(NOW);
-    assert!(!asks_for(&actions(&mut source), "StartLog"));
-}
-
-#[test]
-fn a_veto_fails_the_attempt_and_those_that_were_told_setup_are_told_failed() {
-    let mut source = source_at(config(), At::Preparing);
-    source.handle_job_failed(NOW, SourceJob::NotifySetup, "not now");
-    assert_eq!(source.status(), MigrationStatus::Failing);
-    source.handle_links_closed(NOW);
-    assert!(asks_for(&actions(&mut source), "NotifyFailed"));
-    source.handle_notified(NOW, SourceJob::NotifyFailed);
-    let (_, end) = clean_up(&mut source);
-    assert!(end.contains("not now"), "{end}");
-}
-
-#[test]
-fn a_setup_that_is_under_way_is_waited_for_before_failed_is_told() {
-    let mut source = source_at(config(), At::Preparing);
-    source.handle_cancel(NOW).unwrap();
-    source.handle_links_closed(NOW);
-    assert!(!asks_for(&actions(&mut source), "NotifyFailed"));
-    source.handle_setup_told(NOW, Some("net0".to_owned()));
-    let asked = actions(&mut source);
-    assert!(asks_for(&asked, "NotifyFailed") && !asks_for(&asked, "WatchUnplug"));
-}
-
-#[test]
-fn failed_is_told_after_the_log_is_off_and_before_the_guest_runs() {
-    let mut source = source_at(config(), At::Ready);
-    source.handle_link_lost(NOW, "gone", false);
-    source.handle_links_closed(NOW);
-    let asked = actions(&mut source);
-    assert!(asks_for(&asked, "StopLog") && !asks_for(&asked, "NotifyFailed"));
-    source.handle_log_stopped(NOW);
-    let asked = actions(&mut source);
-    assert!(asks_for(&asked, "NotifyFailed") && !asks_for(&asked, "ResumeGuest"));
-    source.handle_notified(NOW, SourceJob::NotifyFailed);
-    assert!(asks_for(&actions(&mut source), "ResumeGuest"));
-}
-
-#[test]
-fn an_attempt_that_failed_before_setup_tells_nobody() {
-    let mut source = source_at(config(), At::Reply);
-    source.handle_link_lost(NOW, "gone", false);
-    source.handle_links_closed(NOW);
-    assert!(!asks_for(&actions(&mut source), "NotifyFailed"));
-    assert_eq!(source.status(), MigrationStatus::Failed);
-}
-
-#[test]
-fn done_is_told_once_the_target_runs_the_guest() {
-    let mut source = source_at(config(), At::Committed);
-    source.handle_frame(NOW, TargetFrame::Running { resume_us: 1 });
-    source.handle_links_closed(NOW);
-    source.handle_log_stopped(NOW);
-    let asked = actions(&mut source);
-    assert!(asks_for(&asked, "NotifyDone") && !asks_for(&asked, "Finished"));
-    source.handle_notified(NOW, SourceJob::NotifyDone);
-    assert!(asks_for(&actions(&mut source), "Finished(Completed"));
-}
-
-fn before_switchover() -> Source<Proof> {
-    let config = SourceConfig {
-        pause_before_switchover: true,
-        ..config()
-    };
-    let mut source = source_at(config, At::Stopping);
-    assert_eq!(source.status(), MigrationStatus::Active);
-    source.handle_guest_stopped(NOW, Proof);
-    assert_eq!(source.status(), MigrationStatus::PreSwitchover);
-    source
-}
-
-#[test]
-fn the_operator_lets_a_stopped_migration_go_on_once() {
-    let mut source = before_switchover();
-    assert!(!asks_for(&actions(&mut source), "Sync"));
-    source.handle_continue(NOW).unwrap();
-    assert_eq!(source.status(), MigrationStatus::Device);
-    assert!(asks_for(&actions(&mut source), "Sync"));
-    let error = source.handle_continue(NOW).unwrap_err();
-    assert_eq!(error, ContinueError(MigrationStatus::Device));
-}
-
-#[test]
-fn waiting_for_the_operator_ends_like_any_other_state() {
-    type Fault = fn(&mut Source<Proof>);
-    let faults: [Fault; 3] = [
-        |source| source.handle_cancel(NOW).unwrap(),
-        |source| source.handle_link_lost(NOW, "gone", false),
-        |source| source.handle_frame(NOW, TargetFrame::Abort(abort())),
-    ];
-    for fault in faults {
-        let mut source = before_switchover();
-        fault(&mut source);
-        let (resumed, end) = clean_up(&mut source);
-        assert!(resumed && end.contains("stopped: None"), "{end}");
-    }
-}
-
-#[test]
-fn the_guest_is_not_stopped_before_the_targets_devices_are_ready() {
-    let config = SourceConfig {
-        switchover_ack: true,
-        ..config()
-    };
-    let mut source = source_at(config.clone(), At::Syncing);
-    source.handle_synced(NOW, PageCount(0), 1);
-    assert!(asks_for(&actions(&mut source), "SendRound"));
-    source.handle_frame(NOW, TargetFrame::SwitchoverAck);
-    source.handle_round_sent(NOW, RoundSent::default());
-    source.handle_frame(NOW, TargetFrame::RoundPlaced(RoundId(1)));
-    source.handle_synced(NOW, PageCount(0), 1);
-    assert!(asks_for(&actions(&mut source), "StopGuest"));
-    let mut source = source_at(config, At::Sending);
-    source.handle_frame(NOW, TargetFrame::SwitchoverAck);
-    source.handle_frame(NOW, TargetFrame::SwitchoverAck);
-    assert_eq!(source.status(), MigrationStatus::Failing, "said twice");
-}
-
-/// Rounds of one second each in which the guest dirties all that was sent.
-fn throttled() -> Source<Proof> {
-    let mut source = source_at(config(), At::Sending);
-    source.set_tuning(SourceTuning {
-        downtime_limit_us: 1,
-        switchover_bytes_per_sec: None,
-        auto_converge: Some(ThrottleTuning {
-            trigger_percent: 50,
-            initial_percent: 20,
-            increment_percent: 10,
-            max_percent: 99,
-            tailslow: false,
-        }),
-    });
-    let mut seen = Vec::new();
-    for round in 0..4 {
-        let now = NOW.plus_micros(u64::from(round) * 1_000_000 + 1_000_000);
-        let sent = RoundSent {
-            data: PageCount(100),
-            zero: PageCount(0),
-            wire_bytes: 409_600,
-        };
-        source.handle_round_sent(now, sent);
-        source.handle_frame(now, TargetFrame::RoundPlaced(RoundId(round)));
-        source.handle_synced(now, PageCount(100), 1);
-        seen.extend(
-            actions(&mut source)
-                .into_iter()
-                .filter(|action| action.starts_with("Throttle")),
-        );
-    }
-    assert_eq!(seen, ["Throttle(20)", "Throttle(30)"]);
-    source
-}
-
-#[test]
-fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
-    let mut source = throttled();
-    assert_eq!(source.throttle_percent(), 30);
-    source.handle_cancel(NOW).unwrap();
-    assert!(asks_for(&actions(&mut source), "Throttle(0)"));
-}
-
-#[test]
-fn auto_converge_that_is_switched_off_lets_the_guest_run_freely() {
-    let mut source = throttled();
-    source.set_tuning(SourceTuning {
-        downtime_limit_us: 1,
-        switchover_bytes_per_sec: None,
-        auto_converge: None,
-    });
-    let now = NOW.plus_micros(9_000_000);
-    source.handle_round_sent(now, RoundSent::default());
-    source.handle_frame(now, TargetFrame::RoundPlaced(RoundId(4)));
-    source.handle_synced(now, PageCount(100), 1);
-    assert!(asks_for(&actions(&mut source), "Throttle(0)"));
 }
