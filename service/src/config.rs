@@ -12,6 +12,7 @@ use crate::machine::failover::Primaries;
 pub use crate::machine::notify::NotifyConfig;
 use crate::machine::workload::layout::{RAM_MAX, RAM_MIN};
 use crate::machine::{MachineConfig, MachineError};
+pub use crate::observe::ObserveConfig;
 
 /// Longest name of a VM.
 pub const NAME_CHARS_MAX: usize = 64;
@@ -50,6 +51,8 @@ pub struct RunConfig {
     pub incoming: Option<Incoming>,
     /// How long a migration waits for what.
     pub deadlines: Deadlines,
+    /// Metrics and records.
+    pub observe: ObserveConfig,
 }
 
 impl RunConfig {

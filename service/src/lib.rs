@@ -6,6 +6,7 @@
 //! - [`fds`]: file descriptors that operators have passed in
 //! - [`machine`]: the built-in machine and its guest
 //! - [`migration`]: what a migration is told and what it says of itself
+//! - [`observe`]: metrics, records, log spans, reports
 //! - [`qmp`]: the control interface
 
 pub mod cli;
@@ -14,4 +15,5 @@ pub mod engine;
 pub mod fds;
 pub mod machine;
 pub mod migration;
+pub mod observe;
 pub mod qmp;

@@ -23,7 +23,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+
+use crate::observe::logging::{self, LogArgs};
 
 /// Live migration of KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -47,6 +48,8 @@ use tracing_subscriber::EnvFilter;
         VMFERRY_NO_URING=1 does without io_uring, NO_COLOR=1 without colours."
 )]
 pub struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -92,16 +95,16 @@ struct QmpArgs {
 /// The whole program: the arguments of this process, logging, and errors as one line.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("VMFERRY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(style::Colours::of_stderr().on())
-        .init();
+    cli.log.start(style::Colours::of_stderr().on());
     match cli.execute() {
         Ok(code) => code,
         Err(error) => {
-            output::message(&format!("{error:#}"));
+            let text = format!("{error:#}");
+            if logging::is_json() {
+                logging::announce(format_args!("{text}"));
+            } else {
+                output::message(&text);
+            }
             exit::Exit::Failed.code()
         }
     }

@@ -11,11 +11,12 @@ use vmferry_transport::limits::Deadlines;
 use super::size::{DirtyRate, Size};
 use vmferry_transport::units::Uuid;
 
-use crate::config::{AccelChoice, Incoming, RunConfig};
+use crate::config::{AccelChoice, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::notify::NotifyConfig;
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
+use crate::observe::metrics;
 
 /// Working set unless another one is asked for; a quarter of small memories.
 const WORKING_SET_DEFAULT: u64 = 64 << 20;
@@ -60,6 +61,8 @@ pub(super) struct RunArgs {
     /// Start no guest but wait for one: listen at ADDR, or where migrate-incoming will say
     #[arg(long, value_name = "ADDR|defer", value_parser = parse_incoming)]
     incoming: Option<Incoming>,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// End when the process with this number, which must be the parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     end_with_parent: Option<u32>,
@@ -67,6 +70,20 @@ pub(super) struct RunArgs {
     #[arg(long = "x-deadline-scale", value_name = "PERCENT", default_value_t = 100, hide = true,
           value_parser = clap::value_parser!(u32).range(1..=10_000))]
     deadline_scale: u32,
+}
+
+/// What others may see of the migrations.
+#[derive(Args, Clone, Debug)]
+struct ObserveArgs {
+    /// Serve metrics for Prometheus at tcp:127.0.0.1:PORT or unix:PATH (mode 0600)
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<Address>,
+    /// Let --metrics listen where other hosts can read it
+    #[arg(long, requires = "metrics")]
+    metrics_public: bool,
+    /// Write a record of every migration into DIR, to make reports from
+    #[arg(long, value_name = "DIR")]
+    record: Option<PathBuf>,
 }
 
 /// The machine; shared with `demo`.
@@ -112,6 +129,18 @@ impl Accel {
             Self::Kvm => "kvm",
             Self::Soft => "soft",
         }
+    }
+}
+
+impl ObserveArgs {
+    fn config(self) -> anyhow::Result<ObserveConfig> {
+        if let Some(address) = &self.metrics {
+            metrics::check_address(address, self.metrics_public)?;
+        }
+        Ok(ObserveConfig {
+            metrics: self.metrics,
+            records: self.record,
+        })
     }
 }
 
@@ -166,6 +195,7 @@ impl RunArgs {
             paused: self.paused,
             incoming: self.incoming,
             deadlines: Deadlines::scaled(self.deadline_scale),
+            observe: self.observe.config()?,
         };
         config.check().context("the machine cannot be built so")?;
         Ok(config)
@@ -239,7 +269,8 @@ mod tests {
         let config = config(
             "--mem 2G --vcpus 2 --qmp q --accel soft --working-set 1M --dirty-rate max --fill 8M \
              --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro \
-             --notify unix:/tmp/d,id=display --x-failover-primary net0",
+             --notify unix:/tmp/d,id=display --x-failover-primary net0 \
+             --record /tmp/r --metrics tcp:0.0.0.0:9000 --metrics-public",
         )
         .unwrap();
         assert_eq!(config.notify[0].id, "display");
@@ -250,6 +281,11 @@ mod tests {
             .map(|disk| (disk.id.as_str(), disk.read_only))
             .collect();
         assert_eq!(disks, [("disk0", false), ("b", true)]);
+        assert_eq!(config.observe.records, Some("/tmp/r".into()));
+        assert_eq!(
+            config.observe.metrics,
+            Some("tcp:0.0.0.0:9000".parse().unwrap())
+        );
         assert_eq!(config.machine.workload.dirty_pages_per_sec, None);
         assert_eq!(config.machine.serial, SerialSink::File("/tmp/s".into()));
         assert_eq!(
@@ -285,6 +321,17 @@ mod tests {
             ),
             ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
             ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
+            (
+                "--mem 1G --qmp q --metrics tcp:0.0.0.0:1",
+                "--metrics-public",
+            ),
+            ("--mem 1G --qmp q --metrics tcp:[::]:1", "--metrics-public"),
+            (
+                "--mem 1G --qmp q --metrics tcp:a.example:1",
+                "--metrics-public",
+            ),
+            ("--mem 1G --qmp q --metrics vsock:1:2", "unix:PATH"),
+            ("--mem 1G --qmp q --metrics-public", "--metrics"),
         ] {
             let error = format!("{:#}", config(text).unwrap_err());
             assert!(error.contains(part), "{text}: {error}");

@@ -72,7 +72,7 @@ impl Engine {
     pub(super) fn incoming_action(&mut self, action: IncomingAction) {
         match action {
             IncomingAction::StatusChanged(status) => {
-                tracing::info!(status = status.name(), "incoming migration");
+                self.observe_incoming(qmp_status(status));
                 if self.capabilities.events {
                     self.emit(QmpEvent::migration(qmp_status(status)));
                 }
@@ -131,7 +131,6 @@ impl Engine {
     /// The process has nothing left to do: its memory is half-filled. It stays reachable as long as the source may be in doubt.
     fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
         tracing::error!(%error, "incoming migration failed; this guest will never run here");
-        eprintln!("vmferry: incoming migration failed: {error}");
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
         let at = linger.then(|| Instant::now() + Duration::from_micros(self.deadlines.linger_us));

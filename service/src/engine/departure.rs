@@ -45,7 +45,7 @@ impl Engine {
     pub(super) fn outgoing_action(&mut self, action: OutgoingAction) {
         match action {
             OutgoingAction::StatusChanged(status) => {
-                tracing::info!(%status, "outgoing migration");
+                self.observe_outgoing(status);
                 if status == MigrationStatus::Completed {
                     // Cleanup goes on for a moment; nobody may see a completed migration whose guest still seems to be on its way.
                     self.set_runstate(RunState::Postmigrate);
@@ -129,9 +129,14 @@ impl Engine {
             }
             Outcome::Failed { stopped: None, .. } => {}
         }
-        if let Some(error) = &error {
-            tracing::error!(error, "migration failed, the guest is still here");
+        match &error {
+            None => {}
+            Some(_) if outgoing.core().status() == MigrationStatus::Cancelled => {
+                tracing::info!("migration cancelled, the guest is still here");
+            }
+            Some(error) => tracing::error!(error, "migration failed, the guest is still here"),
         }
+        self.observe_outgoing_end(&outgoing, error.as_deref());
         self.record = Some(Record::of(&outgoing, error));
         for reply in std::mem::take(&mut self.hashes_wanted) {
             self.ram_hash(reply);

@@ -136,7 +136,7 @@ impl Record {
     }
 }
 
-fn blackout(parts: BlackoutParts) -> BlackoutInfo {
+pub(super) fn blackout(parts: BlackoutParts) -> BlackoutInfo {
     let total_us = parts.total_us();
     let BlackoutParts {
         pause_us,

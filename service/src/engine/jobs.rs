@@ -48,6 +48,10 @@ impl JobThread {
     /// # Panics
     /// If the thread has died, which only a panicking job can cause; the panic was printed.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
-        self.jobs.send(Box::new(job)).expect("a job has panicked");
+        // What a job logs belongs to the migration that it is done for.
+        let span = tracing::Span::current();
+        self.jobs
+            .send(Box::new(move || span.in_scope(job)))
+            .expect("a job has panicked");
     }
 }

@@ -21,6 +21,7 @@ mod jobs;
 mod link;
 mod listeners;
 mod notify;
+mod observe;
 mod origin;
 mod outgoing;
 mod ownership;
@@ -34,6 +35,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::Instant as TokioInstant;
+use tracing::Instrument;
 use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Listener, runtime};
 use vmferry_transport::data::BandwidthLimit;
@@ -47,6 +49,8 @@ use crate::machine::disk::Disks;
 use crate::machine::failover::Primaries;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::params::{MigrationCapabilities, MigrationParameters};
+use crate::observe::record::Side;
+use crate::observe::{Observer, logging};
 use crate::qmp::schema::RunState;
 use crate::qmp::{EngineHandle, QmpError, QmpEvent, QmpServer, ShutdownReason};
 use clock::Clock;
@@ -95,17 +99,22 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
     forward_requests(inbox.requests, events.clone());
     watch_signals(events.clone())?;
 
-    let mut engine = Engine::new(&config, machine, Arc::new(disks), events, inbox.events)?;
+    let observer = Observer::start(&config.observe, &machine)?;
+    if let Some(address) = observer.metrics_address() {
+        logging::announce(format_args!("metrics at {address}"));
+    }
+    let disks = Arc::new(disks);
+    let mut engine = Engine::new(&config, machine, disks, observer, events, inbox.events)?;
     let server = QmpServer::start(listener, handle);
-    tracing::info!(accel = %engine.machine.accel(), qmp = %config.qmp.display(), "machine is built");
-    eprintln!(
-        "vmferry: accelerator {}, QMP at {}",
+    logging::announce(format_args!(
+        "accelerator {}, QMP at {}",
         engine.machine.accel(),
         config.qmp.display()
-    );
+    ));
     engine.begin(&config).await?;
     let code = engine.serve(queue).await;
     server.finish().await;
+    engine.observer.finish(engine.clock.now());
     Ok(code)
 }
 
@@ -168,6 +177,7 @@ struct Engine {
     /// Descriptors that operators have passed in.
     fds: FdStore,
     clients: broadcast::Sender<QmpEvent>,
+    observer: Observer,
     attempts: u64,
     outgoing: Option<Outgoing>,
     /// The last outgoing attempt that has ended.
@@ -187,6 +197,7 @@ impl Engine {
         config: &RunConfig,
         machine: Arc<dyn Machine>,
         disks: Arc<Disks>,
+        observer: Observer,
         events: Events,
         clients: broadcast::Sender<QmpEvent>,
     ) -> anyhow::Result<Self> {
@@ -220,6 +231,7 @@ impl Engine {
             events,
             fds: FdStore::default(),
             clients,
+            observer,
             attempts: 0,
             outgoing: None,
             record: None,
@@ -239,7 +251,7 @@ impl Engine {
             Some(IncomingConfig::Listen(address)) => {
                 self.listen(address).await?;
                 let local = self.incoming.as_ref().map_or(address, Incoming::address);
-                eprintln!("vmferry: waiting for an incoming migration at {local}");
+                logging::announce(format_args!("waiting for an incoming migration at {local}"));
             }
         }
         Ok(())
@@ -249,6 +261,7 @@ impl Engine {
     async fn serve(&mut self, mut queue: mpsc::UnboundedReceiver<Event>) -> ExitCode {
         loop {
             self.perform();
+            self.observe();
             let now = Instant::now();
             if let Some(ending) = self.ending
                 && ending.at.is_none_or(|at| now >= at)
@@ -259,7 +272,10 @@ impl Engine {
             let wake = TokioInstant::from_std(self.next_wake(now));
             tokio::select! {
                 event = queue.recv() => match event {
-                    Some(event) => self.handle(event).await,
+                    Some(event) => {
+                        let span = self.span_of(&event);
+                        self.handle(event).instrument(span).await;
+                    }
                     None => return ExitCode::FAILURE,
                 },
                 () = tokio::time::sleep_until(wake) => {
@@ -278,7 +294,7 @@ impl Engine {
         let tick = self.outgoing.as_ref().map(|_| now + TICK);
         let outgoing = self.outgoing.as_ref().and_then(Outgoing::poll_timeout);
         let incoming = self.incoming.as_ref().and_then(Incoming::poll_timeout);
-        let deadlines = [outgoing, incoming]
+        let deadlines = [outgoing, incoming, self.observer.due()]
             .into_iter()
             .flatten()
             .map(|moment| self.clock.instant(moment));
@@ -313,10 +329,12 @@ impl Engine {
             .as_mut()
             .and_then(|outgoing| outgoing.poll(&self.jobs))
         {
-            self.outgoing_action(action);
+            let span = self.observer.span(Side::Source);
+            span.in_scope(|| self.outgoing_action(action));
         }
         while let Some(action) = self.incoming.as_mut().and_then(Incoming::poll) {
-            self.incoming_action(action);
+            let span = self.observer.span(Side::Target);
+            span.in_scope(|| self.incoming_action(action));
         }
     }
 

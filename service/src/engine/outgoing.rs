@@ -167,6 +167,11 @@ impl Outgoing {
         &mut self.core
     }
 
+    /// Where the guest is to go.
+    pub(super) fn route(&self) -> &Route {
+        &self.route
+    }
+
     pub(super) fn backend(&self) -> &BackendChoice {
         &self.backend
     }

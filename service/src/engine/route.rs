@@ -85,6 +85,11 @@ impl Route {
         })))
     }
 
+    /// As the operator has named it.
+    pub(super) fn address(&self) -> &Address {
+        &self.0.address
+    }
+
     /// An archive is written over one connection, and its pages are checksummed.
     pub(super) fn is_archive(&self) -> bool {
         matches!(self.0.way, Way::Archive { .. })

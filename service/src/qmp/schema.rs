@@ -75,6 +75,34 @@ pub enum RunState {
     InternalError,
 }
 
+impl RunState {
+    /// Every state there is.
+    pub const ALL: [Self; 8] = [
+        Self::Prelaunch,
+        Self::Inmigrate,
+        Self::Running,
+        Self::Paused,
+        Self::FinishMigrate,
+        Self::Postmigrate,
+        Self::Shutdown,
+        Self::InternalError,
+    ];
+
+    /// The name in QMP.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prelaunch => "prelaunch",
+            Self::Inmigrate => "inmigrate",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::FinishMigrate => "finish-migrate",
+            Self::Postmigrate => "postmigrate",
+            Self::Shutdown => "shutdown",
+            Self::InternalError => "internal-error",
+        }
+    }
+}
+
 /// `query-status`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct StatusInfo {

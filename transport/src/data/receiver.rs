@@ -46,6 +46,8 @@ pub struct ReceiverProgress {
     pub connection_bytes: Vec<u64>,
     /// Rounds that are complete.
     pub rounds: u64,
+    /// What was in them.
+    pub counts: RoundCounts,
 }
 
 /// What a receiver did in its life.
@@ -123,9 +125,11 @@ impl DataReceiver {
 
     /// How far it is. Does not wait for the data threads, except for the moment in which one adds a round to the totals.
     pub fn progress(&self) -> ReceiverProgress {
+        let totals = self.shared.totals();
         ReceiverProgress {
             connection_bytes: self.shared.sockets.bytes(),
-            rounds: self.shared.totals().rounds,
+            rounds: totals.rounds,
+            counts: totals.counts,
         }
     }
 
