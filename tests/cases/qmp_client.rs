@@ -1,29 +1,37 @@
-//! The QMP client library of QEMU's own tools against real vmferry processes: `tests/py/qmp_flow.py` in all its surroundings.
+//! The QMP client library of QEMU's own tools against real vmferry processes: `tests/py/qmp_flow.py` in all its surroundings, and
+//! `tests/py/same_sequence.py`, which drives QEMU too and wants to see the same.
 
 use std::process::Command;
 
 use crate::root;
 
-/// Runs the script; it prints a line per case and fails if one does.
-fn run(accel: &str, via: &str, environment: &[(&str, &str)]) {
+/// Runs a script; it prints a line per case and fails if one does.
+fn run_script(name: &str, arguments: &[&str], environment: &[(&str, &str)]) {
     let python = root().join(".cache/venv/bin/python");
     if !python.exists() {
         println!("SKIPPED: no Python environment with qemu.qmp; .ci/packages makes it");
         return;
     }
     let output = Command::new(python)
-        .arg(root().join("tests/py/qmp_flow.py"))
+        .arg(root().join("tests/py").join(name))
         .arg("--vmferry")
         .arg(env!("CARGO_BIN_EXE_vmferry-under-test"))
-        .args(["--accel", accel, "--via", via])
+        .args(arguments)
         .envs(environment.iter().copied())
         .output()
         .unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}{errors}");
+    // What the script could not do counts as if it were a test here.
+    print!("{said}");
+}
+
+fn run(accel: &str, via: &str, environment: &[(&str, &str)]) {
+    run_script(
+        "qmp_flow.py",
+        &["--accel", accel, "--via", via],
+        environment,
     );
 }
 
@@ -44,4 +52,18 @@ fn the_python_client_drives_migrations_of_kvm_guests() {
         return;
     }
     run("kvm", "tcp", &[]);
+}
+
+#[test]
+fn vmferry_and_qemu_go_through_the_same_statuses() {
+    run_script("same_sequence.py", &["--accel", "soft"], &[]);
+}
+
+#[test]
+fn vmferry_with_kvm_and_qemu_go_through_the_same_statuses() {
+    if let Err(error) = std::fs::File::open("/dev/kvm") {
+        println!("SKIPPED: no /dev/kvm here ({error})");
+        return;
+    }
+    run_script("same_sequence.py", &["--accel", "kvm"], &[]);
 }

@@ -200,7 +200,12 @@ fn in_doubt(machine: &Machine, source: &mut Vm) {
         .unwrap();
     let text = event["data"]["desc"].as_str().unwrap();
     assert!(text.contains("x-resolve"), "{text}");
-    assert_eq!(source.status(), "device");
+    // Who comes later and has not heard the event is told too.
+    let info = source.query("query-migrate");
+    assert_eq!(
+        (&info["status"], &info["error-desc"]),
+        (&json!("device"), &json!(text))
+    );
     source.assert_guest_stopped();
     let refusal = source.refusal("cont", json!({}));
     assert!(refusal.contains("x-resolve"), "{refusal}");

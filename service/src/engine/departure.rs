@@ -7,7 +7,7 @@ use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 use super::Engine;
 use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
-use super::info::Record;
+use super::info::{Record, UNRESOLVED};
 use super::outgoing::{OutgoingAction, chain};
 use super::ownership::start_guest;
 use crate::qmp::QmpEvent;
@@ -70,12 +70,10 @@ impl Engine {
                 });
             }
             OutgoingAction::Unresolved => {
-                let text = "the link was lost at the commit and the target does not answer: it may run the guest or not. \
-                            This side stays stopped. Look at the target, then say x-resolve here";
-                tracing::error!(text);
+                tracing::error!("{UNRESOLVED}");
                 self.emit(QmpEvent::now(
                     "x-MIGRATION_UNRESOLVED",
-                    serde_json::json!({ "desc": text }),
+                    serde_json::json!({ "desc": UNRESOLVED }),
                 ));
             }
             OutgoingAction::Finished(outcome) => self.finish_outgoing(outcome),

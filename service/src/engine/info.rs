@@ -13,6 +13,10 @@ use crate::qmp::schema::{
     BlackoutInfo, MigrationInfo, RamInfo, SocketAddressInfo, VerificationInfo,
 };
 
+/// What an operator has to know whose migration is in doubt.
+pub(super) const UNRESOLVED: &str = "the link was lost at the commit and the target does not answer: it may run the guest or not. \
+                                     This side stays stopped. Look at the target, then say x-resolve here";
+
 /// Figures of an outgoing attempt at one moment; kept when it has ended.
 #[derive(Clone, Debug)]
 pub(super) struct Record {
@@ -169,7 +173,11 @@ impl Engine {
         let total = self.machine.ram().pages().to_bytes();
         let now = self.clock.now();
         let mut info = match (&self.outgoing, &self.record) {
-            (Some(outgoing), _) => Record::of(outgoing, None).info(now, total),
+            (Some(outgoing), _) => {
+                let doubt = outgoing.core().is_unresolved();
+                let problem = doubt.then(|| UNRESOLVED.to_owned());
+                Record::of(outgoing, problem).info(now, total)
+            }
             (None, Some(record)) => record.info(now, total),
             (None, None) => self
                 .incoming

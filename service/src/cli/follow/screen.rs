@@ -17,10 +17,10 @@ const COLUMNS_DEFAULT: usize = 80;
 const ROWS_DEFAULT: usize = 24;
 /// Wider is not easier to read.
 const COLUMNS_MAX: usize = 100;
-/// Width of the column with the stage: `pre-switchover` fits.
-const STAGE_COLUMNS: usize = 14;
-/// Most lines that a notice gets.
-const NOTICE_LINES: usize = 6;
+/// Width of the column with the stage: `pre-switchover` and a space fit.
+const STAGE_COLUMNS: usize = 15;
+/// Most lines that each part of a notice gets; one that stands alone gets twice as many.
+const NOTICE_LINES: usize = 4;
 
 /// Shows how far a migration is.
 pub(super) trait Display {
@@ -195,13 +195,16 @@ fn frame(view: &View, most: usize) -> Vec<(Tone, String, String)> {
         None => lines.push((view.tone(), stage, cut(&figures, rest))),
     }
     if let Some((tone, notice)) = view.notice() {
-        let wrapped = wrap(&notice, most.saturating_sub(2));
-        let more = wrapped.len() > NOTICE_LINES;
-        let shown = wrapped.into_iter().take(NOTICE_LINES);
-        lines.extend(shown.map(|line| (tone, format!("  {line}"), String::new())));
-        if let (true, Some((_, last, _))) = (more, lines.last_mut()) {
-            *last = cut(&format!("{last} …"), most);
-        }
+        let wrapped = notice.iter().flat_map(|line| {
+            let pieces = wrap(line, most.saturating_sub(2)).into_iter();
+            // Words of others must not push away what is to be done.
+            pieces.take(if notice.len() > 1 {
+                NOTICE_LINES
+            } else {
+                2 * NOTICE_LINES
+            })
+        });
+        lines.extend(wrapped.map(|line| (tone, format!("  {line}"), String::new())));
     }
     lines
 }
@@ -238,7 +241,7 @@ impl Display for Lines {
                 view.figures(usize::MAX)
             ));
         }
-        let notice = view.notice().map(|(_, text)| text);
+        let notice = view.notice().map(|(_, lines)| lines.join("; "));
         if notice != self.noticed {
             if let Some(text) = &notice {
                 output::note(format_args!("vmferry: {text}"));
@@ -299,7 +302,7 @@ mod tests {
             50,
         );
         let expected = [
-            "round 3       ╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌   0%     12.4 s",
+            "round 3        ╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌   0%     12.4 s",
             "  1 MiB left, dirty 1 MiB/s, blackout ~ 850 µs",
         ];
         assert_eq!(found, expected);
@@ -324,7 +327,7 @@ mod tests {
                     "ram": {"remaining": u64::MAX, "dirty-pages-rate": u64::MAX, "page-size": 4096, "transferred": 7}
                 });
                 let found = lines(answer, most);
-                assert!(found.len() <= 3 + NOTICE_LINES, "{found:?}");
+                assert!(found.len() <= 2 + 3 * NOTICE_LINES, "{found:?}");
                 for line in found {
                     // Below that, a notice takes what it needs for a word.
                     assert!(columns(&line) <= most.max(10), "{most}: {line:?}");

@@ -28,6 +28,9 @@ pub(super) struct View {
     /// When so many bytes had been sent.
     sent: VecDeque<(Instant, u64)>,
     silence: Duration,
+    /// Since when the status is what it is, as far as seen.
+    since: Option<Instant>,
+    now: Option<Instant>,
     /// Lines about the VM itself, above everything else.
     pub(super) about: Vec<String>,
     /// The same for programs.
@@ -48,6 +51,10 @@ impl View {
     /// Takes in what the VM answered at `now`.
     pub(super) fn take(&mut self, record: Record, now: Instant) {
         self.silence = Duration::ZERO;
+        if self.since.is_none() || record.status() != self.record.status() {
+            self.since = Some(now);
+        }
+        self.now = Some(now);
         let round = record.round();
         if round != self.round {
             self.round = round;
@@ -107,10 +114,18 @@ impl View {
         u64::try_from(bytes / micros.as_micros()).ok()
     }
 
+    /// How long the status has been what it is.
+    fn so_far(&self) -> Duration {
+        let (Some(since), Some(now)) = (self.since, self.now) else {
+            return Duration::ZERO;
+        };
+        now.duration_since(since)
+    }
+
     /// How much of the round is sent; `None` where that is no question.
     pub(super) fn percent(&self) -> Option<u64> {
         match self.record.status() {
-            MigrationStatus::None => return None,
+            MigrationStatus::None | MigrationStatus::PreSwitchover => return None,
             MigrationStatus::Setup | MigrationStatus::WaitUnplug => return Some(0),
             _ if self.is_incoming() => return None,
             _ => {}
@@ -176,6 +191,11 @@ impl View {
             }
             MigrationStatus::Setup => return "connecting, preparing both sides".to_owned(),
             MigrationStatus::WaitUnplug => return "waiting for the guest to unplug".to_owned(),
+            MigrationStatus::PreSwitchover => {
+                let left = Size(record.ram("remaining").unwrap_or(0));
+                let seconds = self.so_far().as_secs();
+                return format!("{left} left, the guest stopped {seconds} s ago");
+            }
             _ => {}
         }
         let fits = |text: &String| columns(text) <= most;
@@ -231,44 +251,37 @@ impl View {
         list
     }
 
-    /// What somebody has to know or do, if there is such a thing.
-    pub(super) fn notice(&self) -> Option<(Tone, String)> {
+    /// What somebody has to know or do, if there is such a thing: some lines, commands on lines of their own.
+    pub(super) fn notice(&self) -> Option<(Tone, Vec<String>)> {
         let Self { arguments, .. } = self;
         if self.silence >= SILENT_AFTER {
             let seconds = self.silence.as_secs();
             let text = format!("the VM has not answered for {seconds} s; the figures are old");
-            return Some((Tone::Attention, text));
+            return Some((Tone::Attention, vec![text]));
         }
         let error = self.record.error();
-        Some(match self.record.status() {
-            MigrationStatus::PreSwitchover => {
-                let text = format!(
-                    "The guest is stopped and waits for you. Switch over: vmferry continue {arguments}. Back to running here: \
-                     vmferry cancel {arguments}"
-                );
-                (Tone::Attention, text)
-            }
+        let attention = |lines| Some((Tone::Attention, lines));
+        match self.record.status() {
+            MigrationStatus::PreSwitchover => attention(vec![
+                "the guest is stopped and waits for you; Ctrl-C asks, or say".to_owned(),
+                format!("go on:  vmferry continue {arguments}"),
+                format!("back:   vmferry cancel {arguments}"),
+            ]),
             MigrationStatus::PostcopyPaused => {
                 let reason = error.unwrap_or_else(|| "the link is gone".to_owned());
-                (
-                    Tone::Attention,
-                    format!("{reason}; both sides keep what they have"),
-                )
+                attention(vec![format!("{reason}; both sides keep what they have")])
             }
-            MigrationStatus::Device => {
-                let text = format!(
-                    "{}. If the target runs the guest: vmferry resolve {arguments} target-runs. If it never will: vmferry \
-                     resolve {arguments} source-runs",
-                    error?
-                );
-                (Tone::Attention, text)
-            }
-            MigrationStatus::Failing => (Tone::Bad, error?),
+            MigrationStatus::Device => attention(vec![
+                error?,
+                format!("if the target runs it:  vmferry resolve {arguments} target-runs"),
+                format!("if it never will:       vmferry resolve {arguments} source-runs"),
+            ]),
+            MigrationStatus::Failing => Some((Tone::Bad, vec![error?])),
             MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled => {
-                return None;
+                None
             }
-            _ => (Tone::Attention, error?),
-        })
+            _ => attention(vec![error?]),
+        }
     }
 }
 
@@ -391,16 +404,13 @@ mod tests {
     fn who_has_to_do_something_is_told_what() {
         let notice = |answer| view(&[answer]).notice();
         let (_, text) = notice(json!({"status": "pre-switchover"})).unwrap();
-        assert!(text.contains("vmferry continue --qmp /s"), "{text}");
+        assert_eq!(text[1], "go on:  vmferry continue --qmp /s");
         let (_, text) = notice(json!({"status": "device", "error-desc": "nobody knows"})).unwrap();
-        assert!(text.starts_with("nobody knows. "), "{text}");
-        assert!(
-            text.contains("vmferry resolve --qmp /s target-runs"),
-            "{text}"
-        );
+        assert_eq!(text[0], "nobody knows");
+        assert!(text[1].ends_with("vmferry resolve --qmp /s target-runs"));
         assert_eq!(notice(json!({"status": "device"})), None);
         let failing = notice(json!({"status": "failing", "error-desc": "no room"}));
-        assert_eq!(failing, Some((Tone::Bad, "no room".to_owned())));
+        assert_eq!(failing, Some((Tone::Bad, vec!["no room".to_owned()])));
         // The end is told below.
         assert_eq!(
             notice(json!({"status": "failed", "error-desc": "no room"})),
@@ -409,11 +419,20 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_stands_still_is_counted_in_seconds() {
+        let waiting =
+            json!({"status": "pre-switchover", "total-time": 5, "ram": {"remaining": 1 << 20}});
+        let seen = view(&[active(1, 5, 0), waiting.clone(), waiting.clone(), waiting]);
+        assert_eq!(seen.figures(79), "1 MiB left, the guest stopped 1 s ago");
+        assert_eq!(seen.percent(), None);
+    }
+
+    #[test]
     fn silence_is_told() {
         let mut view = view(&[active(1, 5, 0)]);
         view.silent(Duration::from_secs(1));
         assert_eq!(view.notice(), None);
         view.silent(Duration::from_secs(7));
-        assert!(view.notice().unwrap().1.contains("for 7 s"));
+        assert!(view.notice().unwrap().1[0].contains("for 7 s"));
     }
 }
