@@ -316,7 +316,7 @@ fn an_address_that_leads_nowhere_is_named(accel: Accel) {
             "tcp:no-such-host.invalid:4444",
             "cannot resolve the host name of tcp:no-such-host.invalid:4444",
         ),
-        ("tcp:127.0.0.1:0", "port 0 is for listening only"),
+        ("tcp:127.0.0.1:0", "this port is for listening only"),
         (
             &format!("unix:{}/nobody", dir.display()),
             "No such file or directory",

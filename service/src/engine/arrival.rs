@@ -36,7 +36,7 @@ impl Engine {
             deadlines: self.deadlines,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
-        let origin = Origin::open(address, &mut self.fds, &events).await?;
+        let origin = Origin::open(address, &mut self.fds, &self.deadlines, &events).await?;
         self.incoming = Some(Incoming::start(
             address, origin, config, machine, self.clock, events,
         ));

@@ -85,7 +85,7 @@ impl Engine {
         if let Some(refusal) = refusal {
             return Err(QmpError::generic(refusal));
         }
-        let route = Route::to(address, &mut self.fds).map_err(QmpError::generic)?;
+        let route = Route::to(address, &mut self.fds, self.deadlines).map_err(QmpError::generic)?;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| QmpError::generic(format!("no random migration id: {error}")))?;
@@ -94,10 +94,8 @@ impl Engine {
             attempt: self.attempts,
             config: SourceConfig {
                 migration_id: MigrationId(id),
-                data_connections: match route.is_archive() {
-                    true => 1,
-                    false => u16::from(self.parameters.multifd_channels),
-                },
+                data_connections: route
+                    .data_connections(u16::from(self.parameters.multifd_channels)),
                 checksum: self.parameters.x_checksum || route.is_archive(),
                 verify: self.parameters.x_verify,
                 software: software(),

@@ -99,6 +99,10 @@ pub(super) enum TargetEvent {
     DataLost(TargetError),
     /// The archive that plays the source cannot be loaded.
     SourceFailed(String),
+    /// The one socket to the source has ended.
+    SocketEnded(String),
+    /// The same, and what came before has been seen.
+    SocketGone(String),
     /// The job is over; the engine takes the proof back before the core learns the result.
     Loaded(StoppedGuest, Result<Loaded, DeviceError>),
     LoadedInto(Result<Loaded, DeviceError>),

@@ -18,7 +18,6 @@ use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
-use vmferry_transport::streams::ArchiveLoader;
 use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame, Verification};
@@ -28,7 +27,7 @@ use super::event::{Arrivals, Event, Events, TargetEvent};
 use super::guest::StoppedGuest;
 use super::jobs::{JobThread, off_thread};
 use super::link::{ControlLink, FirstFrameError, LAST_WORD, LinkEvent, first_frame};
-use super::origin::Origin;
+use super::origin::{Origin, StandIn};
 use super::outgoing::chain;
 use super::ownership::start_arrived_guest;
 use crate::machine::disk::Disks;
@@ -70,8 +69,7 @@ pub(super) struct Incoming {
     arrivals: Arrivals,
     address: Address,
     acceptor: Option<JoinHandle<()>>,
-    /// Plays the source.
-    loader: Option<ArchiveLoader>,
+    stand_in: Option<StandIn>,
     from_archive: bool,
     links: HashMap<Connection, Peer>,
     data: Vec<Option<OwnedFd>>,
@@ -107,16 +105,16 @@ impl Incoming {
     ) -> Self {
         let arrivals = Arrivals::default();
         let hello = Duration::from_micros(config.deadlines.hello_us);
-        let (local, acceptor, loader) = match origin {
+        let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
                 let local = listener.local_address().clone();
                 let accept = accept(listener, hello, events.clone(), arrivals.clone());
                 (local, runtime::spawn(accept), None)
             }
-            Origin::Archive(loader, sockets) => {
+            Origin::StandIn(stand_in, sockets) => {
                 let name = address.to_string();
                 let accept = accept_given(sockets, name, hello, events.clone(), arrivals.clone());
-                (address.clone(), runtime::spawn(accept), Some(loader))
+                (address.clone(), runtime::spawn(accept), Some(stand_in))
             }
         };
         Self {
@@ -127,8 +125,8 @@ impl Incoming {
             arrivals,
             address: local,
             acceptor: Some(acceptor),
-            from_archive: loader.is_some(),
-            loader,
+            from_archive: matches!(stand_in, Some(StandIn::Loader(_))),
+            stand_in,
             links: HashMap::new(),
             data: Vec::new(),
             receiver: None,
@@ -202,6 +200,18 @@ impl Incoming {
             TargetEvent::SourceFailed(text) => {
                 let error = TargetError::Local(AbortCode::Resources, text);
                 self.core.handle_origin_failed(now, error);
+            }
+            TargetEvent::SocketEnded(text) => {
+                let events = self.events.clone();
+                runtime::spawn(async move {
+                    // Its last words are on their way through the connections that it carried.
+                    tokio::time::sleep(LAST_WORD).await;
+                    // The engine ends only with the process.
+                    let _ = events.send(Event::Target(TargetEvent::SocketGone(text)));
+                });
+            }
+            TargetEvent::SocketGone(text) => {
+                self.core.handle_origin_failed(now, TargetError::Link(text));
             }
             // Kinds of a later version of the transport concern somebody else.
             TargetEvent::Data(_) => {}
@@ -382,7 +392,7 @@ impl Incoming {
         if let Some(receiver) = &receiver {
             self.progress = receiver.progress();
         }
-        let loader = self.loader.take();
+        let stand_in = self.stand_in.take();
         let events = self.events.clone();
         let (joined, join) = tokio::sync::oneshot::channel::<()>();
         match receiver {
@@ -410,10 +420,10 @@ impl Incoming {
             if let Some(peer) = control {
                 close(peer).await;
             }
-            if let Some(loader) = loader
-                && let Err(error) = off_thread("close", move || loader.give_up()).await
+            if let Some(stand_in) = stand_in
+                && let Err(error) = off_thread("close", move || stand_in.end()).await
             {
-                tracing::error!(error, "an archive may still be read");
+                tracing::error!(error, "the way from the source may still be in use");
             }
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;

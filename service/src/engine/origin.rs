@@ -1,10 +1,11 @@
-//! Where an incoming migration comes from: whoever connects, or an archive.
+//! Where an incoming migration comes from: whoever connects, one socket that was passed in, or an archive.
 
 use std::os::fd::OwnedFd;
 
 use tokio::sync::mpsc;
 use vmferry_transport::control::{Address, ListenError, Listener};
-use vmferry_transport::streams::{ArchiveLoader, FdKind, Inlet, StreamError, fd_kind};
+use vmferry_transport::limits::Deadlines;
+use vmferry_transport::streams::{ArchiveLoader, FdKind, Inlet, Mux, StreamError, fd_kind};
 
 use super::event::{Event, Events, TargetEvent};
 use super::jobs::off_thread;
@@ -34,7 +35,25 @@ pub(super) enum Origin {
     /// Anybody may connect.
     Network(Listener),
     /// A stand-in for the source, in this process.
-    Archive(ArchiveLoader, mpsc::UnboundedReceiver<OwnedFd>),
+    StandIn(StandIn, mpsc::UnboundedReceiver<OwnedFd>),
+}
+
+/// What gives connections to the target in place of a listener.
+pub(super) enum StandIn {
+    /// Reads an archive.
+    Loader(ArchiveLoader),
+    /// Shares a socket with the source.
+    Mux(Mux),
+}
+
+impl StandIn {
+    /// Ends it, and waits until what it holds is left alone. Blocks.
+    pub(super) fn end(self) {
+        match self {
+            Self::Loader(loader) => loader.give_up(),
+            Self::Mux(mux) => mux.close(),
+        }
+    }
 }
 
 impl Origin {
@@ -45,6 +64,7 @@ impl Origin {
     pub(super) async fn open(
         address: &Address,
         fds: &mut FdStore,
+        deadlines: &Deadlines,
         events: &Events,
     ) -> Result<Self, OriginError> {
         let fd_error = |text: String| OriginError::Fd(address.clone(), text);
@@ -67,24 +87,60 @@ impl Origin {
                 let fd = fds.take(fd_name).map_err(|error| fd_error(chain(&error)))?;
                 match fd_kind(&fd) {
                     Ok(FdKind::Pipe) => Inlet::pipe(&name, fd)?,
+                    Ok(FdKind::Listening) => {
+                        return Ok(Self::Network(Listener::from_socket(fd, address)?));
+                    }
+                    Ok(FdKind::Connected) => return Self::share(fd, address, deadlines, events),
                     Ok(kind) => return Err(fd_error(no_target(kind).to_owned())),
                     Err(error) => return Err(fd_error(error.to_string())),
                 }
             }
             _ => return Ok(Self::Network(Listener::bind(address).await?)),
         };
-        let (given, connections) = mpsc::unbounded_channel();
-        let connect = move |socket| {
-            // Nobody takes it when the migration has ended; closing it tells the loader.
-            let _ = given.send(socket);
-        };
+        let (connect, connections) = connections();
         let events = events.clone();
         let failed = move |error: StreamError| {
             let text = format!("cannot load {error}");
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::SourceFailed(text)));
         };
-        let loader = ArchiveLoader::start(inlet, Box::new(connect), Box::new(failed))?;
-        Ok(Self::Archive(loader, connections))
+        let loader = ArchiveLoader::start(inlet, deadlines, connect, Box::new(failed))?;
+        Ok(Self::StandIn(StandIn::Loader(loader), connections))
     }
+
+    fn share(
+        socket: OwnedFd,
+        address: &Address,
+        deadlines: &Deadlines,
+        events: &Events,
+    ) -> Result<Self, OriginError> {
+        let (connect, connections) = connections();
+        let (name, events) = (address.to_string(), events.clone());
+        let ended = move |why: String| {
+            let text = format!("{name}: {why}");
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::SocketEnded(text)));
+        };
+        let mux = Mux::start(
+            socket,
+            Vec::new(),
+            deadlines,
+            Some(connect),
+            Box::new(ended),
+        );
+        let mux = mux.map_err(|error| OriginError::Local(address.clone(), error.to_string()))?;
+        Ok(Self::StandIn(StandIn::Mux(mux), connections))
+    }
+}
+
+type Connect = Box<dyn Fn(OwnedFd) + Send>;
+
+/// A queue of connections, and what puts them there.
+fn connections() -> (Connect, mpsc::UnboundedReceiver<OwnedFd>) {
+    let (given, connections) = mpsc::unbounded_channel();
+    let connect = move |socket| {
+        // Nobody takes it when the migration has ended; closing it tells the other end.
+        let _ = given.send(socket);
+    };
+    (Box::new(connect), connections)
 }

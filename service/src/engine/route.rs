@@ -1,4 +1,4 @@
-//! How an attempt reaches its target: over the network, or into an archive that stands in for one.
+//! How an attempt reaches its target: over the network, over one socket that was passed in, or into an archive that stands in for it.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -8,7 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use vmferry_transport::control::{Address, Stream};
-use vmferry_transport::streams::{ArchiveWriter, FdKind, Outlet, StreamError, fd_kind};
+use vmferry_transport::limits::Deadlines;
+use vmferry_transport::streams::{ArchiveWriter, FdKind, Mux, Outlet, StreamError, fd_kind};
+use vmferry_transport::wire::mux::Channel;
 
 use super::jobs::off_thread;
 use super::outgoing::chain;
@@ -24,6 +26,7 @@ pub(super) struct Route(Rc<Inner>);
 
 struct Inner {
     address: Address,
+    deadlines: Deadlines,
     way: Way,
     /// Nothing is to be opened any more.
     closed: Cell<bool>,
@@ -31,6 +34,7 @@ struct Inner {
 
 enum Way {
     Dial,
+    Shared(Mux),
     Archive {
         /// Taken by the first connection.
         opening: RefCell<Option<Opening>>,
@@ -52,7 +56,11 @@ impl Route {
     ///
     /// # Errors
     /// A text for the operator when there is no such descriptor, or it is of no use.
-    pub(super) fn to(address: Address, fds: &mut FdStore) -> Result<Self, String> {
+    pub(super) fn to(
+        address: Address,
+        fds: &mut FdStore,
+        deadlines: Deadlines,
+    ) -> Result<Self, String> {
         let archive = |opening| Way::Archive {
             opening: RefCell::new(Some(opening)),
             writer: RefCell::default(),
@@ -72,6 +80,11 @@ impl Route {
                 let fd = fds.take(name).map_err(|error| chain(&error))?;
                 match fd_kind(&fd) {
                     Ok(FdKind::Pipe) => archive(Opening::Pipe(fd)),
+                    Ok(FdKind::Connected) => {
+                        // Whoever uses a connection sees by itself that it has ended.
+                        let mux = Mux::start(fd, Vec::new(), &deadlines, None, Box::new(|_| {}));
+                        Way::Shared(mux.map_err(|error| format!("{address}: {error}"))?)
+                    }
                     Ok(kind) => return Err(format!("{address}: {}", no_target(kind))),
                     Err(error) => return Err(format!("{address}: {error}")),
                 }
@@ -80,6 +93,7 @@ impl Route {
         };
         Ok(Self(Rc::new(Inner {
             address,
+            deadlines,
             way,
             closed: Cell::new(false),
         })))
@@ -90,7 +104,15 @@ impl Route {
         &self.0.address
     }
 
-    /// An archive is written over one connection, and its pages are checksummed.
+    /// How many data connections it has room for.
+    pub(super) fn data_connections(&self, wanted: u16) -> u16 {
+        match self.0.way {
+            Way::Dial => wanted,
+            Way::Shared(_) | Way::Archive { .. } => 1,
+        }
+    }
+
+    /// The pages of an archive are checksummed.
     pub(super) fn is_archive(&self) -> bool {
         matches!(self.0.way, Way::Archive { .. })
     }
@@ -99,6 +121,7 @@ impl Route {
     pub(super) async fn control(&self) -> Result<Stream, String> {
         match &self.0.way {
             Way::Dial => self.dial().await,
+            Way::Shared(mux) => self.channel(mux, Channel::Control),
             Way::Archive { opening, .. } => {
                 let opening = opening.borrow_mut().take();
                 if let Some(opening) = opening {
@@ -113,6 +136,7 @@ impl Route {
     pub(super) async fn data(&self) -> Result<Stream, String> {
         match &self.0.way {
             Way::Dial => self.dial().await,
+            Way::Shared(mux) => self.channel(mux, Channel::Data),
             Way::Archive { .. } => self.pair(ArchiveWriter::connect_data),
         }
     }
@@ -123,18 +147,24 @@ impl Route {
         if !leave {
             self.0.closed.set(true);
         }
-        let Way::Archive { writer, .. } = &self.0.way else {
-            return;
-        };
-        let writer = writer.borrow().clone();
-        if let Some(writer) = writer {
-            let closed = off_thread("close", move || match leave {
-                true => writer.leave(),
-                false => writer.give_up(),
-            });
-            if let Err(error) = closed.await {
-                tracing::error!(error, "an archive may still be written");
+        let closed = match &self.0.way {
+            Way::Dial => Ok(()),
+            Way::Shared(mux) => {
+                let mux = mux.clone();
+                off_thread("close", move || mux.close()).await
             }
+            Way::Archive { writer, .. } => {
+                let writer = writer.borrow().clone();
+                off_thread("close", move || match writer {
+                    Some(writer) if leave => writer.leave(),
+                    Some(writer) => writer.give_up(),
+                    None => {}
+                })
+                .await
+            }
+        };
+        if let Err(error) = closed {
+            tracing::error!(error, "the way to the target may still be in use");
         }
     }
 
@@ -148,7 +178,7 @@ impl Route {
         let opened = off_thread("open", move || opening.open(&name)).await?;
         let outlet = opened.map_err(|error| chain(&error))?;
         if let Way::Archive { writer, .. } = &self.0.way {
-            let new = Arc::new(ArchiveWriter::new(outlet, software()));
+            let new = Arc::new(ArchiveWriter::new(outlet, software(), &self.0.deadlines));
             if self.0.closed.get() {
                 // Ending a command takes its time.
                 return off_thread("close", move || new.give_up()).await;
@@ -164,12 +194,21 @@ impl Route {
     ) -> Result<Stream, String> {
         let writer = match &self.0.way {
             Way::Archive { writer, .. } => writer.borrow().clone(),
-            Way::Dial => None,
+            Way::Dial | Way::Shared(_) => None,
         };
         let writer = writer.ok_or_else(|| format!("{} is closed", self.0.address))?;
-        connect(&writer)
-            .and_then(|socket| Stream::from_socket(socket, self.0.address.to_string()))
-            .map_err(|error| format!("{}: {error}", self.0.address))
+        self.stream(connect(&writer))
+    }
+
+    fn channel(&self, mux: &Mux, channel: Channel) -> Result<Stream, String> {
+        self.stream(mux.open(channel))
+    }
+
+    fn stream(&self, socket: std::io::Result<OwnedFd>) -> Result<Stream, String> {
+        let address = &self.0.address;
+        socket
+            .and_then(|socket| Stream::from_socket(socket, address.to_string()))
+            .map_err(|error| format!("{address}: {error}"))
     }
 }
 

@@ -43,14 +43,14 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// The address can only be listened on. The caller is at fault.
-    #[error("cannot connect to {address}: port 0 is for listening only")]
-    PortZero {
+    #[error("cannot connect to {address}: this port is for listening only")]
+    AnyPort {
         /// Where to.
         address: Address,
     },
-    /// The address names something that sockets do not connect to.
-    #[error("cannot connect to {address}: addresses of this kind are not supported")]
-    Unsupported {
+    /// The address names no socket. Files, commands and descriptors are opened by others.
+    #[error("cannot connect to {address}: it is no address of a socket")]
+    NoSocket {
         /// Where to.
         address: Address,
     },
@@ -62,8 +62,12 @@ impl Stream {
     /// # Errors
     /// [`ConnectError`], which names the address.
     pub async fn connect(address: &Address) -> Result<Self, ConnectError> {
-        if matches!(address, Address::Tcp { port: 0, .. }) {
-            return Err(ConnectError::PortZero {
+        let any_port = matches!(
+            address,
+            Address::Tcp { port: 0, .. } | Address::Vsock { port: u32::MAX, .. }
+        );
+        if any_port {
+            return Err(ConnectError::AnyPort {
                 address: address.clone(),
             });
         }
@@ -125,12 +129,15 @@ fn connect_blocking(address: &Address) -> Result<Socket, ConnectError> {
             connect_first(&candidates, deadline).map_err(connect_error)
         }
         Address::Unix { path } => connect_unix(path, deadline).map_err(connect_error),
-        Address::Vsock { .. }
-        | Address::Fd { .. }
-        | Address::Exec { .. }
-        | Address::File { .. } => Err(ConnectError::Unsupported {
-            address: address.clone(),
-        }),
+        Address::Vsock { cid, port } => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            connect_vsock(*cid, *port, left).map_err(connect_error)
+        }
+        Address::Fd { .. } | Address::Exec { .. } | Address::File { .. } => {
+            Err(ConnectError::NoSocket {
+                address: address.clone(),
+            })
+        }
     }
 }
 
@@ -154,6 +161,12 @@ fn connect_tcp(to: SocketAddr, limit: Duration) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     socket.connect_timeout(&to.into(), limit)?;
     socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+fn connect_vsock(cid: u32, port: u32, limit: Duration) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.connect_timeout(&SockAddr::vsock(cid, port), limit)?;
     Ok(socket)
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::Interest;
 
 use super::connect::{off_thread, resolve};
 use super::{Address, Stream};
@@ -49,15 +50,15 @@ pub enum ListenError {
         /// Where.
         address: Address,
     },
-    /// The address names something that sockets do not listen on.
-    #[error("cannot listen on {address}: addresses of this kind are not supported")]
-    Unsupported {
+    /// The address names no socket. Files, commands and descriptors are opened by others.
+    #[error("cannot listen on {address}: it is no address of a socket")]
+    NoSocket {
         /// Where.
         address: Address,
     },
 }
 
-/// A listening socket, TCP or unix. A unix socket has mode 0600 and its path is removed when the listener is dropped.
+/// A listening socket: TCP, unix or vsock. A unix socket has mode 0600 and its path is removed when the listener is dropped.
 #[derive(Debug)]
 pub struct Listener {
     link: Link,
@@ -69,7 +70,12 @@ enum Link {
     Tcp(tokio::net::TcpListener),
     Unix {
         listener: tokio::net::UnixListener,
-        _file: SocketFile,
+        _file: Option<SocketFile>,
+    },
+    Vsock {
+        listener: Socket,
+        /// A second handle on it that waits for readiness: the libraries have no type for vsock, and this one does not look.
+        readiness: tokio::net::UnixStream,
     },
 }
 
@@ -104,13 +110,26 @@ impl Listener {
                     _ => listen_error(source),
                 })
             }
-            Address::Vsock { .. }
-            | Address::Fd { .. }
-            | Address::Exec { .. }
-            | Address::File { .. } => Err(ListenError::Unsupported {
-                address: address.clone(),
-            }),
+            Address::Vsock { cid, port } => bind_vsock(*cid, *port).map_err(listen_error),
+            Address::Fd { .. } | Address::Exec { .. } | Address::File { .. } => {
+                Err(ListenError::NoSocket {
+                    address: address.clone(),
+                })
+            }
         }
+    }
+
+    /// Takes over a socket that listens already; `address` is what it was named by. A unix socket's path stays when it is dropped.
+    ///
+    /// # Errors
+    /// When it is of no family that can be listened on here, or does not listen.
+    pub fn from_socket(socket: OwnedFd, address: &Address) -> Result<Self, ListenError> {
+        let listen_error = |source| ListenError::Listen {
+            address: address.clone(),
+            source,
+        };
+        let socket = Socket::from(socket);
+        adopt(socket, address).map_err(listen_error)
     }
 
     /// The address with the port that the kernel chose and the name resolved.
@@ -149,6 +168,17 @@ impl Listener {
                 };
                 Stream::from_socket(OwnedFd::from(stream.into_std()?), peer)
             }
+            Link::Vsock {
+                listener,
+                readiness,
+            } => {
+                let (socket, from) = readiness
+                    .async_io(Interest::READABLE, || listener.accept())
+                    .await?;
+                let peer = vsock_address(&from)
+                    .map_or_else(|| "a vsock peer".to_owned(), |address| address.to_string());
+                Stream::from_socket(socket.into(), peer)
+            }
         }
     }
 }
@@ -170,6 +200,10 @@ fn bind_tcp(at: SocketAddr) -> io::Result<Listener> {
     socket.bind(&at.into())?;
     socket.listen(LISTEN_BACKLOG)?;
     socket.set_nonblocking(true)?;
+    listen_tcp(socket)
+}
+
+fn listen_tcp(socket: Socket) -> io::Result<Listener> {
     let listener = tokio::net::TcpListener::from_std(OwnedFd::from(socket).into())?;
     let bound = listener.local_addr()?;
     let host = match bound {
@@ -184,6 +218,58 @@ fn bind_tcp(at: SocketAddr) -> io::Result<Listener> {
         link: Link::Tcp(listener),
         local,
     })
+}
+
+fn adopt(socket: Socket, address: &Address) -> io::Result<Listener> {
+    if !socket.is_listener()? {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the socket does not listen",
+        ));
+    }
+    socket.set_nonblocking(true)?;
+    let link = match socket.domain()? {
+        Domain::IPV4 | Domain::IPV6 => {
+            return listen_tcp(socket);
+        }
+        Domain::UNIX => Link::Unix {
+            listener: tokio::net::UnixListener::from_std(OwnedFd::from(socket).into())?,
+            _file: None,
+        },
+        Domain::VSOCK => listen_vsock(socket)?,
+        other => {
+            let text = format!("sockets of family {other:?} are not supported");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
+    };
+    let local = address.clone();
+    Ok(Listener { link, local })
+}
+
+fn bind_vsock(cid: u32, port: u32) -> io::Result<Listener> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.bind(&SockAddr::vsock(cid, port))?;
+    socket.listen(LISTEN_BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    let local = vsock_address(&socket.local_addr()?).unwrap_or(Address::Vsock { cid, port });
+    Ok(Listener {
+        link: listen_vsock(socket)?,
+        local,
+    })
+}
+
+fn listen_vsock(listener: Socket) -> io::Result<Link> {
+    let second: OwnedFd = listener.try_clone()?.into();
+    let readiness = tokio::net::UnixStream::from_std(second.into())?;
+    Ok(Link::Vsock {
+        listener,
+        readiness,
+    })
+}
+
+fn vsock_address(address: &SockAddr) -> Option<Address> {
+    let (cid, port) = address.as_vsock_address()?;
+    Some(Address::Vsock { cid, port })
 }
 
 /// Removes the socket that a dead process left behind.
@@ -227,7 +313,7 @@ fn bind_unix(path: &Path, local: Address) -> io::Result<Listener> {
     Ok(Listener {
         link: Link::Unix {
             listener,
-            _file: file,
+            _file: Some(file),
         },
         local,
     })

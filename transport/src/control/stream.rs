@@ -10,7 +10,7 @@ use socket2::{Domain, Socket};
 
 use super::runtime::{self, RuntimeKind};
 
-/// A connected stream socket, TCP or unix. Not `Send`: it lives on its control thread until [`into_socket`](Self::into_socket).
+/// A connected stream socket: TCP, unix or vsock. Not `Send`: it lives on its control thread until [`into_socket`](Self::into_socket).
 ///
 /// Share it between a reader and a writer task with `Rc`. Reads and writes take their buffer by value and give it back, because
 /// the kernel owns it meanwhile. Dropping a stream closes the connection, also under an abandoned read.
@@ -23,7 +23,8 @@ pub struct Stream {
     writing: Cell<bool>,
 }
 
-/// How bytes move, by runtime and family.
+/// How bytes move, by runtime and family. The libraries have no type for vsock; those for unix sockets only read and write, which is the
+/// same for every family.
 enum Link {
     UringTcp(tokio_uring::net::TcpStream),
     UringUnix(tokio_uring::net::UnixStream),
@@ -35,7 +36,7 @@ impl Stream {
     /// Takes over a connected socket. `peer` is the name of the other side for logs and errors.
     ///
     /// # Errors
-    /// Outside of [`runtime::run`], when the socket is neither TCP nor unix, or when the runtime cannot take it.
+    /// Outside of [`runtime::run`], when the socket is none of the three, or when the runtime cannot take it.
     pub fn from_socket(socket: OwnedFd, peer: impl Into<String>) -> io::Result<Self> {
         Self::from_connected(socket.into(), peer.into())
     }
@@ -50,10 +51,10 @@ impl Stream {
         socket.set_nonblocking(kind == RuntimeKind::Plain)?;
         let handle: OwnedFd = socket.try_clone()?.into();
         let link = match (kind, domain) {
-            (RuntimeKind::Uring, Domain::UNIX) => {
+            (RuntimeKind::Uring, Domain::UNIX | Domain::VSOCK) => {
                 Link::UringUnix(tokio_uring::net::UnixStream::from_std(handle.into()))
             }
-            (RuntimeKind::Plain, Domain::UNIX) => {
+            (RuntimeKind::Plain, Domain::UNIX | Domain::VSOCK) => {
                 Link::PlainUnix(tokio::net::UnixStream::from_std(handle.into())?)
             }
             (RuntimeKind::Uring, Domain::IPV4 | Domain::IPV6) => {

@@ -228,7 +228,7 @@ fn connect_errors_name_the_address() {
         for (address, text) in [
             (nobody, "tcp:127.0.0.1:1"),
             (dir.address(), "refused"),
-            ("tcp:127.0.0.1:0".parse().unwrap(), "port 0"),
+            ("tcp:127.0.0.1:0".parse().unwrap(), "tcp:127.0.0.1:0"),
         ] {
             let error = Stream::connect(&address).await.unwrap_err();
             assert!(error.to_string().contains(text), "{error}");
@@ -340,6 +340,71 @@ fn many_connections_wait_in_the_backlog() {
         }
         for _ in 0..260 {
             listener.accept().await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_listening_socket_that_was_passed_in_is_listened_on() {
+    on_both(|| async {
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = tcp.local_addr().unwrap().port();
+        let name: Address = "fd:passed".parse().unwrap();
+        let listener = Listener::from_socket(OwnedFd::from(tcp), &name).unwrap();
+        let local: Address = format!("tcp:127.0.0.1:{port}").parse().unwrap();
+        assert_eq!(*listener.local_address(), local);
+        let (ours, theirs) = tokio::join!(Stream::connect(&local), listener.accept());
+        ours.unwrap();
+        theirs.unwrap();
+
+        let folder = Dir::new("passed");
+        let Address::Unix { path } = folder.address() else {
+            unreachable!("it is one")
+        };
+        let unix = StdUnixListener::bind(&path).unwrap();
+        let listener = Listener::from_socket(OwnedFd::from(unix), &name).unwrap();
+        let address = folder.address();
+        let (ours, theirs) = tokio::join!(Stream::connect(&address), listener.accept());
+        ours.unwrap();
+        theirs.unwrap();
+        drop(listener);
+        assert!(path.exists());
+
+        let (connected, _other) = StdUnixStream::pair().unwrap();
+        let error = Listener::from_socket(OwnedFd::from(connected), &name).unwrap_err();
+        assert!(error.to_string().contains("fd:passed"), "{error}");
+    });
+}
+
+/// Bytes go over vsock where the host has its loopback; where it has not, the errors name the address.
+#[test]
+fn vsock_is_used_like_any_socket_and_its_absence_is_named() {
+    const ANY: u32 = u32::MAX;
+    on_both(|| async {
+        let any: Address = format!("vsock:{ANY}:{ANY}").parse().unwrap();
+        let error = Stream::connect(&any).await.unwrap_err().to_string();
+        assert!(error.contains("for listening only"), "{error}");
+        let listener = match Listener::bind(&any).await {
+            Ok(listener) => listener,
+            Err(error) => {
+                assert!(error.to_string().contains(&any.to_string()), "{error}");
+                return;
+            }
+        };
+        let Address::Vsock { cid, port } = *listener.local_address() else {
+            panic!("{:?}", listener.local_address());
+        };
+        assert!(cid == ANY && port != ANY, "the kernel has chosen a port");
+        let loopback = Address::Vsock { cid: 1, port };
+        match Stream::connect(&loopback).await {
+            Ok(ours) => {
+                let theirs = listener.accept().await.unwrap();
+                ours.write_all(b"vsock".to_vec()).await.0.unwrap();
+                let (read, bytes) = theirs.read(Vec::with_capacity(5)).await;
+                assert_eq!((read.unwrap(), bytes), (5, b"vsock".to_vec()));
+                assert!(theirs.peer().starts_with("vsock:1:"), "{}", theirs.peer());
+            }
+            Err(error) => assert!(error.to_string().contains(&loopback.to_string())),
         }
     });
 }

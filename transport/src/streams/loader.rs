@@ -17,12 +17,11 @@ use rustix::event::PollFlags;
 use super::inlet::Inlet;
 use super::interrupt::{Interrupt, Waited};
 use super::{StreamError, StreamFault, socket_pair};
-use crate::limits::KEEPALIVE_US;
+use crate::limits::Deadlines;
 use crate::wire::archive::{ArchiveItem, ArchiveReader};
 use crate::wire::frame::{FrameBuffer, Ready, SourceFrame, StateEnd, TargetFrame};
 use crate::wire::hello::{DataHello, Hello};
 
-const KEEPALIVE: Duration = Duration::from_micros(KEEPALIVE_US);
 /// Bytes asked for in one read of the control connection.
 const READ_BYTES: usize = 64 << 10;
 
@@ -43,12 +42,18 @@ impl ArchiveLoader {
     ///
     /// # Errors
     /// When the process is out of threads.
-    pub fn start(inlet: Inlet, connect: Connect, failed: Failed) -> Result<Self, StreamError> {
+    pub fn start(
+        inlet: Inlet,
+        deadlines: &Deadlines,
+        connect: Connect,
+        failed: Failed,
+    ) -> Result<Self, StreamError> {
+        let keepalive = Duration::from_micros(deadlines.keepalive_us);
         let name = inlet.name().to_owned();
         let interrupt = inlet.interrupt();
         let thread = thread::Builder::new()
             .name("load".to_owned())
-            .spawn(move || run(inlet, &connect, failed))
+            .spawn(move || run(inlet, keepalive, &connect, failed))
             .map_err(|error| StreamFault::Open(error).of(&name))?;
         Ok(Self {
             interrupt,
@@ -74,10 +79,11 @@ impl Drop for ArchiveLoader {
 }
 
 /// Body of the thread.
-fn run(inlet: Inlet, connect: &Connect, failed: Failed) {
+fn run(inlet: Inlet, keepalive: Duration, connect: &Connect, failed: Failed) {
     let name = inlet.name().to_owned();
     let mut job = Load {
         inlet,
+        keepalive,
         reader: ArchiveReader::default(),
         bytes: Vec::new(),
         end: None,
@@ -99,6 +105,8 @@ struct Links {
 /// The reading thread at work.
 struct Load {
     inlet: Inlet,
+    /// How often the target hears that this side lives.
+    keepalive: Duration,
     reader: ArchiveReader,
     /// What was read last.
     bytes: Vec<u8>,
@@ -114,7 +122,7 @@ impl Load {
         };
         let verify = hello.verify;
         let (control, theirs) = socket_pair().map_err(StreamFault::Open)?;
-        let target = links.target.insert(Peer::start(control)?);
+        let target = links.target.insert(Peer::start(control, self.keepalive)?);
         connect(theirs);
         let data = links.data.insert(open_data(target, hello, connect)?);
         self.replay(target, data)?;
@@ -249,12 +257,12 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(control: UnixStream) -> Result<Self, StreamFault> {
+    fn start(control: UnixStream, keepalive: Duration) -> Result<Self, StreamFault> {
         let (heard, frames) = mpsc::channel();
         let listener = control.try_clone().map_err(StreamFault::Open)?;
         thread::Builder::new()
             .name("load-control".to_owned())
-            .spawn(move || listen(&listener, &heard))
+            .spawn(move || listen(&listener, keepalive, &heard))
             .map_err(StreamFault::Open)?;
         Ok(Self { control, frames })
     }
@@ -295,7 +303,7 @@ impl Drop for Peer {
 }
 
 /// Body of the thread that listens, until the connection ends or nobody wants to hear.
-fn listen(control: &UnixStream, heard: &mpsc::Sender<TargetFrame>) {
+fn listen(control: &UnixStream, keepalive: Duration, heard: &mpsc::Sender<TargetFrame>) {
     let Ok(never) = Interrupt::new() else {
         return;
     };
@@ -307,7 +315,7 @@ fn listen(control: &UnixStream, heard: &mpsc::Sender<TargetFrame>) {
                 return;
             }
         }
-        match never.wait(control.as_fd(), PollFlags::IN, Some(KEEPALIVE)) {
+        match never.wait(control.as_fd(), PollFlags::IN, Some(keepalive)) {
             Ok(Waited::TimedOut) => {
                 let sign = SourceFrame::Keepalive.encode();
                 if (&*control).write_all(&sign).is_err() {

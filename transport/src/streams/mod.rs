@@ -19,8 +19,12 @@ mod command;
 mod inlet;
 mod interrupt;
 mod loader;
+mod mux;
 mod outlet;
 mod writer;
+
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
@@ -31,6 +35,7 @@ use rustix::fs::FileType;
 
 pub use self::inlet::Inlet;
 pub use self::loader::ArchiveLoader;
+pub use self::mux::{Mux, is_shared};
 pub use self::outlet::Outlet;
 pub use self::writer::ArchiveWriter;
 

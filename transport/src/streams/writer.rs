@@ -17,7 +17,7 @@ use rustix::event::PollFlags;
 use super::interrupt::{Interrupt, Waited};
 use super::outlet::Outlet;
 use super::{StreamFault, socket_pair};
-use crate::limits::{CONTROL_BYTES_MAX, KEEPALIVE_US};
+use crate::limits::{CONTROL_BYTES_MAX, Deadlines};
 use crate::units::PageCount;
 use crate::wire::WireError;
 use crate::wire::archive::ArchiveEncoder;
@@ -29,7 +29,6 @@ use crate::wire::header::{FrameHeader, HEADER_BYTES};
 use crate::wire::hello::{Hello, HelloReply, VersionRange};
 use crate::wire::ram::{self, RAM_RUNS, RamRuns, RoundEnd};
 
-const KEEPALIVE: Duration = Duration::from_micros(KEEPALIVE_US);
 /// Bytes asked for in one read of a control connection.
 const READ_BYTES: usize = 64 << 10;
 
@@ -44,6 +43,7 @@ pub struct ArchiveWriter {
 struct Shared {
     name: String,
     software: String,
+    keepalive: Duration,
     interrupt: Interrupt,
     outlet: Mutex<Option<Outlet>>,
     state: Mutex<State>,
@@ -76,11 +76,12 @@ enum Decision {
 
 impl ArchiveWriter {
     /// Waits for the first connection. Nothing is written before.
-    pub fn new(outlet: Outlet, software: String) -> Self {
+    pub fn new(outlet: Outlet, software: String, deadlines: &Deadlines) -> Self {
         Self {
             shared: Arc::new(Shared {
                 name: outlet.name().to_owned(),
                 software,
+                keepalive: Duration::from_micros(deadlines.keepalive_us),
                 interrupt: outlet.interrupt(),
                 outlet: Mutex::new(Some(outlet)),
                 state: Mutex::default(),
@@ -220,7 +221,7 @@ impl Shared {
                     return Ok(());
                 }
             }
-            match never.wait(control.as_fd(), PollFlags::IN, Some(KEEPALIVE)) {
+            match never.wait(control.as_fd(), PollFlags::IN, Some(self.keepalive)) {
                 Ok(Waited::TimedOut) => self.say(&TargetFrame::Keepalive),
                 Ok(Waited::Ready) => match (&*control).read(&mut bytes) {
                     Ok(0) => return Ok(()),

@@ -6,6 +6,7 @@ pub mod frame;
 pub mod fuzz;
 pub mod header;
 pub mod hello;
+pub mod mux;
 pub mod ram;
 pub mod section;
 
