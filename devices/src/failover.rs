@@ -94,10 +94,7 @@ impl Notifier for FailoverNotifier {
         if !self.asked || self.primary.is_gone()? {
             return Ok(None);
         }
-        Ok(Some(format!(
-            "the guest has not let go of {} yet",
-            self.name
-        )))
+        Ok(Some(self.name.clone()))
     }
 
     fn done(&mut self) {

@@ -27,6 +27,9 @@ on_both_accelerators!(
     a_veto_half_way_fails_the_migration_and_everybody_told_hears_it,
     failed_is_told_before_the_guest_runs_again,
     a_target_hands_back_what_it_took_over_before_the_source_hears_of_the_failure,
+    a_migration_waits_until_the_guest_has_let_go_of_its_card,
+    a_cancelled_wait_gives_the_card_back,
+    a_guest_that_does_not_let_go_in_time_keeps_its_card_and_stays,
 );
 
 /// An image in a folder of its own.
@@ -61,14 +64,15 @@ impl Image {
     /// The process that has the image; none if it could be had.
     fn owner(&self) -> Option<u32> {
         let disk = self.third_party();
-        match disk.activate() {
+        until("it is clear who has the image", || match disk.activate() {
             Ok(_) => {
                 disk.inactivate().unwrap();
-                None
+                Some(None)
             }
-            Err(DiskError::Locked { holder, .. }) => Some(holder.unwrap().pid),
+            // It may have been given back before its owner was looked for.
+            Err(DiskError::Locked { holder, .. }) => holder.map(|holder| Some(holder.pid)),
             Err(error) => panic!("{error}"),
-        }
+        })
     }
 }
 
@@ -397,4 +401,113 @@ fn a_target_hands_back_what_it_took_over_before_the_source_hears_of_the_failure(
     until("the target gives up", || {
         (target.status() == "failed").then_some(())
     });
+}
+
+/// A source with a stand-in for a passed-through network card, and a server that hears how its migrations go.
+fn source_with_primary(machine: &Machine, server: &Server, launch: Launch) -> Vm {
+    let launch = launch.with(&[
+        "--x-failover-primary",
+        "net0",
+        "--notify",
+        &server.option("display"),
+    ]);
+    source_with(machine, launch)
+}
+
+/// Starts a migration and waits until the guest is asked to let go of its card.
+fn migrate_until_asked(source: &mut Vm, address: &str) {
+    source.migrate(address);
+    let event = source.qmp.event(|event| event["event"] == "UNPLUG_PRIMARY");
+    assert_eq!(event.unwrap()["data"]["device-id"], "net0");
+    source.wait_status("wait-unplug");
+    assert_eq!(source.status(), "wait-unplug");
+}
+
+fn confirm(source: &mut Vm) {
+    source.execute("x-confirm-unplug", json!({ "id": "net0" }));
+}
+
+/// The card is plugged: a guest that was not asked has nothing to confirm.
+fn assert_plugged(vm: &mut Vm) {
+    let refusal = vm.refusal("x-confirm-unplug", json!({ "id": "net0" }));
+    assert!(refusal.contains("Plugged"), "{refusal}");
+}
+
+fn a_migration_waits_until_the_guest_has_let_go_of_its_card(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let server = Server::new();
+    let mut source = source_with_primary(&machine, &server, Launch::default());
+    assert_plugged(&mut source);
+    let launch = Launch::default().with(&["--x-failover-primary", "net0"]);
+    let mut target = target_with(&machine, launch);
+    migrate_until_asked(&mut source, &target.address());
+    // The guest runs on while it is waited for, and its settings are fixed.
+    source.assert_guest_works();
+    let refusal = source.refusal("migrate", json!({ "uri": "tcp:127.0.0.1:1" }));
+    assert!(refusal.contains("under way"), "{refusal}");
+    assert_eq!(source.status(), "wait-unplug");
+    confirm(&mut source);
+    let info = source.wait_migration();
+    assert_eq!(info["status"], "completed", "{info}");
+    let statuses = source.statuses();
+    assert_eq!(
+        statuses,
+        ["setup", "wait-unplug", "active", "device", "completed"]
+    );
+    target.assert_guest_works();
+    // The guest has the card of its new side.
+    assert_plugged(&mut target);
+}
+
+fn a_cancelled_wait_gives_the_card_back(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let server = Server::new();
+    let mut source = source_with_primary(&machine, &server, Launch::default());
+    for confirmed in [false, true] {
+        let mut target = machine.target();
+        if confirmed {
+            // Cancelled later, with the card gone.
+            source.set(json!({ "max-bandwidth": 1 << 20 }));
+        }
+        migrate_until_asked(&mut source, &target.address());
+        if confirmed {
+            confirm(&mut source);
+            source.wait_status("active");
+        }
+        source.query("migrate_cancel");
+        assert_eq!(source.wait_migration()["status"], "cancelled");
+        assert_plugged(&mut source);
+        assert_eq!(server.heard(), ["setup", "failed"]);
+        source.assert_guest_works();
+        target.kill();
+    }
+    source.set(json!({ "max-bandwidth": 0 }));
+    let mut target = machine.target();
+    migrate_until_asked(&mut source, &target.address());
+    confirm(&mut source);
+    assert_eq!(source.wait_migration()["status"], "completed");
+    target.assert_guest_works();
+}
+
+fn a_guest_that_does_not_let_go_in_time_keeps_its_card_and_stays(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let server = Server::new();
+    // A tenth of every deadline.
+    let launch = || Launch::default().with(&["--x-deadline-scale", "10"]);
+    let mut source = source_with_primary(&machine, &server, launch());
+    let mut target = target_with(&machine, launch());
+    migrate_until_asked(&mut source, &target.address());
+    let info = source.wait_migration();
+    source.assert_failed(&info, "did not let go of device \"net0\" within 3 s");
+    assert_plugged(&mut source);
+    assert_eq!(server.heard(), ["setup", "failed"]);
+    target.assert_gave_up("the source gave up");
+    let mut target = target_with(&machine, launch());
+    migrate_until_asked(&mut source, &target.address());
+    confirm(&mut source);
+    assert_eq!(source.wait_migration()["status"], "completed");
+    target.assert_guest_works();
 }

@@ -42,8 +42,8 @@ pub trait Notifier: Send {
     /// A veto: the migration does not take place. The text reaches the operator and names this part. [`failed`](Self::failed) follows.
     fn setup(&mut self, setup: &Setup) -> Result<(), DeviceError>;
 
-    /// What the migration has to wait for after SETUP, in words for the operator; `None` once it may go on. Asked again and again,
-    /// until it says `None` or the attempt ends; must not block.
+    /// The device that the guest still has to let go of since SETUP; `None` once the migration may go on. Asked again and again, until
+    /// it says `None` or the attempt ends; must not block.
     ///
     /// # Errors
     /// What was waited for will not happen; the migration fails, and [`failed`](Self::failed) follows.

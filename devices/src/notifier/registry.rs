@@ -173,8 +173,8 @@ impl Notifiers {
         Ok(told)
     }
 
-    /// What the migration still has to wait for before it may go on; `None` when it need not wait any more. May be called from another
-    /// thread than the rest.
+    /// The first device that the guest still has to let go of before the migration may go on; `None` when nobody waits any more. May be
+    /// called from another thread than the rest.
     ///
     /// # Errors
     /// Waiting is in vain. The caller owes [`failed`](Self::failed).

@@ -58,6 +58,7 @@ impl Engine {
             Command::MigrateSetCapabilities(changes) => self.set_capabilities(&changes),
             Command::QueryMigrateCapabilities => value(self.capabilities.list()),
             Command::XQueryWorkload { reset } => self.workload(reset),
+            Command::XConfirmUnplug { id } => self.confirm_unplug(&id),
             Command::XResolve { outcome } => self.resolve(outcome),
         };
         answer(reply, outcome);

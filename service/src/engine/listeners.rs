@@ -1,12 +1,15 @@
 //! Who hears of this machine's migrations: the machine itself, the servers that the operator named, and its failover primaries.
 
+use serde_json::{Value, json};
 use vmferry_devices::DeviceError;
 use vmferry_devices::notifier::{Mode, Modes, Notifiers, Priority};
 
+use super::Engine;
 use super::event::{Event, Events};
 use crate::config::RunConfig;
 use crate::machine::failover::Primaries;
 use crate::machine::{Machine, MachineError};
+use crate::qmp::QmpError;
 
 /// Registers everybody. A guest that is asked to let go of a primary becomes [`Event::Unplugging`].
 ///
@@ -34,6 +37,16 @@ pub(super) fn register(
         notifiers.register(Mode::Normal, Priority::GUEST, Box::new(notifier));
     }
     Ok((notifiers, primaries))
+}
+
+impl Engine {
+    /// `x-confirm-unplug`.
+    pub(super) fn confirm_unplug(&self, id: &str) -> Result<Value, QmpError> {
+        match self.primaries.confirm_unplug(id) {
+            Ok(()) => Ok(json!({})),
+            Err(error) => Err(QmpError::generic(error.to_string())),
+        }
+    }
 }
 
 /// Why somebody could not be registered.

@@ -60,6 +60,11 @@ pub enum Command {
     },
     /// `x-ram-hash`, only while the guest is stopped; returns [`RamHashInfo`](super::schema::RamHashInfo).
     XRamHash,
+    /// `x-confirm-unplug`: says for the guest that it has let go of a stand-in for a failover primary.
+    XConfirmUnplug {
+        /// The primary.
+        id: String,
+    },
     /// `x-resolve`: the operator decides which side has the guest, after a commit whose outcome cannot be learnt.
     XResolve {
         /// The decision.
@@ -113,6 +118,12 @@ struct CapabilitiesArguments {
 #[serde(default, deny_unknown_fields)]
 struct WorkloadArguments {
     reset: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfirmUnplugArguments {
+    id: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -192,6 +203,11 @@ pub(super) fn set_capabilities(given: Map<String, Value>) -> Result<Command, Qmp
 pub(super) fn query_workload(given: Map<String, Value>) -> Result<Command, QmpError> {
     let WorkloadArguments { reset } = arguments(given)?;
     Ok(Command::XQueryWorkload { reset })
+}
+
+pub(super) fn confirm_unplug(given: Map<String, Value>) -> Result<Command, QmpError> {
+    let ConfirmUnplugArguments { id } = arguments(given)?;
+    Ok(Command::XConfirmUnplug { id })
 }
 
 pub(super) fn resolve(given: Map<String, Value>) -> Result<Command, QmpError> {

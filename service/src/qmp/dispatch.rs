@@ -61,6 +61,9 @@ const COMMANDS: &[(&str, Parser)] = &[
     }),
     ("quit", |a| plain(a, Command::Quit)),
     ("stop", |a| plain(a, Command::Stop)),
+    ("x-confirm-unplug", |a| {
+        command::confirm_unplug(a).map(Request::Engine)
+    }),
     ("x-query-workload", |a| {
         command::query_workload(a).map(Request::Engine)
     }),
