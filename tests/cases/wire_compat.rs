@@ -9,6 +9,7 @@ use bytes::Bytes;
 use vmferry_transport::units::{
     BlockId, MigrationId, PageCount, PageIndex, PageRun, RoundId, Uuid,
 };
+use vmferry_transport::wire::device_data::{DEVICE_DATA, DeviceData};
 use vmferry_transport::wire::frame::{
     Abort, AbortCode, FrameBuffer, Ready, Resolution, SourceFrame, StateEnd, TargetFrame,
     Verification,
@@ -31,6 +32,7 @@ enum Frame {
     Target(TargetFrame),
     Runs(RamRuns),
     RoundEnd(RoundEnd),
+    DeviceData(DeviceData),
 }
 
 impl Frame {
@@ -39,6 +41,7 @@ impl Frame {
             Self::Source(frame) => frame.encode(),
             Self::Target(frame) => frame.encode(),
             Self::Runs(frame) => frame.encode(),
+            Self::DeviceData(frame) => frame.encode(),
             Self::RoundEnd(frame) => frame.encode(),
         }
     }
@@ -50,7 +53,7 @@ impl Frame {
         let frame = match self {
             Self::Source(_) => buffer.poll_frame()?.map(Self::Source),
             Self::Target(_) => buffer.poll_frame()?.map(Self::Target),
-            Self::Runs(_) | Self::RoundEnd(_) => return decode_data(bytes),
+            Self::Runs(_) | Self::RoundEnd(_) | Self::DeviceData(_) => return decode_data(bytes),
         };
         frame.ok_or(WireError::Truncated)
     }
@@ -66,6 +69,7 @@ fn decode_data(bytes: &[u8]) -> Result<Frame, WireError> {
     }
     match header.kind {
         ram::RAM_RUNS => RamRuns::decode(&header, body, &BLOCKS).map(Frame::Runs),
+        DEVICE_DATA => DeviceData::decode(&header, body).map(Frame::DeviceData),
         _ => RoundEnd::decode(&header, body).map(Frame::RoundEnd),
     }
 }
@@ -154,6 +158,17 @@ fn frames() -> Vec<(&'static str, Frame)> {
             Frame::Runs(ram_runs(Some(0xdead_beef))),
         ),
         (
+            "device_data",
+            Frame::DeviceData(DeviceData {
+                round: RoundId(5),
+                device: 2,
+                offset: 1 << 33,
+                payload_bytes: 4097,
+                payload_crc: 0xfeed_beef,
+                end: true,
+            }),
+        ),
+        (
             "round_end",
             Frame::RoundEnd(RoundEnd {
                 round: RoundId(5),
@@ -163,6 +178,7 @@ fn frames() -> Vec<(&'static str, Frame)> {
                     data_pages: 2,
                     zero_pages: 3,
                     hole_pages: 4,
+                    device_bytes: 5,
                 },
             }),
         ),

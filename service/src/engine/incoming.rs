@@ -365,7 +365,13 @@ impl Incoming {
                 .handle_job_failed(now, TargetJob::Prepare, AbortCode::Resources, text);
             return;
         };
-        match DataReceiver::start(sockets, self.machine.ram().clone(), config, report) {
+        match DataReceiver::start(
+            sockets,
+            self.machine.ram().clone(),
+            Vec::new(),
+            config,
+            report,
+        ) {
             Ok(receiver) => {
                 self.receiver = Some(receiver);
                 self.core.handle_prepared(now);

@@ -457,6 +457,7 @@ impl Outgoing {
             let started = DataSender::start(
                 sockets,
                 ram,
+                Vec::new(),
                 config,
                 Arc::new(move |event| tell(SourceEvent::Data(event))),
             );

@@ -36,6 +36,17 @@ pub enum DataError {
         #[source]
         source: io::Error,
     },
+    /// A device of this host failed to give or take its state. The attempt fails, the source keeps the guest.
+    #[error("device {device:?}: {op} failed")]
+    Device {
+        /// Which device.
+        device: String,
+        /// What was attempted.
+        op: &'static str,
+        /// What the device says.
+        #[source]
+        source: io::Error,
+    },
     /// The dirty log failed while pages were being sent. The attempt fails, nothing is lost.
     #[error("the dirty log failed while pages were being sent")]
     DirtyLog(#[from] DirtyLogError),

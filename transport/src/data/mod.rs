@@ -22,6 +22,7 @@
 
 mod barrier;
 mod config;
+mod device;
 mod error;
 pub(crate) mod lent;
 mod limit;
@@ -39,6 +40,7 @@ mod tests;
 mod work;
 
 pub use config::{Backend, BackendChoice, NO_URING_ENV, ReceiverConfig, SenderConfig, ZeroCopy};
+pub use device::{DeviceSink, DeviceSource, StreamedDevice};
 pub use error::DataError;
 pub use limit::BandwidthLimit;
 pub use link::ZeroCopyCounts;

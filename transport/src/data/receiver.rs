@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use super::barrier::RoundBarrier;
 use super::config::ReceiverConfig;
+use super::device::{DeviceSink, StreamedDevice, Streams};
 use super::page_set::PageSet;
 use super::placement::Placement;
 use super::sockets::Sockets;
@@ -71,6 +72,7 @@ pub struct DataReceiver {
 pub(super) struct Shared {
     pub(super) sockets: Sockets,
     pub(super) ram: GuestRam,
+    pub(super) devices: Streams<dyn DeviceSink>,
     pub(super) block_pages: Vec<PageCount>,
     pub(super) config: ReceiverConfig,
     pub(super) barrier: RoundBarrier,
@@ -84,14 +86,15 @@ pub(super) struct Shared {
 }
 
 impl DataReceiver {
-    /// Starts one thread per socket. The sockets must be connected and past their hello. Nothing else may touch the RAM until the last
-    /// round is in.
+    /// Starts one thread per socket. The sockets must be connected and past their hello. Nothing else may touch the RAM or the `devices`
+    /// until the last round is in.
     ///
     /// # Errors
     /// When there is no socket, a socket cannot be set up, or a thread cannot be started.
     pub fn start(
         sockets: Vec<OwnedFd>,
         ram: GuestRam,
+        devices: Vec<StreamedDevice<dyn DeviceSink>>,
         config: ReceiverConfig,
         events: Arc<dyn Fn(ReceiverEvent) + Send + Sync>,
     ) -> io::Result<Self> {
@@ -104,6 +107,7 @@ impl DataReceiver {
             covered_pages: AtomicU64::new(0),
             block_pages,
             ram,
+            devices: Streams::new(devices),
             config,
             events,
             placement: OnceLock::new(),
@@ -209,6 +213,9 @@ impl Shared {
             return Err(DataError::Peer(WireError::PagesMissing {
                 count: all - covered,
             }));
+        }
+        if end.last {
+            self.devices.check_ended()?;
         }
         self.covered.iter().for_each(PageSet::clear);
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);

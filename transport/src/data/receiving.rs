@@ -15,6 +15,7 @@ use super::receiver::Shared;
 use crate::memory::zero::PAGE_BYTES;
 use crate::units::{PageCount, PageRun, RoundId};
 use crate::wire::WireError;
+use crate::wire::device_data::{DEVICE_DATA, DEVICE_PAYLOAD_BYTES_MAX, DeviceData};
 use crate::wire::header::{FrameHeader, HEADER_BYTES};
 use crate::wire::ram::{
     self, FRAME_BYTES_MAX, FRAME_BYTES_MIN, RAM_RUNS, RamRuns, RoundCounts, RoundEnd, RunKind,
@@ -25,6 +26,8 @@ const BUFFERED_PAGES_MAX: u64 = 64;
 /// Where buffered pages start in the own buffer: the first page after the longest header.
 const BUFFERED_AT: usize = FRAME_BYTES_MAX.next_multiple_of(PAGE_BYTES);
 const OWN_BYTES: usize = BUFFERED_AT + BUFFERED_PAGES_MAX as usize * PAGE_BYTES;
+
+const _: () = assert!(DEVICE_PAYLOAD_BYTES_MAX as usize <= OWN_BYTES - BUFFERED_AT);
 
 /// Body of a receiver thread. Ends after the last round, on a stop, or on failure.
 pub(super) fn run(shared: &Shared, connection: usize) {
@@ -79,12 +82,18 @@ impl<'a> Worker<'a> {
             // One round: frames follow each other without a pause that anybody could wait in.
             let end = loop {
                 let header = self.receive_frame()?;
-                if header.kind != RAM_RUNS {
-                    break RoundEnd::decode(&header, self.body(&header))?;
+                match header.kind {
+                    RAM_RUNS => {
+                        let blocks = &self.shared.block_pages;
+                        let frame = RamRuns::decode(&header, self.body(&header), blocks)?;
+                        self.place(&frame)?;
+                    }
+                    DEVICE_DATA => {
+                        let piece = DeviceData::decode(&header, self.body(&header))?;
+                        self.pass_on(&piece)?;
+                    }
+                    _ => break RoundEnd::decode(&header, self.body(&header))?,
                 }
-                let blocks = &self.shared.block_pages;
-                let frame = RamRuns::decode(&header, self.body(&header), blocks)?;
-                self.place(&frame)?;
             };
             self.check_end(&end)?;
             let complete = |counts| self.shared.complete(&end, counts);
@@ -251,6 +260,24 @@ impl<'a> Worker<'a> {
         crc
     }
 
+    /// Gives a piece of a device's stream to the device. Ends with the start of the next frame in the own buffer.
+    fn pass_on(&mut self, piece: &DeviceData) -> Result<(), DataError> {
+        if piece.round != self.round {
+            return Err(self.wrong_round(piece.round));
+        }
+        let payload = BUFFERED_AT..BUFFERED_AT + piece.payload_bytes as usize;
+        let message = self.message();
+        message.clear();
+        if !payload.is_empty() {
+            message.push_own(payload.clone());
+        }
+        message.push_own(0..FRAME_BYTES_MIN);
+        self.receive()?;
+        self.counts.device_bytes += u64::from(piece.payload_bytes);
+        let message = self.message.as_ref().expect("back after each receive");
+        self.shared.devices.take(piece, &message.own()[payload])
+    }
+
     fn check_end(&self, end: &RoundEnd) -> Result<(), DataError> {
         if end.round != self.round {
             return Err(self.wrong_round(end.round));
@@ -261,6 +288,11 @@ impl<'a> Worker<'a> {
             ("data pages", ours.data_pages, theirs.data_pages),
             ("zero pages", ours.zero_pages, theirs.zero_pages),
             ("hole pages", ours.hole_pages, theirs.hole_pages),
+            (
+                "bytes of device data",
+                ours.device_bytes,
+                theirs.device_bytes,
+            ),
         ] {
             if sent != received {
                 return Err(DataError::Peer(WireError::RoundTotals {

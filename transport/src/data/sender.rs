@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use super::DataError;
 use super::config::SenderConfig;
+use super::device::{DeviceSource, StreamedDevice, Streams};
 use super::link::ZeroCopyCounts;
 use super::sending;
 use super::sockets::Sockets;
@@ -99,6 +100,7 @@ pub struct DataSender {
 pub(super) struct Shared {
     pub(super) sockets: Sockets,
     pub(super) ram: GuestRam,
+    pub(super) devices: Streams<dyn DeviceSource>,
     pub(super) config: SenderConfig,
     pub(super) events: Arc<dyn Fn(SenderEvent) + Send + Sync>,
     pub(super) progress: Counters,
@@ -111,6 +113,7 @@ pub(super) struct Counters {
     pub(super) data_pages: AtomicU64,
     pub(super) zero_pages: AtomicU64,
     pub(super) hole_pages: AtomicU64,
+    pub(super) device_bytes: AtomicU64,
     pub(super) zero_copy_sends: AtomicU64,
     pub(super) zero_copy_fallbacks: AtomicU64,
 }
@@ -122,13 +125,15 @@ pub(super) enum Command {
 }
 
 impl DataSender {
-    /// Starts one thread per socket. The sockets must be connected and past their hello; the first round must be 0.
+    /// Starts one thread per socket. The sockets must be connected and past their hello; the first round must be 0. `devices` are read in
+    /// every round.
     ///
     /// # Errors
     /// When there is no socket, a socket cannot be set up, or a thread cannot be started.
     pub fn start(
         sockets: Vec<OwnedFd>,
         ram: GuestRam,
+        devices: Vec<StreamedDevice<dyn DeviceSource>>,
         config: SenderConfig,
         events: Arc<dyn Fn(SenderEvent) + Send + Sync>,
     ) -> io::Result<Self> {
@@ -136,6 +141,7 @@ impl DataSender {
             shared: Arc::new(Shared {
                 sockets: Sockets::new(sockets)?,
                 ram,
+                devices: Streams::new(devices),
                 config,
                 events,
                 progress: Counters::default(),
@@ -234,6 +240,7 @@ impl DataSender {
                 data_pages: load(&counters.data_pages),
                 zero_pages: load(&counters.zero_pages),
                 hole_pages: load(&counters.hole_pages),
+                device_bytes: load(&counters.device_bytes),
             },
             wire_bytes: self.shared.sockets.bytes().iter().sum(),
             zero_copy: counters.zero_copy(),

@@ -12,6 +12,7 @@ use super::sender::{Command, RoundStats, SenderEvent, Shared};
 use super::work::Round;
 use crate::memory::zero::{GuestPage, PAGE_BYTES};
 use crate::units::PageIndex;
+use crate::wire::device_data::DEVICE_PAYLOAD_BYTES_MAX;
 use crate::wire::ram::{
     FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, RamRuns, RoundCounts, RoundEnd, RunKind,
 };
@@ -36,6 +37,8 @@ struct Worker<'a> {
     spare: Option<LentMessage>,
     /// Bytes of the message under way.
     under_way_bytes: u64,
+    /// Position of the device that is being read.
+    device: Option<usize>,
     zero_copy: ZeroCopyCounts,
 }
 
@@ -61,6 +64,7 @@ impl<'a> Worker<'a> {
             link: link.map_err(|source| DataError::from_kernel("setting up a socket", source))?,
             spare: None,
             under_way_bytes: 0,
+            device: None,
             zero_copy: ZeroCopyCounts::default(),
         })
     }
@@ -78,6 +82,11 @@ impl<'a> Worker<'a> {
     fn send_round(&mut self, round: &Arc<Round>) -> Result<(), DataError> {
         let mut counts = RoundCounts::default();
         let mut bytes = 0;
+        // First: the slowest device decides when the last round ends.
+        while let Some(message) = self.next_device_piece(round, &mut counts)? {
+            bytes += message.bytes_left();
+            self.send(message)?;
+        }
         let limit = &self.shared.config.bandwidth;
         while let Some((frame, looked_at)) = round.next_frame(&self.shared.ram, limit.get())? {
             let message = self.load(frame, &mut counts);
@@ -139,15 +148,52 @@ impl<'a> Worker<'a> {
     /// An empty message: a used one if there is, else a new one.
     fn message(&mut self) -> LentMessage {
         let mut message = self.spare.take().unwrap_or_else(|| {
-            let payload_bytes = if self.shared.config.checksum {
-                PAYLOAD_BYTES_MAX as usize
-            } else {
-                0
-            };
+            let payload_bytes = match (self.shared.config.checksum, self.shared.devices.is_empty())
+            {
+                (true, _) => PAYLOAD_BYTES_MAX,
+                (false, false) => DEVICE_PAYLOAD_BYTES_MAX,
+                (false, true) => 0,
+            } as usize;
             LentMessage::new(self.shared.ram.clone(), PAYLOAD_AT + payload_bytes)
         });
         message.clear();
         message
+    }
+
+    /// The next piece of the device that this thread has taken, or of the next one that nobody has; `None` when all have been read.
+    fn next_device_piece(
+        &mut self,
+        round: &Round,
+        counts: &mut RoundCounts,
+    ) -> Result<Option<LentMessage>, DataError> {
+        loop {
+            let at = match self.device {
+                Some(at) => at,
+                None => round.claim_device(),
+            };
+            let shared = self.shared;
+            let Some(mut stream) = shared.devices.get(at) else {
+                self.device = None;
+                return Ok(None);
+            };
+            self.device = Some(at);
+            let mut message = self.message();
+            let payload = PAYLOAD_AT..PAYLOAD_AT + DEVICE_PAYLOAD_BYTES_MAX as usize;
+            let piece = stream.next_piece(round.id, round.last, &mut message.own_mut()[payload])?;
+            let Some(piece) = piece else {
+                self.spare = Some(message);
+                self.device = None;
+                continue;
+            };
+            counts.device_bytes += u64::from(piece.payload_bytes);
+            let head = piece.encode();
+            message.own_mut()[..head.len()].copy_from_slice(&head);
+            message.push_own(0..head.len());
+            if piece.payload_bytes > 0 {
+                message.push_own(PAYLOAD_AT..PAYLOAD_AT + piece.payload_bytes as usize);
+            }
+            return Ok(Some(message));
+        }
     }
 
     fn load_own(&mut self, frame: &[u8]) -> LentMessage {
@@ -207,6 +253,7 @@ impl<'a> Worker<'a> {
             (&progress.data_pages, counts.data_pages),
             (&progress.zero_pages, counts.zero_pages),
             (&progress.hole_pages, counts.hole_pages),
+            (&progress.device_bytes, counts.device_bytes),
             (
                 &progress.zero_copy_sends,
                 zero_copy.sends - self.zero_copy.sends,

@@ -60,6 +60,7 @@ pub(crate) struct Round {
     holes: Vec<PageRun>,
     next_page: AtomicU64,
     next_hole: AtomicUsize,
+    next_device: AtomicUsize,
     chunk_pages: u64,
     connections: u64,
     unfinished: Mutex<(usize, RoundCounts, u64)>,
@@ -89,6 +90,7 @@ impl Round {
             holes: work.holes.into_iter().flat_map(wire_sized).collect(),
             next_page: AtomicU64::new(0),
             next_hole: AtomicUsize::new(0),
+            next_device: AtomicUsize::new(0),
             connections: connections as u64,
             unfinished: Mutex::new((connections, RoundCounts::default(), 0)),
         }
@@ -151,6 +153,11 @@ impl Round {
         total.add(counts);
         *total_bytes += bytes;
         (*connections == 0).then_some((*total, *total_bytes))
+    }
+
+    /// A position in the list of devices that nobody else gets in this round; it may be beyond the end.
+    pub(crate) fn claim_device(&self) -> usize {
+        self.next_device.fetch_add(1, Ordering::Relaxed)
     }
 
     fn claim_holes(&self) -> Option<Vec<RamRun>> {

@@ -21,6 +21,7 @@ use crate::limits::{CONTROL_BYTES_MAX, Deadlines};
 use crate::units::PageCount;
 use crate::wire::WireError;
 use crate::wire::archive::ArchiveEncoder;
+use crate::wire::device_data::{DEVICE_DATA, DeviceData};
 use crate::wire::frame::{
     Abort, AbortCode, FrameBuffer, Ready, Resolution, SourceFrame, StateEnd, TargetFrame,
     Verification,
@@ -391,9 +392,18 @@ impl Save<'_> {
         loop {
             let (header, mut bytes) = self.receive_head(ram::body_bytes)?;
             let (head, body) = (bytes.len(), &bytes[HEADER_BYTES..]);
-            if header.kind == RAM_RUNS {
-                let frame = RamRuns::decode(&header, body, &self.blocks).map_err(wrong)?;
-                let payload_bytes = frame.payload_bytes();
+            let payload_bytes = match header.kind {
+                RAM_RUNS => {
+                    let frame = RamRuns::decode(&header, body, &self.blocks).map_err(wrong)?;
+                    Some(frame.payload_bytes())
+                }
+                DEVICE_DATA => {
+                    let piece = DeviceData::decode(&header, body).map_err(wrong)?;
+                    Some(piece.payload_bytes.into())
+                }
+                _ => None,
+            };
+            if let Some(payload_bytes) = payload_bytes {
                 let payload = usize::try_from(payload_bytes).unwrap_or(usize::MAX);
                 bytes.resize(head + payload, 0);
                 self.data.read_exact(&mut bytes[head..]).map_err(lost)?;

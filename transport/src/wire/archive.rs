@@ -4,7 +4,7 @@
 //! to back:
 //!
 //! ```text
-//! START  HELLO  (RAM_RUNS payload)* ROUND_END  ...  SWITCHOVER  SECTION*  STATE_END  END
+//! START  HELLO  (RAM_RUNS payload | DEVICE_DATA payload)* ROUND_END  ...  SWITCHOVER  SECTION*  STATE_END  END
 //!               '-- a round; one or more ----'
 //! ```
 //!
@@ -40,6 +40,7 @@
 use bytes::Bytes;
 
 use super::WireError;
+use super::device_data::{DEVICE_DATA, DeviceData};
 use super::frame::{ControlFrame, SourceFrame, kind};
 use super::header::{FrameHeader, HEADER_BYTES, Reader, encode_frame};
 use super::hello::Hello;
@@ -232,7 +233,7 @@ impl From<WireError> for ArchiveFault {
 pub enum ArchiveItem {
     /// The hello. Comes first.
     Hello(Box<Hello>),
-    /// Pages: [`ArchiveReader::frame`] is the frame without its payload, and the bytes that were fed last are the payload, checked; a
+    /// Pages, or a piece of a device's stream: [`ArchiveReader::frame`] is the frame without its payload, and the bytes that were fed last are the payload, checked; a
     /// frame whose runs are all zero or holes has none.
     Ram {
         /// Length of the payload.
@@ -396,7 +397,7 @@ impl ArchiveReader {
         let (fits, wanted) = match self.stage {
             Stage::Hello => (header.kind == kind::HELLO, "a hello"),
             Stage::Round => (
-                matches!(header.kind, RAM_RUNS | ROUND_END),
+                matches!(header.kind, RAM_RUNS | DEVICE_DATA | ROUND_END),
                 "page data or the end of a round",
             ),
             Stage::Switchover => (header.kind == kind::SWITCHOVER, "the switchover"),
@@ -411,7 +412,7 @@ impl ArchiveReader {
             return Err(ArchiveFault::Order { what, wanted });
         }
         let max = match header.kind {
-            RAM_RUNS | ROUND_END => ram::body_bytes(header)? as u64,
+            RAM_RUNS | DEVICE_DATA | ROUND_END => ram::body_bytes(header)? as u64,
             ARCHIVE_END => END_BYTES as u64,
             other => SourceFrame::body_max(other).unwrap_or(0).into(),
         };
@@ -420,7 +421,7 @@ impl ArchiveReader {
             let field = "frame body";
             return Err(WireError::TooLong { field, len, max }.into());
         }
-        if header.flags != 0 && header.kind != RAM_RUNS {
+        if header.flags != 0 && !matches!(header.kind, RAM_RUNS | DEVICE_DATA) {
             let FrameHeader { kind, flags, .. } = *header;
             return Err(WireError::Kind { kind, flags }.into());
         }
@@ -434,6 +435,7 @@ impl ArchiveReader {
     ) -> Result<Option<ArchiveItem>, ArchiveFault> {
         let item = match header.kind {
             RAM_RUNS => return self.take_ram(header, body),
+            DEVICE_DATA => return self.take_device_data(header, body),
             ROUND_END => {
                 let end = RoundEnd::decode(header, body)?;
                 self.expect_round(end.round)?;
@@ -474,6 +476,22 @@ impl ArchiveReader {
         };
         let bytes = usize::try_from(runs.payload_bytes()).unwrap_or(usize::MAX);
         if bytes > 0 {
+            self.wants = Wants::Payload { bytes, crc };
+            return Ok(None);
+        }
+        Ok(Some(self.end_ram(0)))
+    }
+
+    fn take_device_data(
+        &mut self,
+        header: &FrameHeader,
+        body: &[u8],
+    ) -> Result<Option<ArchiveItem>, ArchiveFault> {
+        let piece = DeviceData::decode(header, body)?;
+        self.expect_round(piece.round)?;
+        let bytes = piece.payload_bytes as usize;
+        if bytes > 0 {
+            let crc = piece.payload_crc;
             self.wants = Wants::Payload { bytes, crc };
             return Ok(None);
         }
@@ -571,6 +589,7 @@ fn kind_name(kind: u8) -> &'static str {
         kind::SECTION => "device state",
         kind::STATE_END => "the end of the device state",
         RAM_RUNS => "page data",
+        DEVICE_DATA => "device data",
         ROUND_END => "the end of a round",
         ARCHIVE_END => "the end of the archive",
         _ => "a frame that is of no archive",

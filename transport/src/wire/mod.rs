@@ -1,6 +1,7 @@
 //! The wire format.
 
 pub mod archive;
+pub mod device_data;
 pub mod frame;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fuzz;
@@ -119,6 +120,22 @@ pub enum WireError {
     PagesMissing {
         /// How many.
         count: u64,
+    },
+    /// A piece of a device's stream that does not follow on the one before.
+    #[error("data of device {device:?} continues at byte {found}, {expected} bytes have come")]
+    DeviceOffset {
+        /// Which device.
+        device: String,
+        /// Bytes so far.
+        expected: u64,
+        /// Where the piece belongs.
+        found: u64,
+    },
+    /// The last round ended in the middle of a device's stream.
+    #[error("the data of device {device:?} is not complete")]
+    DeviceUnfinished {
+        /// Which device.
+        device: String,
     },
     /// The end of a round names other totals than what arrived.
     #[error("the peer counts {sent} {what} in the round, but {received} arrived")]

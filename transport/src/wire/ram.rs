@@ -36,12 +36,14 @@
 //! | 16 | 8 | data pages |
 //! | 24 | 8 | zero pages |
 //! | 32 | 8 | hole pages |
+//! | 40 | 8 | bytes of device data, see [`device_data`](super::device_data) |
 //!
 //! Rules: rounds count up from 0 without gaps. Within a round a page appears at most once on all connections together; in round 0
 //! every page of every block appears exactly once. The target applies a round only when the one before has ended on *all*
 //! connections, so a page sent in two rounds over two sockets always ends with the newer content.
 
 use super::WireError;
+use super::device_data::{DEVICE_DATA, DEVICE_DATA_BYTES, DeviceData, FLAG_STREAM_END};
 use super::header::{FrameHeader, HEADER_BYTES, Reader, encode_frame};
 use crate::units::{BlockId, PAGE_SIZE, PageCount, PageIndex, PageRun, RoundId};
 
@@ -62,7 +64,7 @@ pub const RUNS_FIXED_BYTES: usize = 16;
 /// Bytes of one run.
 pub const RUN_BYTES: usize = 16;
 /// Length of a ROUND_END body.
-pub const ROUND_END_BYTES: usize = 40;
+pub const ROUND_END_BYTES: usize = 48;
 /// Shortest frame on a data connection: RAM_RUNS with one run. A receiver may always read this much.
 pub const FRAME_BYTES_MIN: usize = HEADER_BYTES + RUNS_FIXED_BYTES + RUN_BYTES;
 /// Longest frame without its payload.
@@ -212,6 +214,8 @@ pub struct RoundCounts {
     pub zero_pages: u64,
     /// Pages that do not exist.
     pub hole_pages: u64,
+    /// Bytes of device data.
+    pub device_bytes: u64,
 }
 
 impl RoundCounts {
@@ -234,6 +238,7 @@ impl RoundCounts {
         self.data_pages = self.data_pages.saturating_add(other.data_pages);
         self.zero_pages = self.zero_pages.saturating_add(other.zero_pages);
         self.hole_pages = self.hole_pages.saturating_add(other.hole_pages);
+        self.device_bytes = self.device_bytes.saturating_add(other.device_bytes);
     }
 }
 
@@ -249,6 +254,7 @@ impl RoundEnd {
             counts.data_pages,
             counts.zero_pages,
             counts.hole_pages,
+            counts.device_bytes,
         ] {
             body.extend_from_slice(&count.to_le_bytes());
         }
@@ -272,6 +278,7 @@ impl RoundEnd {
             data_pages: reader.u64()?,
             zero_pages: reader.u64()?,
             hole_pages: reader.u64()?,
+            device_bytes: reader.u64()?,
         };
         reader.finish()?;
         Ok(Self {
@@ -295,6 +302,7 @@ pub fn body_bytes(header: &FrameHeader) -> Result<usize, WireError> {
                 && (bytes - RUNS_FIXED_BYTES).is_multiple_of(RUN_BYTES)
         }
         ROUND_END if header.flags == 0 => bytes == ROUND_END_BYTES,
+        DEVICE_DATA if header.flags & !FLAG_STREAM_END == 0 => bytes == DEVICE_DATA_BYTES,
         kind => {
             return Err(WireError::Kind {
                 kind,
@@ -394,6 +402,11 @@ pub fn fuzz_ram_frames(mut bytes: &[u8], blocks: &[PageCount]) -> usize {
                 break;
             };
             (end.encode(), 0)
+        } else if header.kind == DEVICE_DATA {
+            let Ok(piece) = DeviceData::decode(&header, body) else {
+                break;
+            };
+            (piece.encode(), piece.payload_bytes as usize)
         } else {
             let Ok(frame) = RamRuns::decode(&header, body, blocks) else {
                 break;
@@ -512,15 +525,18 @@ mod tests {
             crc: 0,
         };
         assert!(body_bytes(&header(RAM_RUNS, 0, 32)).is_ok());
-        assert!(body_bytes(&header(ROUND_END, 0, 40)).is_ok());
+        assert!(body_bytes(&header(ROUND_END, 0, 48)).is_ok());
+        assert!(body_bytes(&header(DEVICE_DATA, 1, 32)).is_ok());
         for bad in [
             header(RAM_RUNS, 0, 31),
             header(RAM_RUNS, 0, 16),
             header(RAM_RUNS, 0, 33),
             header(RAM_RUNS, 0, u32::MAX),
             header(RAM_RUNS, 2, 32),
-            header(ROUND_END, 1, 40),
-            header(ROUND_END, 0, 41),
+            header(ROUND_END, 1, 48),
+            header(ROUND_END, 0, 49),
+            header(DEVICE_DATA, 2, 32),
+            header(DEVICE_DATA, 0, 33),
             header(1, 0, 32),
         ] {
             assert!(body_bytes(&bad).is_err(), "{bad:?}");
@@ -546,7 +562,8 @@ mod tests {
         #[test]
         fn a_round_end_survives_the_wire(round: u32, last: bool, counts: [u64; 4]) {
             let [frames, data_pages, zero_pages, hole_pages] = counts;
-            let counts = RoundCounts { frames, data_pages, zero_pages, hole_pages };
+            let device_bytes = data_pages;
+            let counts = RoundCounts { frames, data_pages, zero_pages, hole_pages, device_bytes };
             let sent = RoundEnd { round: RoundId(round), last, counts };
             let bytes = sent.encode();
             let header = FrameHeader::decode(bytes.first_chunk().unwrap()).unwrap();

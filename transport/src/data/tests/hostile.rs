@@ -29,6 +29,7 @@ fn end(round: u32, frames: u64, data_pages: u64, zero_pages: u64) -> Vec<u8> {
         data_pages,
         zero_pages,
         hole_pages: 0,
+        device_bytes: 0,
     };
     let end = RoundEnd {
         round: RoundId(round),
@@ -269,7 +270,7 @@ fn a_target_that_vanishes_is_reported_to_the_source() {
         for index in 0..20_000 {
             write_page(&ram, 0, index, 5);
         }
-        let (sender, events) = start_sender(source, &ram, sender_config(backend));
+        let (sender, events) = start_sender(source, &ram, Vec::new(), sender_config(backend));
         sender.send_round(RoundId(0), RoundWork::all(Extents::of(&ram).unwrap()), true);
         drop(target);
         let event = events.recv_timeout(PATIENCE).unwrap();
@@ -300,6 +301,7 @@ fn a_target_without_memory_for_a_page_says_so() {
             data_pages: 1,
             zero_pages: 0,
             hole_pages: 9,
+            device_bytes: 0,
         };
         let round_end = RoundEnd {
             round: RoundId(0),

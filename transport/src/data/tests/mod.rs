@@ -14,6 +14,7 @@ use crate::memory::zero::{GuestPage, PAGE_BYTES};
 use crate::units::{BlockId, PageIndex, RoundId};
 use crate::wire::ram::RoundCounts;
 
+mod devices;
 mod ending;
 mod exact;
 mod hostile;
@@ -62,15 +63,19 @@ fn sender_config(backend: Backend) -> SenderConfig {
     }
 }
 
+type Sources = Vec<StreamedDevice<dyn DeviceSource>>;
+type Sinks = Vec<StreamedDevice<dyn DeviceSink>>;
+
 /// A sender with its events in a queue.
 fn start_sender(
     sockets: Vec<OwnedFd>,
     ram: &GuestRam,
+    devices: Vec<StreamedDevice<dyn DeviceSource>>,
     config: SenderConfig,
 ) -> (DataSender, mpsc::Receiver<SenderEvent>) {
     let (events, queue) = mpsc::channel();
     let events = Arc::new(move |event| drop(events.send(event)));
-    let sender = DataSender::start(sockets, ram.clone(), config, events).unwrap();
+    let sender = DataSender::start(sockets, ram.clone(), devices, config, events).unwrap();
     (sender, queue)
 }
 
@@ -80,10 +85,19 @@ fn start_receiver(
     ram: &GuestRam,
     backend: Backend,
 ) -> (DataReceiver, mpsc::Receiver<ReceiverEvent>) {
+    start_receiver_with(sockets, ram, Vec::new(), backend)
+}
+
+fn start_receiver_with(
+    sockets: Vec<OwnedFd>,
+    ram: &GuestRam,
+    devices: Vec<StreamedDevice<dyn DeviceSink>>,
+    backend: Backend,
+) -> (DataReceiver, mpsc::Receiver<ReceiverEvent>) {
     let (events, queue) = mpsc::channel();
     let events = Arc::new(move |event| drop(events.send(event)));
     let config = ReceiverConfig { backend };
-    let receiver = DataReceiver::start(sockets, ram.clone(), config, events).unwrap();
+    let receiver = DataReceiver::start(sockets, ram.clone(), devices, config, events).unwrap();
     (receiver, queue)
 }
 
@@ -117,9 +131,23 @@ impl Ferry {
         source: GuestRam,
         target: GuestRam,
     ) -> Self {
+        Self::with_devices(
+            (ours, theirs),
+            config,
+            (source, target),
+            (Vec::new(), Vec::new()),
+        )
+    }
+
+    fn with_devices(
+        (ours, theirs): (Vec<OwnedFd>, Vec<OwnedFd>),
+        config: SenderConfig,
+        (source, target): (GuestRam, GuestRam),
+        (sources, sinks): (Sources, Sinks),
+    ) -> Self {
         let backend = config.backend;
-        let (sender, sent) = start_sender(ours, &source, config);
-        let (receiver, received) = start_receiver(theirs, &target, backend);
+        let (sender, sent) = start_sender(ours, &source, sources, config);
+        let (receiver, received) = start_receiver_with(theirs, &target, sinks, backend);
         Self {
             source,
             target,
