@@ -1,7 +1,7 @@
 //! Who owns the guest's disks, and who hears of a migration (I1, I3, I7): an image that both sides could write has one owner at a time,
 //! a guest runs only with its disks, and everybody who was told SETUP hears how it ended before the guest goes on.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -59,6 +59,14 @@ impl Image {
             read_only: false,
         })
         .unwrap()
+    }
+
+    /// Whether a process has it open: only an owner has. Unlike a try of the lock, looking is in nobody's way.
+    fn is_open_in(&self, pid: u32) -> bool {
+        fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .flatten()
+            .any(|entry| fs::read_link(entry.path()).is_ok_and(|file| file == self.path()))
     }
 
     /// The process that has the image; none if it could be had.
@@ -203,9 +211,13 @@ fn an_operators_pause_does_not_lose_the_image_to_a_failed_migration(accel: Accel
     source.migrate(&proxy.address());
     assert_eq!(source.wait_migration()["status"], "failed");
     assert_eq!(source.runstate(), "paused");
+    until("the stopped guest has its image back", || {
+        image.is_open_in(source.pid()).then_some(())
+    });
+    assert_eq!(image.owner(), Some(source.pid()));
     source.query("cont");
     source.assert_guest_works();
-    assert_eq!(image.owner(), Some(source.pid()));
+    source.move_to(&mut target_with(&machine, image.launch()));
 }
 
 fn a_guest_that_arrives_paused_takes_its_image_only_when_it_starts(accel: Accel) {

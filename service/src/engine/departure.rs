@@ -9,7 +9,7 @@ use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::{Record, UNRESOLVED};
 use super::outgoing::{OutgoingAction, chain};
-use super::ownership::start_guest;
+use super::ownership::{start_guest, take_back};
 use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
 
@@ -124,6 +124,8 @@ impl Engine {
             } => {
                 self.guest = Guest::Stopped(stopped);
                 self.set_runstate(RunState::Paused);
+                let disks = Arc::clone(&self.disks);
+                self.jobs.run(move || take_back(&disks));
             }
             Outcome::Failed { stopped: None, .. } => {}
         }

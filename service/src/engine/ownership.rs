@@ -40,3 +40,15 @@ pub(super) fn start_arrived_guest(
         }
     })
 }
+
+/// A stopped guest stays here after all: takes its disks back, so that nobody else has them before `cont`, which tries again if this
+/// fails. Blocks.
+pub(super) fn take_back(disks: &Disks) {
+    if let Err(error) = disks.activate() {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(
+            error,
+            "the stopped guest has not got its disks back; cont tries again"
+        );
+    }
+}
