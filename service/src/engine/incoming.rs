@@ -5,11 +5,10 @@ use std::error::Error;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use vmferry_transport::control::{Address, Listener, Stream, runtime};
+use vmferry_transport::control::{Address, Stream, runtime};
 use vmferry_transport::data::{
     Backend, BackendChoice, DataError, DataReceiver, ReceiverConfig, ReceiverEvent,
     ReceiverProgress,
@@ -20,24 +19,20 @@ use vmferry_transport::proto::{
 };
 use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
-use vmferry_transport::wire::frame::{Abort, AbortCode, SourceFrame, TargetFrame, Verification};
+use vmferry_transport::wire::frame::{AbortCode, SourceFrame, TargetFrame, Verification};
 
+use super::acceptor::Acceptor;
 use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, TargetEvent};
 use super::guest::StoppedGuest;
 use super::jobs::{JobThread, off_thread};
-use super::link::{ControlLink, FirstFrameError, LAST_WORD, LinkEvent, first_frame};
+use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::origin::{Origin, StandIn};
 use super::outgoing::chain;
 use super::ownership::start_arrived_guest;
 use crate::machine::disk::Disks;
 use crate::machine::read_back::state_differences;
 use crate::machine::{Machine, VcpusStopped};
-
-/// Connections that have not said who they are yet. More wait in the kernel's queue.
-const STRANGERS_MAX: usize = 300;
-/// Pause after a failed accept: the process is out of descriptors, and trying at once would only burn time.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What the engine must do for the incoming migration, because it concerns more than the links.
 #[derive(Debug)]
@@ -104,17 +99,15 @@ impl Incoming {
         events: Events,
     ) -> Self {
         let arrivals = Arrivals::default();
-        let hello = Duration::from_micros(config.deadlines.hello_us);
+        let acceptor = Acceptor::new(config.deadlines, events.clone(), arrivals.clone());
         let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
                 let local = listener.local_address().clone();
-                let accept = accept(listener, hello, events.clone(), arrivals.clone());
-                (local, runtime::spawn(accept), None)
+                (local, runtime::spawn(acceptor.listen(listener)), None)
             }
             Origin::StandIn(stand_in, sockets) => {
-                let name = address.to_string();
-                let accept = accept_given(sockets, name, hello, events.clone(), arrivals.clone());
-                (address.clone(), runtime::spawn(accept), Some(stand_in))
+                let task = acceptor.take(sockets, address.to_string());
+                (address.clone(), runtime::spawn(task), Some(stand_in))
             }
         };
         Self {
@@ -534,104 +527,5 @@ async fn close(peer: Peer) {
     match peer {
         Peer::New(stream) => stream.shutdown(),
         Peer::Control(link) => link.close().await,
-    }
-}
-
-/// Takes connections in for as long as the listener lives. Each says its first frame on a task of its own, so that a silent one delays
-/// nobody.
-async fn accept(listener: Listener, hello_deadline: Duration, events: Events, arrivals: Arrivals) {
-    let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
-    for number in 0.. {
-        let Ok(place) = Arc::clone(&strangers).acquire_owned().await else {
-            return;
-        };
-        let stream = loop {
-            match listener.accept().await {
-                Ok(stream) => break stream,
-                Err(error) => {
-                    tracing::warn!(
-                        error = &error as &dyn Error,
-                        "accepting a migration connection failed"
-                    );
-                    tokio::time::sleep(ACCEPT_RETRY).await;
-                }
-            }
-        };
-        let (events, arrivals) = (events.clone(), arrivals.clone());
-        runtime::spawn(async move {
-            introduce(Connection(number), stream, hello_deadline, events, arrivals).await;
-            drop(place);
-        });
-    }
-}
-
-/// Takes connections in from the stand-in for the source.
-async fn accept_given(
-    mut sockets: mpsc::UnboundedReceiver<OwnedFd>,
-    name: String,
-    hello_deadline: Duration,
-    events: Events,
-    arrivals: Arrivals,
-) {
-    let mut number = 0;
-    while let Some(socket) = sockets.recv().await {
-        match Stream::from_socket(socket, name.clone()) {
-            Ok(stream) => {
-                let (events, arrivals) = (events.clone(), arrivals.clone());
-                runtime::spawn(introduce(
-                    Connection(number),
-                    stream,
-                    hello_deadline,
-                    events,
-                    arrivals,
-                ));
-                number += 1;
-            }
-            // Closed by that, which its other end sees.
-            Err(error) => tracing::error!(error = &error as &dyn Error, "connection lost"),
-        }
-    }
-}
-
-/// Reads the first frame under a deadline. The read itself is never cancelled: the deadline shuts the stream down, which ends it.
-async fn introduce(
-    connection: Connection,
-    stream: Stream,
-    hello_deadline: Duration,
-    events: Events,
-    arrivals: Arrivals,
-) {
-    let stream = std::rc::Rc::new(stream);
-    let watched = std::rc::Rc::downgrade(&stream);
-    let deadline = runtime::spawn(async move {
-        tokio::time::sleep(hello_deadline).await;
-        if let Some(stream) = watched.upgrade() {
-            stream.shutdown();
-        }
-    });
-    let first = first_frame(&stream).await;
-    deadline.abort();
-    let Some(stream) = std::rc::Rc::into_inner(stream) else {
-        return;
-    };
-    match first {
-        Ok((frame, buffer)) => {
-            arrivals.leave(connection.0, stream, buffer);
-            // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::First(connection, frame)));
-        }
-        Err(error) => {
-            tracing::warn!(
-                peer = stream.peer(),
-                error = &error as &dyn Error,
-                "not a migration connection"
-            );
-            if let FirstFrameError::Wire(error) = &error {
-                let abort = Abort::new(AbortCode::Incompatible, error.to_string());
-                // A last word to somebody who may not understand it.
-                let _ = stream.write_all(TargetFrame::Abort(abort).encode()).await;
-            }
-            stream.shutdown();
-        }
     }
 }

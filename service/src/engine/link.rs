@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use vmferry_transport::control::{Stream, runtime};
+use vmferry_transport::streams::is_shared;
 use vmferry_transport::wire::WireError;
 use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer};
 
@@ -164,6 +165,9 @@ pub(super) enum FirstFrameError {
     /// The peer does not speak the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// Several connections come over this one; what was read of it.
+    #[error("a shared connection")]
+    Shared(Vec<u8>),
     /// The connection ended, or was shut down because the deadline had passed.
     #[error("{0}")]
     Link(String),
@@ -176,8 +180,13 @@ pub(super) async fn first_frame<F: ControlFrame>(
     let mut buffer = FrameBuffer::default();
     let mut bytes = Vec::with_capacity(READ_BYTES);
     loop {
-        if let Some(frame) = buffer.poll_frame()? {
-            return Ok((frame, buffer));
+        match buffer.poll_frame() {
+            Ok(Some(frame)) => return Ok((frame, buffer)),
+            Ok(None) => {}
+            Err(WireError::Magic { first_bytes }) if is_shared(&first_bytes) => {
+                return Err(FirstFrameError::Shared(buffer.into_rest()));
+            }
+            Err(error) => return Err(error.into()),
         }
         bytes = read_more(stream, bytes, &mut buffer)
             .await

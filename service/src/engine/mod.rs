@@ -9,6 +9,7 @@
 //! Everything that can happen is an `Event` in one queue, so nothing changes while something else decides. What blocks runs on the job
 //! thread or on data threads and comes back as an event.
 
+mod acceptor;
 mod arrival;
 mod clock;
 mod commands;

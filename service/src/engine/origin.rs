@@ -133,10 +133,10 @@ impl Origin {
     }
 }
 
-type Connect = Box<dyn Fn(OwnedFd) + Send>;
+pub(super) type Connect = Box<dyn Fn(OwnedFd) + Send>;
 
 /// A queue of connections, and what puts them there.
-fn connections() -> (Connect, mpsc::UnboundedReceiver<OwnedFd>) {
+pub(super) fn connections() -> (Connect, mpsc::UnboundedReceiver<OwnedFd>) {
     let (given, connections) = mpsc::unbounded_channel();
     let connect = move |socket| {
         // Nobody takes it when the migration has ended; closing it tells the other end.

@@ -383,7 +383,10 @@ impl Save<'_> {
         if hello.switchover_ack {
             self.shared.say(&TargetFrame::SwitchoverAck);
         }
-        let start = self.encoder.start(&hello);
+        let mut start = self.encoder.start();
+        let hello = SourceFrame::Hello(hello).encode();
+        self.encoder.frame(&hello, 0);
+        start.extend_from_slice(&hello);
         self.outlet.put(&start)
     }
 

@@ -126,16 +126,13 @@ pub struct ArchiveEncoder {
 }
 
 impl ArchiveEncoder {
-    /// START and the hello.
-    pub fn start(&mut self, hello: &Hello) -> Vec<u8> {
+    /// START.
+    pub fn start(&mut self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&[0; 2]);
         bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
         self.totals.add_start(&bytes);
-        let hello = SourceFrame::Hello(hello.clone()).encode();
-        self.frame(&hello, 0);
-        bytes.extend_from_slice(&hello);
         bytes
     }
 

@@ -511,6 +511,11 @@ impl FrameBuffer {
         F::decode(header.kind, body).map(Some)
     }
 
+    /// What no frame has been made of.
+    pub fn into_rest(self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
     /// Bytes that no frame has been made of yet. After the end of a stream: 0 if it ended between two frames.
     pub fn pending(&self) -> usize {
         self.bytes.len()

@@ -5,11 +5,16 @@
 
 use bytes::Bytes;
 
+use super::archive::{
+    ARCHIVE_END, ArchiveEncoder, ArchiveError, ArchiveFault, ArchiveItem, ArchiveReader,
+    START_BYTES,
+};
 use super::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
 use super::header::{FrameHeader, HEADER_BYTES, encode_frame};
 use super::hello::{self, Hello};
+use super::mux::PieceHeader;
 use super::ram::{self, RamRuns, RoundEnd};
-use crate::limits::{BLOCKS_MAX, DEVICES_MAX};
+use crate::limits::{BLOCKS_MAX, DEVICES_MAX, SECTION_BYTES_MAX};
 use crate::units::PageCount;
 
 /// Sizes of the RAM blocks that RAM frames are checked against.
@@ -111,6 +116,90 @@ pub fn hello(bytes: &[u8]) {
     }
 }
 
+/// A saved VM, and the header of a piece on a shared socket.
+///
+/// The reader never wants more than a section may have. What it has accepted are whole frames that belong to an archive, in an order
+/// that a writer could have written, and an archive is complete only with an end that fits.
+///
+/// # Panics
+/// If one of this does not hold.
+pub fn archive(bytes: &[u8]) {
+    let read = read_archive(bytes);
+    if let Some(first) = bytes.first_chunk()
+        && let Ok(header) = PieceHeader::decode(first)
+    {
+        assert_eq!(header.encode(), *first);
+    }
+    match read {
+        Ok(items) => {
+            assert!(matches!(items.first(), Some(ArchiveItem::Hello(_))));
+            assert!(matches!(items.last(), Some(ArchiveItem::End)));
+        }
+        Err(error) => {
+            assert!(error.offset <= bytes.len() as u64, "{error}");
+            if error.fault == ArchiveFault::Incomplete {
+                assert_eq!(error.offset, bytes.len() as u64);
+            }
+        }
+    }
+}
+
+/// The same for frames that are cut out of the input and put behind right checksums, after a right start: type, flags and 16 bits of
+/// length each. Payloads are zeros. An end with an empty body gets the totals that are right.
+///
+/// # Panics
+/// If a promise of [`archive`] does not hold.
+pub fn archive_frames(mut bytes: &[u8]) {
+    let mut encoder = ArchiveEncoder::default();
+    let mut archive = encoder.start();
+    while let Some(([kind, flags, low, high], rest)) = bytes.split_first_chunk() {
+        let len = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
+        let (body, rest) = rest.split_at(len);
+        bytes = rest;
+        if *kind == ARCHIVE_END && body.is_empty() {
+            archive.extend_from_slice(&encoder.end());
+            continue;
+        }
+        let mut body = body.to_vec();
+        let mut payload = Vec::new();
+        if *kind == ram::RAM_RUNS && body.len() >= ram::RUNS_FIXED_BYTES {
+            // Two pages at most: 4096 is bit 12.
+            let pages = usize::from(body[5] >> 4 & 3);
+            payload.resize(pages << 12, 0);
+            body[8..12].copy_from_slice(&crc32c::crc32c(&payload).to_le_bytes());
+        }
+        let frame = encode_frame(*kind, *flags, &body);
+        encoder.frame(&frame, payload.len() as u64);
+        archive.extend_from_slice(&frame);
+        archive.extend_from_slice(&payload);
+    }
+    self::archive(&archive);
+}
+
+fn read_archive(mut bytes: &[u8]) -> Result<Vec<ArchiveItem>, ArchiveError> {
+    let mut reader = ArchiveReader::default();
+    let mut items = Vec::new();
+    let mut taken = 0;
+    while reader.wants() > 0 {
+        assert!(reader.wants() <= SECTION_BYTES_MAX as usize);
+        assert!(reader.offset() <= taken && (taken == 0 || taken >= START_BYTES as u64));
+        let Some((piece, rest)) = bytes.split_at_checked(reader.wants()) else {
+            return Err(reader.ends_early(bytes.len() as u64));
+        };
+        let item = reader.feed(piece)?;
+        if let Some(ArchiveItem::Control(frame)) = &item {
+            let again = read_stream::<SourceFrame>(reader.frame(), usize::MAX, SourceFrame::encode);
+            assert_eq!(again, std::slice::from_ref(frame));
+        }
+        items.extend(item);
+        (bytes, taken) = (rest, taken + piece.len() as u64);
+    }
+    match bytes {
+        [] => Ok(items),
+        _ => Err(reader.goes_on()),
+    }
+}
+
 /// Reads frames until the stream ends or is broken. Every frame is encoded again, which must decode to the same frame.
 fn read_stream<F>(stream: &[u8], piece: usize, encode: fn(&F) -> Vec<u8>) -> Vec<F>
 where
@@ -189,6 +278,66 @@ mod tests {
                 let mut changed = frame.clone();
                 changed[bit / 8] ^= 1 << (bit % 8);
                 all_targets(&changed);
+            }
+        }
+    }
+
+    fn archives() -> Vec<Vec<u8>> {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/archive/v1");
+        let folders = ["good", "corrupt"].map(|folder| fixtures.join(folder));
+        let files = folders
+            .iter()
+            .flat_map(|folder| std::fs::read_dir(folder).unwrap());
+        let archives: Vec<_> = files
+            .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
+            .collect();
+        assert!(archives.len() > 10, "only {} fixtures", archives.len());
+        archives
+    }
+
+    /// The frames of an archive in the form that `archive_frames` takes.
+    fn cut_out(archive: &[u8]) -> Vec<u8> {
+        let mut rest = archive.get(START_BYTES..).unwrap_or_default();
+        let mut frames = Vec::new();
+        while let Some((Ok(header), body)) = split_frame(rest) {
+            let Some((body, after)) = body.split_at_checked(header.body_bytes as usize) else {
+                break;
+            };
+            let end = header.kind == ARCHIVE_END;
+            let body = if end { &[] } else { body };
+            frames.extend_from_slice(&[header.kind, header.flags]);
+            frames.extend_from_slice(&u16::try_from(body.len()).unwrap().to_le_bytes());
+            frames.extend_from_slice(body);
+            let payload = match header.kind {
+                ram::RAM_RUNS => usize::from(body[5] >> 4) << 12,
+                _ => 0,
+            };
+            rest = after.get(payload..).unwrap_or_default();
+        }
+        frames
+    }
+
+    #[test]
+    fn no_archive_breaks_the_reader_whole_cut_or_changed() {
+        for bytes in archives() {
+            archive(&bytes);
+            for cut in 0..bytes.len() {
+                archive(&bytes[..cut]);
+            }
+            for at in 0..bytes.len() {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1 << (at % 8);
+                archive(&changed);
+            }
+            let frames = cut_out(&bytes);
+            archive_frames(&frames);
+            for at in 0..frames.len() {
+                archive_frames(&frames[..at]);
+                for bit in 0..8 {
+                    let mut changed = frames.clone();
+                    changed[at] ^= 1 << bit;
+                    archive_frames(&changed);
+                }
             }
         }
     }

@@ -85,8 +85,10 @@ fn frames() -> Vec<(Vec<u8>, Vec<u8>)> {
 
 fn archive_of(frames: &[(Vec<u8>, Vec<u8>)]) -> Vec<u8> {
     let mut encoder = ArchiveEncoder::default();
-    let mut bytes = encoder.start(&hello());
-    for (frame, payload) in frames {
+    let mut bytes = encoder.start();
+    let hello = (SourceFrame::Hello(hello()).encode(), Vec::new());
+    for (frame, payload) in [&[hello], frames].concat() {
+        let (frame, payload) = (&frame, &payload);
         encoder.frame(frame, payload.len() as u64);
         bytes.extend_from_slice(frame);
         bytes.extend_from_slice(payload);
@@ -213,7 +215,10 @@ fn a_frame_in_the_wrong_place_is_named() {
 fn frames_left_out_are_missed_at_the_end() {
     let all = frames();
     let mut without = ArchiveEncoder::default();
-    let mut bytes = without.start(&hello());
+    let mut bytes = without.start();
+    let hello = SourceFrame::Hello(hello()).encode();
+    without.frame(&hello, 0);
+    bytes.extend_from_slice(&hello);
     let mut with = without.clone();
     for (at, (frame, payload)) in all.iter().enumerate() {
         with.frame(frame, payload.len() as u64);
