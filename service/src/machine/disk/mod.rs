@@ -332,6 +332,18 @@ impl Disk {
     }
 }
 
+impl Drop for Disk {
+    /// Closing alone would give the lock back only once no child process between fork and exec has the description any more.
+    fn drop(&mut self) {
+        if let Some(file) = self.state().file.take()
+            && let Err(error) = lock::unlock(&file)
+        {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, disk = self.config.id, "the lock ends with the file");
+        }
+    }
+}
+
 /// A request that is running.
 struct Request<'a> {
     disk: &'a Disk,

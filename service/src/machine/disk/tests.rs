@@ -313,8 +313,15 @@ fn a_child_process_does_not_keep_the_lock() {
     disk.inactivate().unwrap();
     let other = Disk::open(images.config("a")).unwrap();
     other.activate().unwrap();
+    let second_copy = {
+        let state = other.state();
+        state.file.as_ref().unwrap().try_clone().unwrap()
+    };
+    // Neither by inactivating nor by dropping.
+    drop(other);
+    disk.activate().unwrap();
     child.end();
-    drop(copy);
+    drop((copy, second_copy));
 }
 
 #[test]
