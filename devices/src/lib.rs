@@ -2,11 +2,13 @@
 //!
 //! A VMM author implements [`Device`] for each part that has state, and picks the dirty logs that see the VM's writers.
 //!
+//! - [`announce`]: the trait of a network interface, for after a move
 //! - [`saved`]: rules for saved state, and its encoding
 //! - [`device`]: the trait of a part with state
 //! - [`notifier`]: the trait of a part that must know how a migration goes
 //! - [`failover`], [`external`]: network cards that cannot move, and servers outside; both are such parts
 
+pub mod announce;
 pub mod device;
 pub mod error;
 pub mod external;

@@ -94,7 +94,7 @@ async def greeting_and_queries(case):
         greeting = vm.qmp.greeting.QMP
         assert greeting.version["package"].startswith("vmferry "), greeting.version
         assert isinstance(greeting.version["qemu"]["major"], int)
-        assert list(greeting.capabilities) == []
+        assert list(greeting.capabilities) == ["oob"]
         version = await vm.execute("query-version")
         assert version == greeting.version
         commands = {command["name"] for command in await vm.execute("query-commands")}

@@ -75,9 +75,10 @@ pub struct Setup {
 }
 
 /// How the guest moves; QMP's MigMode.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub enum Mode {
     /// To another process, on this or another host, over sockets or by way of a file.
+    #[default]
     Normal,
     /// By way of a file while the host reboots.
     CprReboot,
@@ -88,6 +89,24 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// Every mode there is.
+    pub const ALL: [Self; 4] = [
+        Self::Normal,
+        Self::CprReboot,
+        Self::CprTransfer,
+        Self::CprExec,
+    ];
+
+    /// The name in QMP.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::CprReboot => "cpr-reboot",
+            Self::CprTransfer => "cpr-transfer",
+            Self::CprExec => "cpr-exec",
+        }
+    }
+
     fn bit(self) -> u8 {
         match self {
             Self::Normal => 1,
@@ -100,12 +119,7 @@ impl Mode {
 
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Normal => "normal",
-            Self::CprReboot => "cpr-reboot",
-            Self::CprTransfer => "cpr-transfer",
-            Self::CprExec => "cpr-exec",
-        })
+        f.write_str(self.name())
     }
 }
 

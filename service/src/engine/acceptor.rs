@@ -35,9 +35,15 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    pub(super) fn new(deadlines: Deadlines, events: Events, arrivals: Arrivals) -> Self {
+    /// The first connection gets the number `first`.
+    pub(super) fn new(
+        first: u64,
+        deadlines: Deadlines,
+        events: Events,
+        arrivals: Arrivals,
+    ) -> Self {
         Self {
-            next: Rc::default(),
+            next: Rc::new(Cell::new(first)),
             deadlines,
             events,
             arrivals,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::Address;
 use vmferry_transport::proto::{
@@ -16,8 +17,8 @@ use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::{Ending, Engine, software};
 use crate::machine::ResumeError;
-use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
+use crate::qmp::{QmpError, QmpEvent};
 
 /// What the machine of an incoming migration is until the migration starts it.
 const NOT_STOPPED: &str = "the machine is being stopped or started by somebody else";
@@ -26,8 +27,11 @@ const NOT_STOPPED: &str = "the machine is being stopped or started by somebody e
 const INCOMING_FAILED_CODE: u8 = 1;
 
 impl Engine {
-    /// Begins to listen for an incoming migration.
+    /// Begins to listen for an incoming migration, in place of one that has failed.
     pub(super) async fn listen(&mut self, address: &Address) -> Result<(), OriginError> {
+        // Far more connections than one listener can have.
+        let first = self.listened << 32;
+        self.listened += 1;
         let config = TargetConfig {
             blocks: self.block_infos(),
             devices: self.machine.schemas(),
@@ -38,9 +42,33 @@ impl Engine {
         let (machine, events) = (self.machine.clone(), self.events.clone());
         let origin = Origin::open(address, &mut self.fds, &self.deadlines, &events).await?;
         self.incoming = Some(Incoming::start(
-            address, origin, config, machine, self.clock, events,
+            address, origin, first, config, machine, self.clock, events,
         ));
         Ok(())
+    }
+
+    /// `migrate-incoming`.
+    pub(super) async fn migrate_incoming(
+        &mut self,
+        address: &Address,
+        exit_on_error: bool,
+    ) -> Result<Value, QmpError> {
+        let refusal = match &self.incoming {
+            _ if self.ending.is_some() => Some("the VM process is ending"),
+            _ if self.runstate != RunState::Inmigrate => {
+                Some("this VM was not started with --incoming defer")
+            }
+            Some(incoming) => incoming.why_not_again(),
+            None => None,
+        };
+        if let Some(refusal) = refusal {
+            return Err(QmpError::generic(refusal));
+        }
+        self.exit_on_error = exit_on_error;
+        self.listen(address)
+            .await
+            .map_err(|error| QmpError::generic(chain(&error)))?;
+        Ok(json!({}))
     }
 
     /// Something happened to the incoming migration.
@@ -55,6 +83,7 @@ impl Engine {
                 self.set_runstate(RunState::Running);
                 self.emit(QmpEvent::resume());
                 self.primaries.guest_arrived();
+                self.announce_arrival();
                 TargetEvent::StartedWith(Ok(resume_us))
             }
             TargetEvent::Started(Err(ResumeError { proof, source })) => {
@@ -128,11 +157,18 @@ impl Engine {
         }
     }
 
-    /// The process has nothing left to do: its memory is half-filled. It stays reachable as long as the source may be in doubt.
+    /// The process has nothing left to do: its memory is half-filled. It stays reachable as long as the source may be in doubt, or for
+    /// good if the operator has said so; then there may be another attempt.
     fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
         tracing::error!(%error, "incoming migration failed; this guest will never run here");
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
+        if !self.exit_on_error {
+            if let Some(incoming) = self.incoming.as_mut().filter(|_| !linger) {
+                incoming.start_over(&self.jobs);
+            }
+            return;
+        }
         let at = linger.then(|| Instant::now() + Duration::from_micros(self.deadlines.linger_us));
         if self.ending.is_none() {
             self.ending = Some(Ending {

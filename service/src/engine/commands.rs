@@ -6,26 +6,36 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vmferry_transport::control::Address;
 use vmferry_transport::memory::hash;
-use vmferry_transport::proto::{MigrationStatus, SourceConfig, SourceTuning, ThrottleTuning};
-use vmferry_transport::units::MigrationId;
+use vmferry_transport::proto::{MigrationStatus, SourceConfig};
+use vmferry_transport::units::{MigrationId, Uuid};
 use vmferry_transport::wire::frame::Resolution;
 
+use super::arrival::qmp_status;
 use super::guest::Guest;
-use super::outgoing::{Outgoing, OutgoingStart, chain};
+use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
 use super::{Engine, Reply, software};
 use crate::machine::Accel;
-use crate::migration::params::{CapabilityStatus, MigrationParameters, ParameterPatch};
-use crate::qmp::schema::{KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, WorkloadInfo};
+use crate::migration::admission::{Admission, Operation, STEERING, admit};
+use crate::qmp::schema::{
+    BlockerInfo, KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, UuidInfo, WorkloadInfo,
+};
 use crate::qmp::{Command, EngineRequest, QmpError, ResolveOutcome, ShutdownReason};
 
-type Answer = Result<Value, QmpError>;
+pub(super) type Answer = Result<Value, QmpError>;
 
 impl Engine {
     /// Executes a command. Most answer at once; those that wait for a job keep the reply.
     pub(super) async fn execute(&mut self, request: EngineRequest) {
-        let EngineRequest { command, reply } = request;
+        let EngineRequest { command, fd, reply } = request;
+        if let Some(operation) = operation(&command) {
+            match admit(operation, self.migration_status()) {
+                Admission::Accept => {}
+                Admission::Ignore => return answer(reply, Ok(json!({}))),
+                Admission::Refuse(reason) => return answer(reply, Err(QmpError::generic(reason))),
+            }
+        }
         let outcome = match command {
             Command::Stop => return self.stop(reply),
             Command::Cont => return self.cont(reply),
@@ -36,6 +46,9 @@ impl Engine {
             }),
             Command::QueryName => value(NameInfo {
                 name: self.name.clone(),
+            }),
+            Command::QueryUuid => value(UuidInfo {
+                uuid: self.uuid.unwrap_or(Uuid([0; 16])).to_string(),
             }),
             Command::QueryKvm => {
                 let present = std::path::Path::new("/dev/kvm").exists();
@@ -48,15 +61,44 @@ impl Engine {
                 self.end(0, ShutdownReason::HostQmpQuit);
                 Ok(json!({}))
             }
-            Command::Migrate { uri } => self.migrate(uri),
-            Command::MigrateIncoming { uri } => self.migrate_incoming(&uri).await,
+            // Admitted only in a status that no migration of ours has yet.
+            Command::Migrate { resume: true, .. }
+            | Command::MigratePause
+            | Command::MigrateRecover { .. }
+            | Command::MigrateStartPostcopy => {
+                Err(QmpError::generic("post-copy is not supported yet"))
+            }
+            Command::Migrate { address, .. } => self.migrate(address),
+            Command::MigrateIncoming {
+                address,
+                exit_on_error,
+            } => self.migrate_incoming(&address, exit_on_error).await,
             Command::QueryMigrate => value(self.migration_info()),
-            Command::MigrateContinue { state } => self.migrate_continue(state),
+            Command::MigrateContinue { .. } => self.migrate_continue(),
             Command::MigrateCancel => self.cancel(),
             Command::MigrateSetParameters(patch) => self.set_parameters(&patch),
             Command::QueryMigrateParameters => value(self.parameters),
             Command::MigrateSetCapabilities(changes) => self.set_capabilities(&changes),
             Command::QueryMigrateCapabilities => value(self.capabilities.list()),
+            Command::AnnounceSelf(arguments) => self.announce_self(arguments),
+            Command::CalcDirtyRate(arguments) => self.calc_dirty_rate(arguments),
+            Command::QueryDirtyRate { unit } => value(self.dirty_rate.info(unit)),
+            Command::Yank { instances } => self.yank(&instances),
+            Command::QueryYank => value(self.yank_instances()),
+            Command::GetFd { .. }
+            | Command::CloseFd { .. }
+            | Command::AddFd { .. }
+            | Command::RemoveFd { .. }
+            | Command::QueryFdSets => self.fd_command(command, fd),
+            Command::XAddBlocker { reason, modes } => self
+                .blockers
+                .add(reason, modes)
+                .map_err(|error| QmpError::from_chain(&error))
+                .and_then(|id| value(BlockerInfo { id })),
+            Command::XRemoveBlocker { id } => match self.blockers.remove(id) {
+                true => Ok(json!({})),
+                false => Err(QmpError::generic(format!("there is no blocker {id}"))),
+            },
             Command::XQueryWorkload { reset } => self.workload(reset),
             Command::XConfirmUnplug { id } => self.confirm_unplug(&id),
             Command::XResolve { outcome } => self.resolve(outcome),
@@ -65,11 +107,8 @@ impl Engine {
     }
 
     fn migrate(&mut self, address: Address) -> Answer {
-        let status = self.outgoing_status();
+        let blocked = self.blockers.reasons(self.parameters.mode);
         let refusal = match self.runstate {
-            _ if !status.is_idle() => Some(format!(
-                "a migration is under way already (status {status})"
-            )),
             _ if self.ending.is_some() => Some("the VM process is ending".to_owned()),
             RunState::Inmigrate => {
                 Some("this VM waits for an incoming migration itself".to_owned())
@@ -81,12 +120,17 @@ impl Engine {
             _ if matches!(self.guest, Guest::Away) => {
                 Some("the guest is being stopped or started just now".to_owned())
             }
+            _ if !blocked.is_empty() => {
+                Some(format!("migration is blocked: {}", blocked.join("; ")))
+            }
             _ => None,
         };
         if let Some(refusal) = refusal {
             return Err(QmpError::generic(refusal));
         }
         let route = Route::to(address, &mut self.fds, self.deadlines).map_err(QmpError::generic)?;
+        // Both need the dirty log, and a migration is more urgent than a figure.
+        self.end_measurement("a migration has begun");
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| QmpError::generic(format!("no random migration id: {error}")))?;
@@ -123,40 +167,13 @@ impl Engine {
         Ok(json!({}))
     }
 
-    async fn migrate_incoming(&mut self, address: &Address) -> Answer {
-        if self.incoming.is_some() {
-            return Err(QmpError::generic(
-                "this VM listens for an incoming migration already",
-            ));
-        }
-        if self.runstate != RunState::Inmigrate {
-            return Err(QmpError::generic(
-                "this VM was not started with --incoming defer",
-            ));
-        }
-        self.listen(address)
-            .await
-            .map_err(|error| QmpError::generic(chain(&error)))?;
-        Ok(json!({}))
-    }
-
-    /// Lets a migration go on that waits in `state`; only `pre-switchover` waits.
-    fn migrate_continue(&mut self, state: MigrationStatus) -> Answer {
-        let (now, status) = (self.clock.now(), self.outgoing_status());
-        if state != status {
-            return Err(QmpError::generic(format!(
-                "the migration is in status {status}, not {state}"
-            )));
-        }
-        let continued = self
-            .outgoing
-            .as_mut()
-            .map(|outgoing| outgoing.core_mut().handle_continue(now));
-        match continued {
+    /// Lets a migration go on that waits for the operator; the table has admitted it.
+    fn migrate_continue(&mut self) -> Answer {
+        let now = self.clock.now();
+        let outgoing = self.outgoing.as_mut();
+        match outgoing.map(|outgoing| outgoing.core_mut().handle_continue(now)) {
             Some(Ok(())) => Ok(json!({})),
-            _ => Err(QmpError::generic(format!(
-                "a migration in status {status} does not wait to be continued"
-            ))),
+            _ => Err(QmpError::generic("nothing waits to be continued")),
         }
     }
 
@@ -168,37 +185,6 @@ impl Engine {
                 .handle_cancel(now)
                 .map_err(|error| QmpError::generic(error.to_string()))?;
         }
-        Ok(json!({}))
-    }
-
-    fn set_parameters(&mut self, patch: &ParameterPatch) -> Answer {
-        let status = self.outgoing_status();
-        if matches!(
-            status,
-            MigrationStatus::Failing | MigrationStatus::Cancelling
-        ) {
-            return Err(QmpError::generic(format!(
-                "parameters cannot change while cleanup is under way (status {status})"
-            )));
-        }
-        self.parameters = self.parameters.with(patch)?;
-        self.bandwidth
-            .set(self.parameters.max_bandwidth_bytes_per_sec);
-        let tuning = self.tuning();
-        if let Some(outgoing) = &mut self.outgoing {
-            outgoing.core_mut().set_tuning(tuning);
-        }
-        Ok(json!({}))
-    }
-
-    fn set_capabilities(&mut self, changes: &[CapabilityStatus]) -> Answer {
-        let status = self.outgoing_status();
-        if !status.is_idle() {
-            return Err(QmpError::generic(format!(
-                "capabilities cannot change while a migration is under way (status {status})"
-            )));
-        }
-        self.capabilities = self.capabilities.with(changes)?;
         Ok(json!({}))
     }
 
@@ -266,27 +252,11 @@ impl Engine {
         ))
     }
 
-    fn tuning(&self) -> SourceTuning {
-        let MigrationParameters {
-            downtime_limit_ms,
-            avail_switchover_bandwidth_bytes_per_sec: available,
-            throttle_trigger_threshold_percent: trigger_percent,
-            cpu_throttle_initial_percent: initial_percent,
-            cpu_throttle_increment_percent: increment_percent,
-            max_cpu_throttle_percent: max_percent,
-            cpu_throttle_tailslow: tailslow,
-            ..
-        } = self.parameters;
-        SourceTuning {
-            downtime_limit_us: downtime_limit_ms * 1000,
-            switchover_bytes_per_sec: (available > 0).then_some(available),
-            auto_converge: self.capabilities.auto_converge.then_some(ThrottleTuning {
-                trigger_percent,
-                initial_percent,
-                increment_percent,
-                max_percent,
-                tailslow,
-            }),
+    /// Status of the migration of this process: of the outgoing one if there was any, else of the incoming one.
+    pub(super) fn migration_status(&self) -> MigrationStatus {
+        match (self.outgoing_status(), &self.incoming) {
+            (MigrationStatus::None, Some(incoming)) => qmp_status(incoming.core().status()),
+            (status, _) => status,
         }
     }
 
@@ -300,8 +270,33 @@ impl Engine {
     }
 }
 
+/// What a command means for a migration, if anything.
+fn operation(command: &Command) -> Option<Operation> {
+    Some(match command {
+        Command::Migrate { resume: false, .. } => Operation::Migrate,
+        Command::Migrate { resume: true, .. } => Operation::Resume,
+        Command::MigrateIncoming { .. } => Operation::Incoming,
+        Command::MigrateCancel => Operation::Cancel,
+        Command::MigrateContinue { state } => Operation::Continue(*state),
+        Command::MigratePause => Operation::Pause,
+        Command::MigrateRecover { .. } => Operation::Recover,
+        Command::MigrateStartPostcopy => Operation::StartPostcopy,
+        Command::MigrateSetCapabilities(_) => Operation::SetCapabilities,
+        Command::MigrateSetParameters(patch) => {
+            if patch.names().all(|name| STEERING.contains(&name)) {
+                Operation::Steer
+            } else {
+                Operation::SetParameters
+            }
+        }
+        Command::CalcDirtyRate(_) => Operation::MeasureDirtyRate,
+        Command::XAddBlocker { .. } => Operation::AddBlocker,
+        _ => return None,
+    })
+}
+
 /// An answer as JSON.
-fn value(answer: impl Serialize) -> Answer {
+pub(super) fn value(answer: impl Serialize) -> Answer {
     serde_json::to_value(answer)
         .map_err(|error| QmpError::generic(format!("the answer cannot be written: {error}")))
 }

@@ -14,6 +14,7 @@ use vmferry_transport::proto::{
 };
 use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 
+use super::dirty_rate::Measured;
 use super::guest::StoppedGuest;
 use super::link::LinkEvent;
 use super::notify::SetupTold;
@@ -58,6 +59,8 @@ pub(super) enum Event {
     Stopped(Result<StoppedGuest, MachineError>),
     /// A resume that an operator asked for is done.
     Resumed(Result<(), ResumeError>),
+    /// A measurement of the dirty rate has got on.
+    Measured(Measured),
     /// The process was asked to end by a signal.
     Terminate,
 }
@@ -95,14 +98,16 @@ pub(super) enum TargetEvent {
     First(Connection, SourceFrame),
     Link(Connection, LinkEvent<SourceFrame>),
     Data(ReceiverEvent),
-    /// A data connection has failed, and the source had time to say why.
-    DataLost(TargetError),
+    /// A data connection of the attempt with this control connection has failed, and the source had time to say why.
+    DataLost(Option<Connection>, TargetError),
     /// The archive that plays the source cannot be loaded.
     SourceFailed(String),
     /// The one socket to the source has ended.
     SocketEnded(String),
     /// The same, and what came before has been seen.
     SocketGone(String),
+    /// What a failed attempt had put into guest memory is gone.
+    Emptied(std::io::Result<()>),
     /// The job is over; the engine takes the proof back before the core learns the result.
     Loaded(StoppedGuest, Result<Loaded, DeviceError>),
     LoadedInto(Result<Loaded, DeviceError>),

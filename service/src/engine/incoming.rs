@@ -28,7 +28,7 @@ use super::guest::StoppedGuest;
 use super::jobs::{JobThread, off_thread};
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::origin::{Origin, StandIn};
-use super::outgoing::chain;
+use super::outgoing::{YANKED, chain};
 use super::ownership::start_arrived_guest;
 use crate::machine::disk::Disks;
 use crate::machine::read_back::state_differences;
@@ -71,6 +71,10 @@ pub(super) struct Incoming {
     receiver: Option<DataReceiver>,
     progress: ReceiverProgress,
     backend: BackendChoice,
+    /// Device state went into the machine, well or not.
+    touched: bool,
+    /// Guest memory is as if no attempt had been made.
+    emptied: bool,
 }
 
 /// A connection that has said its first frame.
@@ -89,17 +93,20 @@ impl fmt::Debug for Incoming {
 }
 
 impl Incoming {
-    /// Takes connections in from `origin`, which `address` has led to.
+    /// Takes connections in from `origin`, which `address` has led to. They are numbered from `first`, so that those of an earlier
+    /// origin are never taken for them.
     pub(super) fn start(
         address: &Address,
         origin: Origin,
+        first: u64,
         config: TargetConfig,
         machine: Arc<dyn Machine>,
         clock: Clock,
         events: Events,
     ) -> Self {
         let arrivals = Arrivals::default();
-        let acceptor = Acceptor::new(config.deadlines, events.clone(), arrivals.clone());
+        let deadlines = config.deadlines;
+        let acceptor = Acceptor::new(first, deadlines, events.clone(), arrivals.clone());
         let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
                 let local = listener.local_address().clone();
@@ -125,6 +132,8 @@ impl Incoming {
             receiver: None,
             progress: ReceiverProgress::default(),
             backend: Backend::detect(),
+            touched: false,
+            emptied: false,
         }
     }
 
@@ -164,6 +173,58 @@ impl Incoming {
         self.core.handle_timeout(self.clock.now());
     }
 
+    /// It has ended, well or not.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(
+            self.core.status(),
+            TargetStatus::Completed | TargetStatus::Failed
+        )
+    }
+
+    /// Why there can be no other incoming migration in this process now; `None` if there can.
+    pub(super) fn why_not_again(&self) -> Option<&'static str> {
+        if self.core.status() != TargetStatus::Failed {
+            Some("this VM listens for an incoming migration already")
+        } else if self.touched {
+            Some(
+                "device state of the failed migration is in this machine already; use a new process",
+            )
+        } else if !self.emptied {
+            Some("the memory that the failed migration filled is still being emptied; try again")
+        } else {
+            None
+        }
+    }
+
+    /// Begins to undo what a failed attempt has done, so that there can be another. Does nothing if that cannot be.
+    pub(super) fn start_over(&mut self, jobs: &JobThread) {
+        self.stop_listening();
+        if self.touched {
+            return;
+        }
+        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        jobs.run(move || {
+            let emptied = populate::empty(machine.ram());
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::Emptied(emptied)));
+        });
+    }
+
+    /// The operator shuts all connections down.
+    pub(super) fn yank(&mut self) {
+        for peer in self.links.values() {
+            match peer {
+                Peer::New(stream) => stream.shutdown(),
+                Peer::Control(link) => link.shut(),
+            }
+        }
+        if let Some(control) = self.core.control() {
+            let now = self.clock.now();
+            self.core
+                .handle_connection_lost(now, control, YANKED, false);
+        }
+    }
+
     /// Stops listening: nobody will ask for the outcome any more. A unix socket's path is removed.
     pub(super) fn stop_listening(&mut self) {
         if let Some(acceptor) = self.acceptor.take() {
@@ -189,7 +250,11 @@ impl Incoming {
             TargetEvent::Data(ReceiverEvent::Failed { connection, error }) => {
                 self.data_failed(now, data_error(connection, &error));
             }
-            TargetEvent::DataLost(error) => self.core.handle_data_failed(now, error),
+            TargetEvent::DataLost(control, error) => {
+                if self.core.control() == control {
+                    self.core.handle_data_failed(now, error);
+                }
+            }
             TargetEvent::SourceFailed(text) => {
                 let error = TargetError::Local(AbortCode::Resources, text);
                 self.core.handle_origin_failed(now, error);
@@ -228,6 +293,11 @@ impl Incoming {
                     .handle_job_failed(now, TargetJob::StartGuest, AbortCode::Internal, &text);
             }
             TargetEvent::Notified => self.core.handle_notified(now),
+            TargetEvent::Emptied(Ok(())) => self.emptied = true,
+            TargetEvent::Emptied(Err(error)) => tracing::error!(
+                error = &error as &dyn Error,
+                "guest memory cannot be emptied; no other migration can come here"
+            ),
             TargetEvent::LinksClosed => self.core.handle_links_closed(now),
         }
     }
@@ -238,11 +308,11 @@ impl Incoming {
             self.core.handle_data_failed(now, error);
             return;
         }
-        let events = self.events.clone();
+        let (events, control) = (self.events.clone(), self.core.control());
         runtime::spawn(async move {
             tokio::time::sleep(LAST_WORD).await;
             // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::DataLost(error)));
+            let _ = events.send(Event::Target(TargetEvent::DataLost(control, error)));
         });
     }
 
@@ -440,12 +510,13 @@ impl Incoming {
 
     /// Queues the job that loads the state; the proof comes back with the result.
     pub(super) fn load(
-        &self,
+        &mut self,
         jobs: &JobThread,
         stopped: StoppedGuest,
         sections: Vec<Section>,
         verify: bool,
     ) {
+        self.touched = true;
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
         jobs.run(move || {
             let proof = stopped.lend();

@@ -176,7 +176,11 @@ impl Engine {
             (Some(outgoing), _) => {
                 let doubt = outgoing.core().is_unresolved();
                 let problem = doubt.then(|| UNRESOLVED.to_owned());
-                Record::of(outgoing, problem).info(now, total)
+                let throttle = outgoing.core().throttle_percent();
+                MigrationInfo {
+                    cpu_throttle_percentage: (throttle > 0).then_some(throttle.into()),
+                    ..Record::of(outgoing, problem).info(now, total)
+                }
             }
             (None, Some(record)) => record.info(now, total),
             (None, None) => self
@@ -185,6 +189,8 @@ impl Engine {
                 .map(|incoming| incoming_info(incoming, total))
                 .unwrap_or_default(),
         };
+        let blocked = self.blockers.reasons(self.parameters.mode);
+        info.blocked_reasons = (!blocked.is_empty()).then_some(blocked);
         // Statistics are worth having even where the files cannot be asked.
         let populated = populate::populated_bytes(self.machine.ram()).ok();
         if self.outgoing.is_some() || self.record.is_some() {

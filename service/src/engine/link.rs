@@ -67,6 +67,11 @@ impl ControlLink {
         let _ = self.queue.send(frame);
     }
 
+    /// Ends both directions at once, whatever is queued or under way.
+    pub(super) fn shut(&self) {
+        self.stream.shutdown();
+    }
+
     /// Ends the link when everything queued has left, or after a second.
     pub(super) async fn close(self) {
         let Self {

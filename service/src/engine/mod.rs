@@ -10,10 +10,12 @@
 //! thread or on data threads and comes back as an event.
 
 mod acceptor;
+mod announcing;
 mod arrival;
 mod clock;
 mod commands;
 mod departure;
+mod dirty_rate;
 mod event;
 mod guest;
 mod incoming;
@@ -28,6 +30,8 @@ mod outgoing;
 mod ownership;
 mod route;
 mod run_control;
+mod settings;
+mod yank;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -49,12 +53,15 @@ use crate::fds::FdStore;
 use crate::machine::disk::Disks;
 use crate::machine::failover::Primaries;
 use crate::machine::{self, Machine, MachineEvent};
+use crate::migration::blockers::Blockers;
 use crate::migration::params::{MigrationCapabilities, MigrationParameters};
 use crate::observe::record::Side;
 use crate::observe::{Observer, logging};
 use crate::qmp::schema::RunState;
 use crate::qmp::{EngineHandle, QmpError, QmpEvent, QmpServer, ShutdownReason};
+use announcing::Announcing;
 use clock::Clock;
+use dirty_rate::DirtyRate;
 use event::{Event, Events};
 use guest::{Guest, StoppedGuest};
 use incoming::Incoming;
@@ -184,6 +191,13 @@ struct Engine {
     /// The last outgoing attempt that has ended.
     record: Option<Record>,
     incoming: Option<Incoming>,
+    /// End the process when the incoming migration fails.
+    exit_on_error: bool,
+    /// How often this process has begun to listen.
+    listened: u64,
+    blockers: Blockers,
+    announcing: Announcing,
+    dirty_rate: DirtyRate,
     /// `stop` and `cont` that wait for the job that does it.
     waiting: Vec<Reply>,
     /// `x-ram-hash` that wait until a completed migration is cleaned up.
@@ -237,6 +251,11 @@ impl Engine {
             outgoing: None,
             record: None,
             incoming: None,
+            exit_on_error: true,
+            listened: 0,
+            blockers: Blockers::default(),
+            announcing: Announcing::default(),
+            dirty_rate: DirtyRate::default(),
             waiting: Vec::new(),
             hashes_wanted: Vec::new(),
             switchover_waits: false,
@@ -286,6 +305,8 @@ impl Engine {
                     if let Some(incoming) = &mut self.incoming {
                         incoming.tick();
                     }
+                    self.announce_what_is_due();
+                    self.measure_what_is_due();
                 }
             }
         }
@@ -295,10 +316,18 @@ impl Engine {
         let tick = self.outgoing.as_ref().map(|_| now + TICK);
         let outgoing = self.outgoing.as_ref().and_then(Outgoing::poll_timeout);
         let incoming = self.incoming.as_ref().and_then(Incoming::poll_timeout);
-        let deadlines = [outgoing, incoming, self.observer.due()]
-            .into_iter()
-            .flatten()
-            .map(|moment| self.clock.instant(moment));
+        let announcing = self.announcing.poll_timeout();
+        let measuring = self.dirty_rate.poll_timeout();
+        let deadlines = [
+            outgoing,
+            incoming,
+            announcing,
+            measuring,
+            self.observer.due(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|moment| self.clock.instant(moment));
         let ending = self.ending.and_then(|ending| ending.at);
         deadlines
             .chain(tick)
@@ -319,6 +348,7 @@ impl Engine {
             )),
             Event::Stopped(result) => self.stopped(result),
             Event::Resumed(result) => self.resumed(result),
+            Event::Measured(news) => self.measured(news),
             Event::Terminate => self.end(0, ShutdownReason::HostSignal),
         }
     }

@@ -108,6 +108,9 @@ pub(super) struct OutgoingStart {
     pub(super) disks: Arc<Disks>,
 }
 
+/// Why a migration fails whose connections were yanked.
+pub(super) const YANKED: &str = "the operator has yanked the connections";
+
 impl Outgoing {
     pub(super) fn start(
         start: OutgoingStart,
@@ -220,6 +223,15 @@ impl Outgoing {
     pub(super) fn guest_stopped(&mut self, stopped: StoppedGuest) {
         self.lent = Some(stopped.lend());
         self.core.handle_guest_stopped(self.clock.now(), stopped);
+    }
+
+    /// The operator shuts all connections down: a failure before COMMIT, after it a question.
+    pub(super) fn yank(&mut self) {
+        if let Some(control) = &self.control {
+            control.shut();
+        }
+        // Closes whatever else there is.
+        self.core.handle_link_lost(self.clock.now(), YANKED, false);
     }
 
     pub(super) fn handle(&mut self, event: SourceEvent) {

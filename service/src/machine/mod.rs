@@ -15,7 +15,9 @@ mod throttle;
 pub mod workload;
 
 use std::fmt;
+use std::sync::Arc;
 
+use vmferry_devices::announce::Announce;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -53,7 +55,7 @@ pub enum AccelChoice {
 }
 
 /// Takes what happens in a machine without being asked for. Called from vCPU threads: it must not block.
-pub type EventSink = std::sync::Arc<dyn Fn(MachineEvent) + Send + Sync>;
+pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 
 /// How to build a machine. Sizes in bytes.
 #[derive(Clone, Debug)]
@@ -152,7 +154,7 @@ pub fn build(
     config: &MachineConfig,
     choice: AccelChoice,
     events: EventSink,
-) -> Result<std::sync::Arc<dyn Machine>, MachineError> {
+) -> Result<Arc<dyn Machine>, MachineError> {
     let soft = match choice {
         AccelChoice::Kvm => false,
         AccelChoice::Soft => true,
@@ -165,9 +167,9 @@ pub fn build(
         },
     };
     Ok(if soft {
-        std::sync::Arc::new(soft::SoftMachine::new(config.clone(), events)?)
+        Arc::new(soft::SoftMachine::new(config.clone(), events)?)
     } else {
-        std::sync::Arc::new(kvm::KvmMachine::new(config, events)?)
+        Arc::new(kvm::KvmMachine::new(config, events)?)
     })
 }
 
@@ -223,6 +225,10 @@ pub trait Machine: Send + Sync {
 
     /// What of this machine itself must hear of migrations, if anything must.
     fn notifier(&self) -> Option<Box<dyn Notifier>>;
+    /// The network interfaces, which announce the guest after it has moved here. A machine without any has nothing to announce.
+    fn announcers(&self) -> Vec<Arc<dyn Announce>> {
+        Vec::new()
+    }
 
     /// What the workload says of itself, read from guest memory; `None` if another guest runs, or none is loaded yet.
     fn workload_stats(&self) -> Option<WorkloadStats>;

@@ -4,10 +4,11 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmferry_transport::control::Address;
-use vmferry_transport::proto::MigrationStatus;
 
 use super::QmpError;
-use crate::migration::params::{CapabilityStatus, ParameterPatch};
+use super::channels;
+use crate::migration::params::{CapabilityStatus, MigrationMode, ParameterPatch};
+use crate::migration::status::MigrationStatus;
 
 /// What a client wants of the engine. Parsed and checked as far as that is possible without knowing the VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub enum Command {
     QueryStatus,
     /// `query-name`; returns [`NameInfo`](super::schema::NameInfo).
     QueryName,
+    /// `query-uuid`; returns [`UuidInfo`](super::schema::UuidInfo).
+    QueryUuid,
     /// `query-kvm`; returns [`KvmInfo`](super::schema::KvmInfo).
     QueryKvm,
     /// `stop`: pause the guest. No error if it is paused already.
@@ -28,22 +31,35 @@ pub enum Command {
     /// `migrate`: returns as soon as the attempt is under way.
     Migrate {
         /// Where to.
-        uri: Address,
+        address: Address,
+        /// Go on with a post-copy that has lost its connection.
+        resume: bool,
     },
-    /// `migrate-incoming`: listen. Once per process, after `--incoming defer`.
+    /// `migrate-incoming`: listen, after `--incoming defer`.
     MigrateIncoming {
         /// Where.
-        uri: Address,
+        address: Address,
+        /// End this process if the migration fails.
+        exit_on_error: bool,
     },
     /// `query-migrate`; returns [`MigrationInfo`](super::schema::MigrationInfo).
     QueryMigrate,
-    /// `migrate-continue`: go on from `pre-switchover`.
-    MigrateContinue {
-        /// The status that the operator believes the migration to be in.
-        state: MigrationStatus,
-    },
     /// `migrate_cancel`. No error if no migration runs.
     MigrateCancel,
+    /// `migrate-continue`: leave a status in which a migration waits for the operator.
+    MigrateContinue {
+        /// The status it is in.
+        state: MigrationStatus,
+    },
+    /// `migrate-pause`: interrupt a post-copy.
+    MigratePause,
+    /// `migrate-recover`: listen again for a post-copy that was interrupted.
+    MigrateRecover {
+        /// Where.
+        address: Address,
+    },
+    /// `migrate-start-postcopy`.
+    MigrateStartPostcopy,
     /// `migrate-set-parameters`.
     MigrateSetParameters(ParameterPatch),
     /// `query-migrate-parameters`; returns [`MigrationParameters`](crate::migration::params::MigrationParameters).
@@ -53,6 +69,60 @@ pub enum Command {
     /// `query-migrate-capabilities`; returns
     /// [`MigrationCapabilities::list`](crate::migration::params::MigrationCapabilities::list).
     QueryMigrateCapabilities,
+    /// `announce-self`: tell the network where the guest is.
+    AnnounceSelf(AnnounceSelf),
+    /// `calc-dirty-rate`: begin to measure how fast the guest dirties memory.
+    CalcDirtyRate(CalcDirtyRate),
+    /// `query-dirty-rate`; returns [`DirtyRateInfo`](super::schema::DirtyRateInfo).
+    QueryDirtyRate {
+        /// The unit of `calc-time` in the answer.
+        unit: TimeUnit,
+    },
+    /// `yank`: shut the connections of these down.
+    Yank {
+        /// What.
+        instances: Vec<YankInstance>,
+    },
+    /// `query-yank`; returns a list of [`YankInstance`].
+    QueryYank,
+    /// `getfd`: keep the descriptor that came along under this name.
+    GetFd {
+        /// The name.
+        name: String,
+    },
+    /// `closefd`.
+    CloseFd {
+        /// The name.
+        name: String,
+    },
+    /// `add-fd`: put the descriptor that came along into a set; returns [`AddedFd`](crate::fds::AddedFd).
+    AddFd {
+        /// The set, a new one if left out.
+        set: Option<i64>,
+        /// Text to keep with it.
+        opaque: Option<String>,
+    },
+    /// `remove-fd`.
+    RemoveFd {
+        /// The set.
+        set: i64,
+        /// One descriptor of it, all if left out.
+        fd: Option<i64>,
+    },
+    /// `query-fdsets`; returns a list of [`FdSetInfo`](crate::fds::FdSetInfo).
+    QueryFdSets,
+    /// `x-add-blocker`: refuse migrations until it is removed; returns [`BlockerInfo`](super::schema::BlockerInfo).
+    XAddBlocker {
+        /// Why, for those whose migration is refused.
+        reason: String,
+        /// Which kinds of migration.
+        modes: Vec<MigrationMode>,
+    },
+    /// `x-remove-blocker`.
+    XRemoveBlocker {
+        /// Which, from `x-add-blocker`.
+        id: u64,
+    },
     /// `x-query-workload`; returns [`WorkloadInfo`](super::schema::WorkloadInfo).
     XQueryWorkload {
         /// Forget the longest gap after reading it.
@@ -72,6 +142,13 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it uses a file descriptor that the client has sent along.
+    pub fn takes_fd(&self) -> bool {
+        matches!(self, Self::GetFd { .. } | Self::AddFd { .. })
+    }
+}
+
 /// Which side has the guest, says the operator.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "kebab-case")]
@@ -82,63 +159,89 @@ pub enum ResolveOutcome {
     TargetRuns,
 }
 
-/// Arguments of `migrate`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MigrateArguments {
-    uri: Option<String>,
-    channels: Option<Value>,
+/// Arguments of `announce-self`; what is left out is as the migration parameters say.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+pub struct AnnounceSelf {
+    /// Time before the second announcement, in milliseconds.
+    pub initial: Option<u64>,
+    /// Longest time between two, in milliseconds.
+    pub max: Option<u64>,
+    /// How many.
+    pub rounds: Option<u64>,
+    /// By how much the time grows, in milliseconds.
+    pub step: Option<u64>,
+    /// Only these interfaces.
+    pub interfaces: Option<Vec<String>>,
+    /// A name for this run of announcements; one of the same name is replaced.
     #[serde(default)]
-    resume: bool,
+    pub id: String,
 }
 
-/// Arguments of `migrate-incoming`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct MigrateIncomingArguments {
-    uri: Option<String>,
-    channels: Option<Value>,
+/// Arguments of `calc-dirty-rate`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub struct CalcDirtyRate {
+    /// How long, in `calc_time_unit`.
+    pub calc_time: i64,
+    /// The unit.
     #[serde(default)]
-    exit_on_error: Option<bool>,
+    pub calc_time_unit: TimeUnit,
+    /// Pages per GiB to look at, with page sampling.
+    pub sample_pages: Option<i64>,
+    /// How.
+    #[serde(default)]
+    pub mode: DirtyRateMode,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ContinueArguments {
-    state: MigrationStatus,
+/// A unit of time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimeUnit {
+    /// Seconds.
+    #[default]
+    Second,
+    /// Milliseconds.
+    Millisecond,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CapabilitiesArguments {
-    capabilities: Vec<CapabilityStatus>,
+/// How the dirty rate is measured.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyRateMode {
+    /// Some pages are compared before and after.
+    #[default]
+    PageSampling,
+    /// KVM's dirty ring; not supported.
+    DirtyRing,
+    /// The dirty log that migrations use.
+    DirtyBitmap,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct WorkloadArguments {
-    reset: bool,
+/// Something that `yank` can get unstuck.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, serde::Serialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum YankInstance {
+    /// The connections of the migration.
+    Migration,
+    /// A block device's connection; there are none.
+    BlockNode {
+        /// Which.
+        #[serde(rename = "node-name")]
+        node_name: String,
+    },
+    /// A character device's connection; there are none.
+    Chardev {
+        /// Which.
+        id: String,
+    },
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ConfirmUnplugArguments {
-    id: String,
-}
+type Arguments = Map<String, Value>;
+type Parsed = Result<Command, QmpError>;
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ResolveArguments {
-    outcome: ResolveOutcome,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NoArguments {}
-
-/// Reads `arguments` into `T`; the error names the argument.
-pub(super) fn arguments<T: DeserializeOwned>(arguments: Map<String, Value>) -> Result<T, QmpError> {
-    serde_path_to_error::deserialize(Value::Object(arguments)).map_err(|error| {
+/// Reads `given`, which was checked against the command's declaration, into `T`.
+fn read<T: DeserializeOwned>(given: Arguments) -> Result<T, QmpError> {
+    serde_path_to_error::deserialize(Value::Object(given)).map_err(|error| {
         let path = error.path().to_string();
         let problem = error.into_inner();
         QmpError::generic(match path.as_str() {
@@ -149,83 +252,135 @@ pub(super) fn arguments<T: DeserializeOwned>(arguments: Map<String, Value>) -> R
     })
 }
 
-/// For commands without arguments.
-pub(super) fn no_arguments(given: Map<String, Value>) -> Result<(), QmpError> {
-    arguments::<NoArguments>(given).map(|NoArguments {}| ())
+/// Declares the arguments of one command where they are read.
+macro_rules! arguments {
+    ($given:ident { $($(#[$attribute:meta])* $name:ident: $kind:ty),* $(,)? }) => {
+        let ($($name,)*) = {
+            #[derive(Deserialize)]
+            #[serde(rename_all = "kebab-case")]
+            struct Arguments { $($(#[$attribute])* $name: $kind,)* }
+            let Arguments { $($name),* } = read($given)?;
+            ($($name,)*)
+        };
+    };
 }
 
-pub(super) fn migrate(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let MigrateArguments {
-        uri,
-        channels,
-        resume,
-    } = arguments(given)?;
-    if resume {
-        return Err(QmpError::generic("argument `resume` is not supported yet"));
-    }
+pub(super) fn migrate(given: Arguments) -> Parsed {
+    arguments!(given { uri: Option<String>, channels: Option<Value>, resume: Option<bool> });
     Ok(Command::Migrate {
-        uri: address(uri, channels)?,
+        address: channels::address(uri.as_deref(), channels)?,
+        resume: resume.unwrap_or(false),
     })
 }
 
-pub(super) fn migrate_incoming(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let MigrateIncomingArguments {
-        uri,
-        channels,
-        exit_on_error,
-    } = arguments(given)?;
-    if exit_on_error.is_some() {
-        return Err(QmpError::generic(
-            "argument `exit-on-error` is not supported yet",
-        ));
-    }
+pub(super) fn migrate_incoming(given: Arguments) -> Parsed {
+    arguments!(given { uri: Option<String>, channels: Option<Value>, exit_on_error: Option<bool> });
     Ok(Command::MigrateIncoming {
-        uri: address(uri, channels)?,
+        address: channels::address(uri.as_deref(), channels)?,
+        exit_on_error: exit_on_error.unwrap_or(true),
     })
 }
 
-pub(super) fn migrate_continue(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let ContinueArguments { state } = arguments(given)?;
+pub(super) fn migrate_continue(given: Arguments) -> Parsed {
+    arguments!(given {
+        state: MigrationStatus
+    });
     Ok(Command::MigrateContinue { state })
 }
 
-pub(super) fn set_parameters(given: Map<String, Value>) -> Result<Command, QmpError> {
+pub(super) fn migrate_recover(given: Arguments) -> Parsed {
+    arguments!(given { uri: String });
+    Ok(Command::MigrateRecover {
+        address: channels::address(Some(&uri), None)?,
+    })
+}
+
+pub(super) fn set_parameters(given: Arguments) -> Parsed {
     Ok(Command::MigrateSetParameters(ParameterPatch::parse(
         &given,
     )?))
 }
 
-pub(super) fn set_capabilities(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let CapabilitiesArguments { capabilities } = arguments(given)?;
+pub(super) fn set_capabilities(given: Arguments) -> Parsed {
+    arguments!(given { capabilities: Vec<CapabilityStatus> });
     Ok(Command::MigrateSetCapabilities(capabilities))
 }
 
-pub(super) fn query_workload(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let WorkloadArguments { reset } = arguments(given)?;
-    Ok(Command::XQueryWorkload { reset })
+pub(super) fn announce_self(given: Arguments) -> Parsed {
+    Ok(Command::AnnounceSelf(read(given)?))
 }
 
-pub(super) fn confirm_unplug(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let ConfirmUnplugArguments { id } = arguments(given)?;
+pub(super) fn calc_dirty_rate(given: Arguments) -> Parsed {
+    Ok(Command::CalcDirtyRate(read(given)?))
+}
+
+pub(super) fn query_dirty_rate(given: Arguments) -> Parsed {
+    arguments!(given { calc_time_unit: Option<TimeUnit> });
+    Ok(Command::QueryDirtyRate {
+        unit: calc_time_unit.unwrap_or_default(),
+    })
+}
+
+pub(super) fn yank(given: Arguments) -> Parsed {
+    arguments!(given { instances: Vec<YankInstance> });
+    Ok(Command::Yank { instances })
+}
+
+pub(super) fn getfd(given: Arguments) -> Parsed {
+    arguments!(given { fdname: String });
+    Ok(Command::GetFd { name: fdname })
+}
+
+pub(super) fn closefd(given: Arguments) -> Parsed {
+    arguments!(given { fdname: String });
+    Ok(Command::CloseFd { name: fdname })
+}
+
+pub(super) fn add_fd(given: Arguments) -> Parsed {
+    arguments!(given { fdset_id: Option<i64>, opaque: Option<String> });
+    Ok(Command::AddFd {
+        set: fdset_id,
+        opaque,
+    })
+}
+
+pub(super) fn remove_fd(given: Arguments) -> Parsed {
+    arguments!(given { fdset_id: i64, fd: Option<i64> });
+    Ok(Command::RemoveFd { set: fdset_id, fd })
+}
+
+pub(super) fn add_blocker(given: Arguments) -> Parsed {
+    arguments!(given { reason: String, modes: Option<Vec<String>> });
+    let modes = match modes {
+        None => MigrationMode::ALL.to_vec(),
+        Some(names) => MigrationMode::ALL
+            .into_iter()
+            .filter(|mode| names.iter().any(|name| name == mode.name()))
+            .collect(),
+    };
+    Ok(Command::XAddBlocker { reason, modes })
+}
+
+pub(super) fn remove_blocker(given: Arguments) -> Parsed {
+    arguments!(given { id: u64 });
+    Ok(Command::XRemoveBlocker { id })
+}
+
+pub(super) fn query_workload(given: Arguments) -> Parsed {
+    arguments!(given { reset: Option<bool> });
+    Ok(Command::XQueryWorkload {
+        reset: reset.unwrap_or(false),
+    })
+}
+
+pub(super) fn confirm_unplug(given: Arguments) -> Parsed {
+    arguments!(given { id: String });
     Ok(Command::XConfirmUnplug { id })
 }
 
-pub(super) fn resolve(given: Map<String, Value>) -> Result<Command, QmpError> {
-    let ResolveArguments { outcome } = arguments(given)?;
+pub(super) fn resolve(given: Arguments) -> Parsed {
+    arguments!(given {
+        outcome: ResolveOutcome
+    });
     Ok(Command::XResolve { outcome })
-}
-
-fn address(uri: Option<String>, channels: Option<Value>) -> Result<Address, QmpError> {
-    match (uri, channels) {
-        (Some(uri), None) => uri
-            .parse()
-            .map_err(|error| QmpError::generic(format!("argument `uri`: {error}"))),
-        (None, Some(_)) => Err(QmpError::generic(
-            "argument `channels` is not supported yet; use `uri`",
-        )),
-        (Some(_), Some(_)) => Err(QmpError::generic(
-            "give either `uri` or `channels`, not both",
-        )),
-        (None, None) => Err(QmpError::generic("argument `uri` is missing")),
-    }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::catalog::EVENTS;
 use crate::migration::status::MigrationStatus;
 
 /// Something that happened, with the wall-clock time of its making.
@@ -71,6 +72,10 @@ impl ShutdownReason {
 impl QmpEvent {
     /// An event of this moment. Members of `data` that is no object are lost.
     pub fn now(name: &'static str, data: Value) -> Self {
+        debug_assert!(
+            EVENTS.iter().any(|event| event.name == name),
+            "{name} is not in the table of events"
+        );
         let data = match data {
             Value::Object(members) => members,
             _ => Map::new(),
@@ -115,6 +120,7 @@ impl QmpEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qmp::types::object;
 
     #[test]
     fn events_are_shaped_as_qemu_shapes_them() {
@@ -133,5 +139,30 @@ mod tests {
             json["data"],
             json!({"guest": false, "reason": "host-qmp-quit"})
         );
+    }
+
+    #[test]
+    fn every_event_is_sent_as_the_table_declares_it() {
+        assert!(EVENTS.is_sorted_by(|a, b| a.name < b.name));
+        let reasons = [
+            ShutdownReason::GuestShutdown,
+            ShutdownReason::HostQmpQuit,
+            ShutdownReason::HostSignal,
+            ShutdownReason::HostError,
+        ];
+        let mut sent: Vec<_> = reasons.map(QmpEvent::shutdown).into();
+        sent.extend(MigrationStatus::ALL.map(QmpEvent::migration));
+        sent.extend([
+            QmpEvent::migration_pass(1),
+            QmpEvent::stop(),
+            QmpEvent::resume(),
+        ]);
+        for event in sent {
+            let declared = EVENTS
+                .iter()
+                .find(|known| known.name == event.name)
+                .unwrap();
+            assert_eq!(object(declared.data).check("", &event.data), Ok(()));
+        }
     }
 }

@@ -11,28 +11,39 @@
 //! - [`EngineHandle`]: how requests reach the engine and events come back. The engine never waits for a client: its events go into
 //!   a bounded channel, and a client that does not keep up is disconnected.
 
+mod catalog;
+mod channels;
 pub mod codec;
 mod command;
 mod dispatch;
 mod error;
 mod event;
+mod introspect;
+mod passed_fds;
 pub mod schema;
 mod server;
 mod session;
 #[cfg(test)]
 mod tests;
+mod types;
+
+use std::os::fd::OwnedFd;
 
 use serde_json::Value;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-pub use command::{Command, ResolveOutcome};
+use crate::migration::params::MigrationMode;
+pub use command::{
+    AnnounceSelf, CalcDirtyRate, Command, DirtyRateMode, ResolveOutcome, TimeUnit, YankInstance,
+};
 pub use error::{ErrorClass, QmpError};
 pub use event::{QmpEvent, ShutdownReason, Timestamp};
 pub use server::{CLIENTS_MAX, QmpServer};
 
 /// Events that may wait for one client's task. Far more than a migration has; only a task that is stuck falls behind.
 const EVENTS_QUEUED_MAX: usize = 1024;
-/// Requests that may wait for the engine: at most one of each client is under way, plus those of the process itself.
+/// Requests that may wait for the engine: at most two of each client are under way, one of them out of band, plus those of the
+/// process itself.
 const REQUESTS_QUEUED_MAX: usize = 128;
 
 /// The clients' side of the engine. Cheap to clone.
@@ -47,6 +58,8 @@ pub struct EngineHandle {
 pub struct EngineRequest {
     /// What to do.
     pub command: Command,
+    /// The file descriptor that came along, for a command that [takes](Command::takes_fd) one.
+    pub fd: Option<OwnedFd>,
     /// Where the answer goes. The client may be gone; then it is dropped.
     pub reply: oneshot::Sender<Result<Value, QmpError>>,
 }
@@ -77,11 +90,53 @@ impl EngineHandle {
     /// # Errors
     /// The engine's, or that there is none any more.
     pub async fn execute(&self, command: Command) -> Result<Value, QmpError> {
+        self.execute_with(command, None).await
+    }
+
+    /// The same for a command that takes a file descriptor.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub async fn execute_with(
+        &self,
+        command: Command,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
         let ended = || QmpError::generic("the VM process is ending");
         let (reply, answer) = oneshot::channel();
-        let request = EngineRequest { command, reply };
+        let request = EngineRequest { command, fd, reply };
         self.requests.send(request).await.map_err(|_| ended())?;
         answer.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Has migrations of these kinds refused for `reason` until [`remove_blocker`](Self::remove_blocker): for parts of a VMM that
+    /// cannot be moved now. Refused while a migration is under way. Returns the number of the blocker.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub async fn add_blocker(
+        &self,
+        reason: impl Into<String>,
+        modes: Vec<MigrationMode>,
+    ) -> Result<u64, QmpError> {
+        let command = Command::XAddBlocker {
+            reason: reason.into(),
+            modes,
+        };
+        let answer = self.execute(command).await?;
+        serde_json::from_value(answer)
+            .map(|schema::BlockerInfo { id }| id)
+            .map_err(|error| QmpError::from_chain(&error))
+    }
+
+    /// Removes a blocker.
+    ///
+    /// # Errors
+    /// The engine's: there is no such blocker.
+    pub async fn remove_blocker(&self, id: u64) -> Result<(), QmpError> {
+        self.execute(Command::XRemoveBlocker { id })
+            .await
+            .map(|_| ())
     }
 
     /// All events from now on.

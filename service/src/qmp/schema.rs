@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use vmferry_transport::control::Address;
 
+use super::command::{DirtyRateMode, TimeUnit};
 use crate::machine::workload::WorkloadStats;
 use crate::migration::status::MigrationStatus;
 
@@ -120,6 +121,21 @@ pub struct NameInfo {
     pub name: Option<String>,
 }
 
+/// `query-uuid`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct UuidInfo {
+    /// The VM's UUID; all zero if it was given none.
+    #[serde(rename = "UUID")]
+    pub uuid: String,
+}
+
+/// `x-add-blocker`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct BlockerInfo {
+    /// To remove it with.
+    pub id: u64,
+}
+
 /// `query-kvm`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct KvmInfo {
@@ -154,6 +170,9 @@ pub struct MigrationInfo {
     /// Predicted blackout in milliseconds, before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
+    /// Share of vCPU time that is being taken away so that the migration converges, in percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u64>,
     /// Why it failed, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -166,6 +185,9 @@ pub struct MigrationInfo {
     /// The blackout in parts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_blackout: Option<BlackoutInfo>,
+    /// Longest time that the guest could not write because of the migration before the blackout, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_guest_stall_us: Option<u64>,
     /// The round being sent, the first is 1; when over, how many there were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub x_round: Option<u64>,
@@ -346,6 +368,43 @@ impl SocketAddressInfo {
             Self::Unix { path } => format!("unix:{path}").parse(),
         }
     }
+}
+
+/// How far a measurement of the dirty rate is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyRateStatus {
+    /// There was none, or it was given up.
+    #[default]
+    Unstarted,
+    /// Under way.
+    Measuring,
+    /// Over.
+    Measured,
+}
+
+/// `query-dirty-rate`.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct DirtyRateInfo {
+    /// MiB per second, once measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty_rate: Option<u64>,
+    /// How far it is.
+    pub status: DirtyRateStatus,
+    /// When it began, in seconds of the monotonic clock.
+    pub start_time: u64,
+    /// How long it measures, in `calc_time_unit`.
+    pub calc_time: u64,
+    /// The unit.
+    pub calc_time_unit: TimeUnit,
+    /// Pages per GiB that were looked at; 0 if every page was.
+    pub sample_pages: u64,
+    /// How it was measured.
+    pub mode: DirtyRateMode,
+    /// Why there is no result, for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub x_error: Option<String>,
 }
 
 /// `x-query-workload`.

@@ -1,15 +1,17 @@
 //! The QMP socket and its clients.
 //!
 //! Each client has three tasks: a reader that cuts the stream into objects, a main task that answers them one after the other and
-//! passes events on, and a writer. They are joined by bounded queues:
+//! passes events on, and a writer. They are joined by bounded queues. With out-of-band execution the main task goes on reading while
+//! the engine executes a command, up to a number of commands that wait.
 //!
 //! - A client that sends much and reads little stops its own reader, nobody else.
 //! - A client that negotiated and does not read its events fills its outbox and is disconnected.
 //! - An event that the engine sent before a reply reaches the client before that reply.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -17,10 +19,11 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
-use vmferry_transport::control::{Listener, Stream, runtime};
+use vmferry_transport::control::{FdReader, Listener, Stream, runtime};
 
 use super::codec::ObjectReader;
-use super::session::{self, Session, Step};
+use super::passed_fds::PassedFds;
+use super::session::{self, Session, Step, What};
 use super::{EngineHandle, QmpError, QmpEvent};
 
 /// Clients at one time. A monitor, a tool or two, and somebody looking; more is a client that forgets to hang up.
@@ -36,7 +39,14 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Pause after a failed accept: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-type Object = Result<Map<String, Value>, QmpError>;
+/// Commands that may wait behind the one being executed, for a client that may overtake itself. QEMU's number. Such a client is not read
+/// from while so many wait.
+const COMMANDS_QUEUED_MAX: usize = 8;
+
+/// An object, and the number of the read it ended in.
+type Object = (Result<Map<String, Value>, QmpError>, u64);
+/// Descriptors of one client: its reader puts them there, its main task takes them out.
+type SharedFds = Rc<RefCell<PassedFds>>;
 
 /// A QMP server. Dropping it closes every connection at once; [`finish`](Self::finish) lets the last replies out first.
 #[derive(Debug)]
@@ -151,7 +161,18 @@ async fn accept(
 async fn serve(stream: Rc<Stream>, engine: EngineHandle, mut ended: watch::Receiver<bool>) {
     let (object_sender, mut objects) = mpsc::channel(INBOX_OBJECTS_MAX);
     let (outbox, messages) = mpsc::channel(OUTBOX_MESSAGES_MAX);
-    let reader = runtime::spawn(read_objects(Rc::clone(&stream), object_sender));
+    let fds = SharedFds::default();
+    let reader = match FdReader::new(&stream) {
+        Ok(reader) => runtime::spawn(read_objects(reader, object_sender, Rc::clone(&fds))),
+        Err(error) => {
+            tracing::warn!(
+                client = stream.peer(),
+                error = &error as &dyn std::error::Error,
+                "cannot read from a QMP client"
+            );
+            return stream.shutdown();
+        }
+    };
     let mut writer = runtime::spawn(write_messages(Rc::clone(&stream), messages));
 
     let mut client = Client {
@@ -159,7 +180,11 @@ async fn serve(stream: Rc<Stream>, engine: EngineHandle, mut ended: watch::Recei
         engine,
         outbox,
         events: None,
+        fds,
+        waiting: VecDeque::new(),
         pending: None,
+        overtaking: None,
+        hung_up: false,
     };
     let why = client.run(&mut objects, &mut ended).await;
     tracing::debug!(client = stream.peer(), reason = %why, "QMP client leaves");
@@ -205,7 +230,20 @@ struct Client {
     outbox: mpsc::Sender<Value>,
     /// From negotiation on.
     events: Option<broadcast::Receiver<QmpEvent>>,
+    fds: SharedFds,
+    /// Behind the one that is pending.
+    waiting: VecDeque<Waiting>,
     pending: Option<Pending>,
+    /// The same for a command out of band.
+    overtaking: Option<Pending>,
+    /// Nothing more will come; what came is answered.
+    hung_up: bool,
+}
+
+/// A step that waits for its turn, with the descriptor for it.
+struct Waiting {
+    what: What,
+    fd: Option<Result<OwnedFd, QmpError>>,
 }
 
 impl Client {
@@ -219,29 +257,41 @@ impl Client {
         }
         let mut ending = false;
         loop {
-            let idle = self.pending.is_none();
+            let idle = self.pending.is_none() && self.overtaking.is_none();
             if ending && idle {
                 return Leave::Ended;
             }
+            if self.hung_up && idle && self.waiting.is_empty() {
+                return Leave::HungUp;
+            }
+            let reading = !ending && !self.hung_up && self.has_room();
             // Everything polled here may be dropped half-way: queues and the engine's answer, never a read or write.
             let step = tokio::select! {
                 biased;
                 event = next_event(&mut self.events) => self.pass_on(event),
+                reply = next_reply(&mut self.overtaking) => {
+                    self.overtaking = None;
+                    self.reply(reply).await
+                }
                 reply = next_reply(&mut self.pending) => {
                     self.pending = None;
-                    match self.drain_events() {
-                        Ok(()) => self.send(reply).await,
-                        Err(leave) => Err(leave),
-                    }
+                    self.reply(reply).await
                 }
                 _ = ended.changed(), if !ending => {
                     ending = true;
                     Ok(())
                 }
-                object = objects.recv(), if idle && !ending => match object {
+                object = objects.recv(), if reading => match object {
                     Some(object) => self.handle(object).await,
-                    None => Err(Leave::HungUp),
+                    None => {
+                        self.hung_up = true;
+                        Ok(())
+                    }
                 },
+            };
+            let step = match step {
+                Ok(()) if !ending => self.go_on().await,
+                other => other,
             };
             if let Err(leave) = step {
                 return leave;
@@ -249,24 +299,74 @@ impl Client {
         }
     }
 
-    async fn handle(&mut self, object: Object) -> Result<(), Leave> {
-        let step = match object {
+    /// Whether another object may be looked at.
+    fn has_room(&self) -> bool {
+        match self.session.is_oob() {
+            true => self.overtaking.is_none() && self.waiting.len() < COMMANDS_QUEUED_MAX,
+            false => self.pending.is_none() && self.waiting.is_empty(),
+        }
+    }
+
+    async fn handle(&mut self, (object, read): Object) -> Result<(), Leave> {
+        self.fds.borrow_mut().command_in(read);
+        let Step { what, oob } = match object {
             Ok(object) => self.session.handle(object),
-            Err(error) => Step::Reply(session::reply(None, Err(error))),
+            Err(error) => Step {
+                what: What::Reply(session::reply(None, Err(error))),
+                oob: false,
+            },
         };
-        match step {
-            Step::Reply(reply) => self.send(reply).await,
-            Step::Negotiated(reply) => {
-                self.events = Some(self.engine.subscribe());
-                self.send(reply).await
+        let fd = match &what {
+            What::Execute { command, .. } if command.takes_fd() => {
+                Some(self.fds.borrow_mut().claim())
             }
-            Step::Execute { command, id } => {
+            _ => None,
+        };
+        let step = Waiting { what, fd };
+        if oob {
+            self.overtaking = self.begin(step).await?;
+        } else {
+            self.waiting.push_back(step);
+        }
+        Ok(())
+    }
+
+    /// Begins what waits, one after the other, until something has to be waited for.
+    async fn go_on(&mut self) -> Result<(), Leave> {
+        while self.pending.is_none()
+            && let Some(step) = self.waiting.pop_front()
+        {
+            self.pending = self.begin(step).await?;
+        }
+        Ok(())
+    }
+
+    async fn begin(&mut self, Waiting { what, fd }: Waiting) -> Result<Option<Pending>, Leave> {
+        match what {
+            What::Reply(reply) => self.send(reply).await.map(|()| None),
+            What::Negotiated(reply) => {
+                self.events = Some(self.engine.subscribe());
+                self.send(reply).await.map(|()| None)
+            }
+            What::Execute { command, id } => {
                 let engine = self.engine.clone();
-                let answer = async move { session::reply(id, engine.execute(command).await) };
-                self.pending = Some(Box::pin(answer));
-                Ok(())
+                let fd = match fd.transpose() {
+                    Ok(fd) => fd,
+                    Err(error) => {
+                        let reply = session::reply(id, Err(error));
+                        return self.send(reply).await.map(|()| None);
+                    }
+                };
+                let answer =
+                    async move { session::reply(id, engine.execute_with(command, fd).await) };
+                Ok(Some(Box::pin(answer)))
             }
         }
+    }
+
+    async fn reply(&mut self, reply: Value) -> Result<(), Leave> {
+        self.drain_events()?;
+        self.send(reply).await
     }
 
     /// A reply waits for room: only the client itself is held up.
@@ -320,18 +420,23 @@ async fn next_reply(pending: &mut Option<Pending>) -> Value {
     }
 }
 
-async fn read_objects(stream: Rc<Stream>, objects: mpsc::Sender<Object>) {
+async fn read_objects(reader: FdReader, objects: mpsc::Sender<Object>, fds: SharedFds) {
     let mut codec = ObjectReader::default();
-    let mut buf = Vec::with_capacity(READ_BYTES);
-    loop {
-        let result;
-        (result, buf) = stream.read(buf).await;
-        match result {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
+    let mut buf = vec![0; READ_BYTES];
+    for number in 1.. {
+        // Anything but bytes is the end.
+        let Ok(received) = reader.read(&mut buf).await else {
+            return;
+        };
+        if received.bytes == 0 {
+            return;
         }
-        for object in codec.feed(&buf) {
-            if objects.send(object).await.is_err() {
+        if received.fds_lost || !received.fds.is_empty() {
+            fds.borrow_mut()
+                .arrive(number, received.fds, received.fds_lost);
+        }
+        for object in codec.feed(&buf[..received.bytes]) {
+            if objects.send((object, number)).await.is_err() {
                 return;
             }
         }

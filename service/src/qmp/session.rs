@@ -1,10 +1,14 @@
 //! One client's conversation, without I/O: greeting, negotiation, the envelope of commands and replies.
+//!
+//! Commands are executed one after the other. A client that has asked for it may have some executed at once, out of band, while an
+//! ordinary one is waited for.
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::command::Command;
 use super::dispatch::{self, Request};
+use super::introspect;
 use super::schema::VersionInfo;
 use super::{ErrorClass, QmpError};
 
@@ -12,11 +16,20 @@ use super::{ErrorClass, QmpError};
 #[derive(Debug, Default)]
 pub(super) struct Session {
     negotiated: bool,
+    oob: bool,
 }
 
 /// What to do about an object that came in.
 #[derive(Debug, PartialEq)]
-pub(super) enum Step {
+pub(super) struct Step {
+    pub(super) what: What,
+    /// At once, not after the commands before it.
+    pub(super) oob: bool,
+}
+
+/// What a [`Step`] does.
+#[derive(Debug, PartialEq)]
+pub(super) enum What {
     /// Send this back.
     Reply(Value),
     /// Send this back; from now on the client gets events.
@@ -32,7 +45,7 @@ pub(super) enum Step {
 
 /// The first object of a session.
 pub(super) fn greeting() -> Value {
-    json!({ "QMP": { "version": VersionInfo::ours(), "capabilities": [] } })
+    json!({ "QMP": { "version": VersionInfo::ours(), "capabilities": [dispatch::OOB] } })
 }
 
 /// The answer to a command.
@@ -49,23 +62,32 @@ pub(super) fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value
 }
 
 impl Session {
+    /// Whether the client may send commands before it has the answers to earlier ones, and expect some of them to overtake.
+    pub(super) fn is_oob(&self) -> bool {
+        self.oob
+    }
+
     /// Takes one object of the client.
     pub(super) fn handle(&mut self, mut object: Map<String, Value>) -> Step {
         let id = object.remove("id");
-        match self.request(object) {
-            Ok(Request::Negotiate) => {
+        let oob = object.contains_key("exec-oob") && self.oob;
+        let what = match self.request(object, oob) {
+            Ok(Request::Negotiate { oob }) => {
                 self.negotiated = true;
-                Step::Negotiated(reply(id, Ok(json!({}))))
+                self.oob = oob;
+                What::Negotiated(reply(id, Ok(json!({}))))
             }
             Ok(Request::QueryVersion) => answer(id, VersionInfo::ours()),
             Ok(Request::QueryCommands) => answer(id, dispatch::commands()),
-            Ok(Request::Engine(command)) => Step::Execute { command, id },
-            Err(error) => Step::Reply(reply(id, Err(error))),
-        }
+            Ok(Request::QuerySchema) => answer(id, introspect::schema()),
+            Ok(Request::Engine(command)) => What::Execute { command, id },
+            Err(error) => What::Reply(reply(id, Err(error))),
+        };
+        Step { what, oob }
     }
 
-    fn request(&self, object: Map<String, Value>) -> Result<Request, QmpError> {
-        let (name, arguments) = envelope(object)?;
+    fn request(&self, object: Map<String, Value>, oob: bool) -> Result<Request, QmpError> {
+        let (name, arguments) = envelope(object, oob)?;
         match (self.negotiated, name.as_str()) {
             (false, dispatch::NEGOTIATE) => {}
             (true, dispatch::NEGOTIATE) => {
@@ -79,18 +101,22 @@ impl Session {
             }
             (true, _) => {}
         }
-        dispatch::parse(&name, arguments)
+        dispatch::parse(&name, arguments, oob)
     }
 }
 
 /// Name and arguments of a command.
-fn envelope(mut object: Map<String, Value>) -> Result<(String, Map<String, Value>), QmpError> {
-    let name = match object.remove("execute") {
+fn envelope(
+    mut object: Map<String, Value>,
+    oob: bool,
+) -> Result<(String, Map<String, Value>), QmpError> {
+    let key = if oob { "exec-oob" } else { "execute" };
+    let name = match object.remove(key) {
         Some(Value::String(name)) => name,
-        Some(_) => return Err(QmpError::generic("`execute` must be a string")),
+        Some(_) => return Err(QmpError::generic(format!("`{key}` must be a string"))),
         None if object.contains_key("exec-oob") => {
             return Err(QmpError::generic(
-                "out-of-band execution was not offered in the greeting",
+                "out-of-band execution was not enabled with qmp_capabilities",
             ));
         }
         None => return Err(QmpError::generic("a command needs `execute`")),
@@ -112,27 +138,29 @@ fn envelope(mut object: Map<String, Value>) -> Result<(String, Map<String, Value
     }
 }
 
-fn answer(id: Option<Value>, value: impl Serialize) -> Step {
-    Step::Reply(reply(id, Ok(json!(value))))
+fn answer(id: Option<Value>, value: impl Serialize) -> What {
+    What::Reply(reply(id, Ok(json!(value))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn handle(session: &mut Session, object: Value) -> Step {
-        session.handle(object.as_object().unwrap().clone())
+    fn handle(session: &mut Session, object: Value) -> What {
+        let Step { what, oob } = session.handle(object.as_object().unwrap().clone());
+        assert!(!oob);
+        what
     }
 
     fn negotiated() -> Session {
         let mut session = Session::default();
         let step = handle(&mut session, json!({"execute": "qmp_capabilities"}));
-        assert_eq!(step, Step::Negotiated(json!({"return": {}})));
+        assert_eq!(step, What::Negotiated(json!({"return": {}})));
         session
     }
 
-    fn error(step: Step) -> (String, String) {
-        let Step::Reply(reply) = step else {
+    fn error(step: What) -> (String, String) {
+        let What::Reply(reply) = step else {
             panic!("{step:?}")
         };
         let text = |name: &str| reply["error"][name].as_str().unwrap().to_owned();
@@ -149,7 +177,7 @@ mod tests {
                 .unwrap()
                 .starts_with("vmferry ")
         );
-        assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+        assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
     }
 
     #[test]
@@ -160,7 +188,7 @@ mod tests {
             assert_eq!(class, "CommandNotFound");
             assert!(desc.contains("qmp_capabilities"));
         }
-        let bad = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
+        let bad = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["x"]}});
         assert_eq!(error(handle(&mut session, bad)).0, "GenericError");
         let mut session = negotiated();
         let (class, _) = error(handle(&mut session, json!({"execute": "qmp_capabilities"})));
@@ -172,14 +200,14 @@ mod tests {
         let mut session = negotiated();
         for id in [json!(1), json!("x"), json!(null), json!({"a": [1]})] {
             let step = handle(&mut session, json!({"execute": "nope", "id": id}));
-            let Step::Reply(reply) = step else {
+            let What::Reply(reply) = step else {
                 panic!("{step:?}")
             };
             assert_eq!(reply["id"], id);
             let step = handle(&mut session, json!({"execute": "stop", "id": id}));
             assert_eq!(
                 step,
-                Step::Execute {
+                What::Execute {
                     command: Command::Stop,
                     id: Some(id)
                 }
@@ -190,7 +218,7 @@ mod tests {
     #[test]
     fn version_and_commands_need_no_engine() {
         let mut session = negotiated();
-        let Step::Reply(reply) = handle(&mut session, json!({"execute": "query-commands"})) else {
+        let What::Reply(reply) = handle(&mut session, json!({"execute": "query-commands"})) else {
             panic!()
         };
         let names: Vec<_> = reply["return"]
@@ -200,7 +228,7 @@ mod tests {
             .map(|c| &c["name"])
             .collect();
         assert!(names.contains(&&json!("migrate_cancel")) && names.contains(&&json!("x-ram-hash")));
-        let Step::Reply(reply) = handle(&mut session, json!({"execute": "query-version"})) else {
+        let What::Reply(reply) = handle(&mut session, json!({"execute": "query-version"})) else {
             panic!()
         };
         assert_eq!(reply["return"]["qemu"]["major"], 11);
@@ -217,11 +245,43 @@ mod tests {
                 "must be an object",
             ),
             (json!({"execute": "stop", "extra": 1}), "`extra`"),
-            (json!({"exec-oob": "stop"}), "out-of-band"),
+            (json!({"exec-oob": "yank"}), "out-of-band"),
+            (
+                json!({"exec-oob": "yank", "execute": "stop"}),
+                "no member `exec-oob`",
+            ),
         ] {
             let (class, desc) = error(handle(&mut session, object));
             assert_eq!(class, "GenericError");
             assert!(desc.contains(part), "{desc}");
+        }
+    }
+
+    #[test]
+    fn what_overtakes_is_marked_and_everything_else_waits() {
+        let mut session = Session::default();
+        let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
+        assert!(matches!(handle(&mut session, enable), What::Negotiated(_)));
+        assert!(session.is_oob());
+        let mut oob = |object: Value| session.handle(object.as_object().unwrap().clone());
+        let step = oob(json!({"exec-oob": "migrate-pause", "id": 7}));
+        let expected = What::Execute {
+            command: Command::MigratePause,
+            id: Some(json!(7)),
+        };
+        assert_eq!((step.what, step.oob), (expected, true));
+        assert!(!oob(json!({"execute": "migrate-pause"})).oob);
+        for (object, part) in [
+            (
+                json!({"exec-oob": "stop"}),
+                "cannot be executed out of band",
+            ),
+            (json!({"exec-oob": 1}), "`exec-oob` must be a string"),
+            (json!({"exec-oob": "yank", "execute": "x"}), "`execute`"),
+        ] {
+            let step = oob(object);
+            assert!(step.oob);
+            assert!(error(step.what).1.contains(part));
         }
     }
 }

@@ -14,9 +14,13 @@ pub mod populate;
 #[cfg(feature = "uring")]
 pub mod ram;
 #[cfg(feature = "uring")]
+mod samples;
+#[cfg(feature = "uring")]
 pub mod zero;
 
 pub use bitmap::{DirtyMap, PageBitmap};
 pub use dirty_log::{DirtyLog, DirtyLogError, UnitedLog, WriteProtector};
 #[cfg(feature = "uring")]
 pub use ram::{GuestRam, RamBlock};
+#[cfg(feature = "uring")]
+pub use samples::PageSamples;

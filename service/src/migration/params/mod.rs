@@ -12,9 +12,12 @@ mod table;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
+pub(crate) use capabilities::CAPABILITIES;
+pub use vmferry_devices::notifier::Mode as MigrationMode;
+
 pub use capabilities::{CapabilityStatus, MigrationCapabilities};
 use table::Setting;
-pub(crate) use table::{PARAMETERS, Parameter};
+pub(crate) use table::{PARAMETERS, Parameter, Shape};
 
 /// Longest blackout an operator may ask for: QEMU's limit.
 pub const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
@@ -67,40 +70,6 @@ pub enum SettingError {
         /// Both, with their values.
         problem: String,
     },
-}
-
-/// Which kind of migration. QEMU's `MigMode`.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
-pub enum MigrationMode {
-    /// The guest runs while its memory is copied.
-    #[default]
-    Normal,
-    /// The guest is stopped, its state goes into a file, the host may restart.
-    CprReboot,
-    /// A new process on this host takes the memory over.
-    CprTransfer,
-    /// This process replaces itself.
-    CprExec,
-}
-
-impl MigrationMode {
-    /// Every mode there is.
-    pub const ALL: [Self; 4] = [
-        Self::Normal,
-        Self::CprReboot,
-        Self::CprTransfer,
-        Self::CprExec,
-    ];
-
-    /// The name in QMP.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Normal => "normal",
-            Self::CprReboot => "cpr-reboot",
-            Self::CprTransfer => "cpr-transfer",
-            Self::CprExec => "cpr-exec",
-        }
-    }
 }
 
 /// How to migrate. The names on QMP are in `table.rs`; the order here is theirs by subject.
@@ -245,7 +214,6 @@ fn unknown(kind: &'static str, name: &str) -> SettingError {
 
 #[cfg(test)]
 mod tests {
-    use super::table::Shape;
     use super::*;
     use serde_json::json;
 

@@ -38,7 +38,7 @@ pub(crate) enum Shape {
     /// True or false.
     Boolean,
     /// One of these words.
-    Choice(&'static [&'static str]),
+    Choice(fn() -> Vec<&'static str>),
     /// A string, or null for the empty one.
     TextOrNull,
     /// A list of strings.
@@ -163,7 +163,7 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
     ),
     fixed(
         "multifd-compression",
-        Shape::Choice(&["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
+        Shape::Choice(|| vec!["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
         Access::FixedWord("none"),
     ),
     fixed_integer("multifd-zlib-level", 0..=9, 1),
@@ -176,12 +176,12 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
     fixed_integer("vcpu-dirty-limit", 1..=u64::MAX, 1),
     Parameter {
         name: "mode",
-        shape: Shape::Choice(&["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"]),
+        shape: Shape::Choice(|| MigrationMode::ALL.map(MigrationMode::name).to_vec()),
         access: Access::Mode,
     },
     fixed(
         "zero-page-detection",
-        Shape::Choice(&["none", "legacy", "multifd"]),
+        Shape::Choice(|| vec!["none", "legacy", "multifd"]),
         Access::FixedWord("multifd"),
     ),
     fixed("direct-io", Shape::Boolean, Access::FixedOff),
@@ -275,7 +275,7 @@ impl Parameter {
             Shape::Choice(words) => {
                 let word = value
                     .as_str()
-                    .and_then(|given| words.iter().find(|word| **word == given));
+                    .and_then(|given| words().into_iter().find(|word| *word == given));
                 return match word {
                     Some(word) => self.word(word),
                     None => Err(self.wrong_value()),
@@ -338,7 +338,7 @@ impl Parameter {
         let allowed = match self.shape {
             Shape::Integer { min, max } => format!("an integer from {min} to {max}"),
             Shape::Boolean => "true or false".to_owned(),
-            Shape::Choice(words) => format!("one of {}", words.join(", ")),
+            Shape::Choice(words) => format!("one of {}", words().join(", ")),
             Shape::TextOrNull => "a string or null".to_owned(),
             Shape::Texts | Shape::Anything => "a list".to_owned(),
         };

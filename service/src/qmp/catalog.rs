@@ -1,0 +1,313 @@
+//! The types of answers and events, and those that several commands share. A test holds each to what is really sent.
+
+use super::types::{Member, Members, NOTHING, Object, Type, Variants, may, needs, object};
+use crate::migration::params::{CAPABILITIES, MigrationMode};
+use crate::migration::status::MigrationStatus;
+
+const INT: Type = Type::Int;
+const STR: Type = Type::Str;
+const BOOL: Type = Type::Bool;
+
+pub(super) const STATUS: Type =
+    Type::Enum(|| MigrationStatus::ALL.map(MigrationStatus::name).to_vec());
+pub(super) const MODE: Type = Type::Enum(|| MigrationMode::ALL.map(MigrationMode::name).to_vec());
+pub(super) const TIME_UNIT: Type = Type::Enum(|| vec!["second", "millisecond"]);
+pub(super) const DIRTY_RATE_MODE: Type =
+    Type::Enum(|| vec!["page-sampling", "dirty-ring", "dirty-bitmap"]);
+pub(super) const RESOLVE_OUTCOME: Type = Type::Enum(|| vec!["source-runs", "target-runs"]);
+
+/// Arguments of `migrate-set-parameters`, answer of `query-migrate-parameters`.
+pub(super) const PARAMETERS: Object = Object {
+    members: Members::Parameters,
+    variants: None,
+};
+
+pub(super) const CAPABILITY_STATUS: Type = Type::Object(&object(&[
+    needs(
+        "capability",
+        Type::Enum(|| CAPABILITIES.iter().map(|known| known.name).collect()),
+    ),
+    needs("state", BOOL),
+]));
+
+pub(super) const YANK_INSTANCE: Type = Type::Object(&Object {
+    members: Members::Fixed(&[needs(
+        "type",
+        Type::Enum(|| vec!["block-node", "chardev", "migration"]),
+    )]),
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[
+            ("block-node", &BLOCK_NODE),
+            ("chardev", &CHARDEV),
+            ("migration", &NOTHING),
+        ],
+    }),
+});
+const BLOCK_NODE: Object = object(&[needs("node-name", STR)]);
+const CHARDEV: Object = object(&[needs("id", STR)]);
+
+pub(super) const ADDED_FD: Type =
+    Type::Object(&object(&[needs("fdset-id", INT), needs("fd", INT)]));
+pub(super) const FD_SET_INFO: Type = Type::Object(&object(&[
+    needs("fdset-id", INT),
+    needs("fds", Type::List(&FD_SET_MEMBER)),
+]));
+const FD_SET_MEMBER: Type = Type::Object(&object(&[needs("fd", INT), may("opaque", STR)]));
+
+pub(super) const COMMAND_INFO: Type = Type::Object(&object(&[needs("name", STR)]));
+pub(super) const VERSION_INFO: Type =
+    Type::Object(&object(&[needs("qemu", VERSION), needs("package", STR)]));
+const VERSION: Type = Type::Object(&object(&[
+    needs("major", INT),
+    needs("minor", INT),
+    needs("micro", INT),
+]));
+pub(super) const KVM_INFO: Type =
+    Type::Object(&object(&[needs("enabled", BOOL), needs("present", BOOL)]));
+pub(super) const NAME_INFO: Type = Type::Object(&object(&[may("name", STR)]));
+pub(super) const UUID_INFO: Type = Type::Object(&object(&[needs("UUID", STR)]));
+pub(super) const STATUS_INFO: Type = Type::Object(&object(&[
+    needs("running", BOOL),
+    needs(
+        "status",
+        Type::Enum(|| {
+            vec![
+                "prelaunch",
+                "inmigrate",
+                "running",
+                "paused",
+                "finish-migrate",
+                "postmigrate",
+                "shutdown",
+                "internal-error",
+            ]
+        }),
+    ),
+]));
+
+pub(super) const MIGRATION_INFO: Type = Type::Object(&object(&[
+    may("status", STATUS),
+    may("ram", RAM),
+    may("remaining", INT),
+    may("total-time", INT),
+    may("setup-time", INT),
+    may("downtime", INT),
+    may("expected-downtime", INT),
+    may("cpu-throttle-percentage", INT),
+    may("error-desc", STR),
+    may("blocked-reasons", Type::List(&STR)),
+    may("socket-address", Type::List(&SOCKET_ADDRESS)),
+    may("x-blackout", BLACKOUT),
+    may("x-guest-stall-us", INT),
+    may("x-round", INT),
+    may("x-predicted-blackout-us", INT),
+    may("x-populated-source", INT),
+    may("x-populated-target", INT),
+    may("x-connections", INT),
+    may("x-backend", STR),
+    may("x-zero-copy-fallbacks", INT),
+    may("x-verification", VERIFICATION),
+]));
+const RAM: Type = Type::Object(&object(&[
+    needs("transferred", INT),
+    needs("remaining", INT),
+    needs("total", INT),
+    needs("duplicate", INT),
+    needs("normal", INT),
+    needs("normal-bytes", INT),
+    needs("dirty-pages-rate", INT),
+    needs("mbps", Type::Number),
+    needs("dirty-sync-count", INT),
+    needs("postcopy-requests", INT),
+    needs("page-size", INT),
+    needs("multifd-bytes", INT),
+    needs("pages-per-second", INT),
+    needs("precopy-bytes", INT),
+    needs("downtime-bytes", INT),
+    needs("postcopy-bytes", INT),
+    needs("dirty-sync-missed-zero-copy", INT),
+]));
+const BLACKOUT: Type = Type::Object(&object(&[
+    needs("total-us", INT),
+    needs("pre-switchover-us", INT),
+    needs("pause-us", INT),
+    needs("dirty-fetch-us", INT),
+    needs("last-round-us", INT),
+    needs("device-state-us", INT),
+    needs("load-us", INT),
+    needs("verify-us", INT),
+    needs("commit-us", INT),
+    needs("resume-us", INT),
+]));
+const VERIFICATION: Type = Type::Object(&object(&[
+    needs("ram-hash-source", STR),
+    needs("ram-hash-target", STR),
+    needs("vcpus-equal", BOOL),
+]));
+const SOCKET_ADDRESS: Type = Type::Object(&Object {
+    members: Members::Fixed(&[needs(
+        "type",
+        Type::Enum(|| vec!["inet", "unix", "vsock", "fd"]),
+    )]),
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[
+            ("inet", &INET),
+            ("unix", &UNIX),
+            ("vsock", &VSOCK),
+            ("fd", &FD),
+        ],
+    }),
+});
+const INET: Object = object(&[needs("host", STR), needs("port", STR)]);
+const UNIX: Object = object(&[needs("path", STR)]);
+const VSOCK: Object = object(&[needs("cid", STR), needs("port", STR)]);
+const FD: Object = object(&[needs("str", STR)]);
+
+pub(super) const DIRTY_RATE_INFO: Type = Type::Object(&object(&[
+    may("dirty-rate", INT),
+    needs(
+        "status",
+        Type::Enum(|| vec!["unstarted", "measuring", "measured"]),
+    ),
+    needs("start-time", INT),
+    needs("calc-time", INT),
+    needs("calc-time-unit", TIME_UNIT),
+    needs("sample-pages", INT),
+    needs("mode", DIRTY_RATE_MODE),
+    may("x-error", STR),
+]));
+pub(super) const BLOCKER_INFO: Type = Type::Object(&object(&[needs("id", INT)]));
+pub(super) const WORKLOAD_INFO: Type = Type::Object(&object(&[
+    needs("passes", INT),
+    needs("errors", INT),
+    may("first-error-gpa", INT),
+    needs("longest-gap-us", INT),
+    needs("pages-written", INT),
+    needs("filled-pages", INT),
+    needs("fill-pages", INT),
+]));
+pub(super) const RAM_HASH_INFO: Type = Type::Object(&object(&[needs("hash", STR)]));
+
+/// The answer to `query-qmp-schema`, described as QEMU describes it.
+pub(super) const SCHEMA_INFO: Type = Type::Object(&Object {
+    members: Members::Fixed(&[
+        needs("name", STR),
+        needs(
+            "meta-type",
+            Type::Enum(|| {
+                vec![
+                    "builtin",
+                    "enum",
+                    "array",
+                    "object",
+                    "alternate",
+                    "command",
+                    "event",
+                ]
+            }),
+        ),
+        may("features", Type::List(&STR)),
+    ]),
+    variants: Some(Variants {
+        tag: "meta-type",
+        cases: &[
+            ("builtin", &object(&[needs("json-type", STR)])),
+            (
+                "enum",
+                &object(&[
+                    needs("members", Type::List(&SCHEMA_ENUM_MEMBER)),
+                    needs("values", Type::List(&STR)),
+                ]),
+            ),
+            ("array", &object(&[needs("element-type", STR)])),
+            (
+                "object",
+                &object(&[
+                    needs("members", Type::List(&SCHEMA_MEMBER)),
+                    may("tag", STR),
+                    may("variants", Type::List(&SCHEMA_VARIANT)),
+                ]),
+            ),
+            (
+                "alternate",
+                &object(&[needs("members", Type::List(&SCHEMA_TYPE))]),
+            ),
+            (
+                "command",
+                &object(&[
+                    needs("arg-type", STR),
+                    needs("ret-type", STR),
+                    may("allow-oob", BOOL),
+                ]),
+            ),
+            ("event", &object(&[needs("arg-type", STR)])),
+        ],
+    }),
+});
+const SCHEMA_ENUM_MEMBER: Type = Type::Object(&object(&[
+    needs("name", STR),
+    may("features", Type::List(&STR)),
+]));
+/// `default` is null where a member may be left out.
+const SCHEMA_MEMBER: Type = Type::Object(&object(&[
+    needs("name", STR),
+    needs("type", STR),
+    may("default", Type::Any),
+    may("features", Type::List(&STR)),
+]));
+const SCHEMA_VARIANT: Type = Type::Object(&object(&[needs("case", STR), needs("type", STR)]));
+const SCHEMA_TYPE: Type = Type::Object(&object(&[needs("type", STR)]));
+
+/// An event with its data.
+#[derive(Debug)]
+pub(super) struct DeclaredEvent {
+    pub(super) name: &'static str,
+    pub(super) data: &'static [Member],
+}
+
+/// Every event there is, sorted by name. Sending another one fails in debug builds.
+pub(super) const EVENTS: &[DeclaredEvent] = &[
+    DeclaredEvent {
+        name: "MIGRATION",
+        data: &[needs("status", STATUS)],
+    },
+    DeclaredEvent {
+        name: "MIGRATION_PASS",
+        data: &[needs("pass", INT)],
+    },
+    DeclaredEvent {
+        name: "RESUME",
+        data: &[],
+    },
+    DeclaredEvent {
+        name: "SHUTDOWN",
+        data: &[
+            needs("guest", BOOL),
+            needs(
+                "reason",
+                Type::Enum(|| {
+                    vec![
+                        "guest-shutdown",
+                        "host-qmp-quit",
+                        "host-signal",
+                        "host-error",
+                    ]
+                }),
+            ),
+        ],
+    },
+    DeclaredEvent {
+        name: "STOP",
+        data: &[],
+    },
+    DeclaredEvent {
+        name: "UNPLUG_PRIMARY",
+        data: &[needs("device-id", STR)],
+    },
+    DeclaredEvent {
+        name: "x-MIGRATION_UNRESOLVED",
+        data: &[needs("desc", STR)],
+    },
+];
