@@ -9,6 +9,7 @@ use vmferry_transport::units::{
 use vmferry_transport::wire::archive::{
     ARCHIVE_END, ArchiveEncoder, ArchiveError, ArchiveItem, ArchiveReader,
 };
+use vmferry_transport::wire::device_data::DeviceData;
 use vmferry_transport::wire::frame::{SourceFrame, StateEnd};
 use vmferry_transport::wire::header::{HEADER_BYTES, encode_frame};
 use vmferry_transport::wire::hello::{BlockInfo, Hello, VersionRange};
@@ -74,7 +75,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, byte)
 }
 
-fn round_end(round: u32, last: bool, [frames, data, zero, hole]: [u64; 4]) -> Frame {
+fn round_end(round: u32, last: bool, [frames, data, zero, hole, device]: [u64; 5]) -> Frame {
     let end = RoundEnd {
         round: RoundId(round),
         last,
@@ -83,9 +84,23 @@ fn round_end(round: u32, last: bool, [frames, data, zero, hole]: [u64; 4]) -> Fr
             data_pages: data,
             zero_pages: zero,
             hole_pages: hole,
+            device_bytes: device,
         },
     };
     bare(end.encode())
+}
+
+/// A device that gives its state as a stream.
+fn device_data(round: u32, offset: u64, payload: &[u8], end: bool) -> Frame {
+    let frame = DeviceData {
+        round: RoundId(round),
+        device: 1,
+        offset,
+        payload_bytes: u32::try_from(payload.len()).unwrap(),
+        payload_crc: crc32c(payload),
+        end,
+    };
+    (frame.encode(), payload.to_vec())
 }
 
 fn section() -> Frame {
@@ -128,9 +143,11 @@ fn running() -> Vec<Frame> {
     vec![
         hello(),
         ram(0, &kinds, [page(1), page(2)].concat()),
-        round_end(0, false, [1, 2, 2, 4]),
+        device_data(0, 0, b"first", false),
+        round_end(0, false, [2, 2, 2, 4, 5]),
         ram(1, &[(7, 1, RunKind::Data)], page(3)),
-        round_end(1, true, [1, 1, 0, 0]),
+        device_data(1, 5, b"", true),
+        round_end(1, true, [2, 1, 0, 0, 0]),
         switchover(1),
         section(),
         state_end(1, 1),
@@ -142,7 +159,7 @@ fn stopped() -> Vec<Frame> {
     vec![
         hello(),
         ram(0, &[(0, 8, RunKind::Hole)], Vec::new()),
-        round_end(0, true, [1, 0, 0, 8]),
+        round_end(0, true, [1, 0, 0, 8, 0]),
         switchover(0),
         section(),
         state_end(1, 0),
@@ -248,22 +265,22 @@ fn corruptions() -> Vec<Corruption> {
         ),
         (
             "a_round_left_out",
-            || with_frames(|frames| drop(frames.drain(1..3))),
+            || with_frames(|frames| drop(frames.drain(1..4))),
             "the round is 1, not 0",
         ),
         (
             "state_before_the_last_round",
-            || with_frames(|frames| drop(frames.remove(4))),
+            || with_frames(|frames| drop(frames.remove(6))),
             "the switchover where page data or the end of a round belongs",
         ),
         (
             "a_device_left_out",
-            || with_frames(|frames| drop(frames.remove(6))),
+            || with_frames(|frames| drop(frames.remove(8))),
             "the number of device states is 1, not 0",
         ),
         (
             "another_last_round",
-            || with_frames(|frames| frames[7] = state_end(1, 0)),
+            || with_frames(|frames| frames[9] = state_end(1, 0)),
             "the round is 0, not 1",
         ),
         (
@@ -279,7 +296,7 @@ fn corruptions() -> Vec<Corruption> {
         ),
         (
             "a_word_of_a_conversation",
-            || with_frames(|frames| frames[5] = bare(SourceFrame::Keepalive.encode())),
+            || with_frames(|frames| frames[7] = bare(SourceFrame::Keepalive.encode())),
             "a frame that is of no archive where the switchover belongs",
         ),
         (

@@ -9,6 +9,7 @@ use super::archive::{
     ARCHIVE_END, ArchiveEncoder, ArchiveError, ArchiveFault, ArchiveItem, ArchiveReader,
     START_BYTES,
 };
+use super::device_data::{DEVICE_DATA, DEVICE_DATA_BYTES};
 use super::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
 use super::header::{FrameHeader, HEADER_BYTES, encode_frame};
 use super::hello::{self, Hello};
@@ -168,6 +169,10 @@ pub fn archive_frames(mut bytes: &[u8]) {
             payload.resize(pages << 12, 0);
             body[8..12].copy_from_slice(&crc32c::crc32c(&payload).to_le_bytes());
         }
+        if *kind == DEVICE_DATA && body.len() == DEVICE_DATA_BYTES {
+            payload.resize(usize::from(body[16]), 0);
+            body[20..24].copy_from_slice(&crc32c::crc32c(&payload).to_le_bytes());
+        }
         let frame = encode_frame(*kind, *flags, &body);
         encoder.frame(&frame, payload.len() as u64);
         archive.extend_from_slice(&frame);
@@ -310,6 +315,7 @@ mod tests {
             frames.extend_from_slice(body);
             let payload = match header.kind {
                 ram::RAM_RUNS => usize::from(body[5] >> 4) << 12,
+                DEVICE_DATA => usize::from(body[16]),
                 _ => 0,
             };
             rest = after.get(payload..).unwrap_or_default();
