@@ -6,7 +6,20 @@
     reason = "a test that cannot go on panics; clippy exempts test functions but not what they call"
 )]
 
+#[path = "../e2e/harness.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod harness; // processes under test, and what can be asked of them
+#[path = "../e2e/proc.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod proc; // what the kernel says of a process
+#[path = "../e2e/qmp.rs"]
+mod qmp; // the control interface, events kept
+
 mod command; // programs of the lab
-mod modules; // loading modules of its kernel
+mod mdev; // VFIO devices without hardware
+mod modules; // loading modules of the kernel
+mod net; // several hosts in one kernel
+mod vfio; // what a VFIO device says of itself
 
 mod kernel; // what the lab promises to everything else here
+mod kvm; // KVM with page tables of the hardware

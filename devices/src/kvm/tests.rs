@@ -28,11 +28,19 @@ fn vm_with_vcpu(irqchip: bool) -> Option<(VmFd, KvmVcpu, VcpuProfile)> {
         vm.create_irq_chip().unwrap();
         vm.create_pit2(kvm_pit_config::default()).unwrap();
     }
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+    let mut supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+    for leaf in supported.as_mut_slice() {
+        // KVM has TSC deadlines wherever it has the local APIC, and leaves it to the VMM to say so.
+        if irqchip && leaf.function == 1 {
+            leaf.ecx |= CPUID_1_ECX_TSC_DEADLINE;
+        }
+    }
     let vcpu = KvmVcpu::new(&vm, 0, &supported).unwrap();
     let profile = VcpuProfile::probe(&kvm, &vm, &vcpu, irqchip).unwrap();
     Some((vm, vcpu, profile))
 }
+
+const CPUID_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 
 /// Gives registers of every kind a value of their own.
 fn make_distinctive(vcpu: &KvmVcpu, profile: &VcpuProfile) {
@@ -48,7 +56,8 @@ fn make_distinctive(vcpu: &KvmVcpu, profile: &VcpuProfile) {
     fd.set_debug_regs(&debug).unwrap();
     let mut bytes = vcpu.save(profile).unwrap().xsave;
     bytes[XMM3].fill(9);
-    bytes[XSTATE_BV_FIRST] |= XSTATE_SSE;
+    bytes[YMM3_UPPER].fill(8);
+    bytes[XSTATE_BV_FIRST] |= XSTATE_SSE | XSTATE_AVX;
     let mut xsave = XsaveArea::new(bytes.len());
     xsave.fill(&bytes);
     xsave.set(fd).unwrap();
@@ -57,9 +66,12 @@ fn make_distinctive(vcpu: &KvmVcpu, profile: &VcpuProfile) {
 
 /// Where the XSAVE area holds XMM3.
 const XMM3: std::ops::Range<usize> = 208..224;
+/// And the upper half of YMM3, a component beyond what every CPU has.
+const YMM3_UPPER: std::ops::Range<usize> = 624..640;
 /// Low byte of the field that says which components are in use.
 const XSTATE_BV_FIRST: usize = 512;
 const XSTATE_SSE: u8 = 2;
+const XSTATE_AVX: u8 = 4;
 
 #[test]
 fn all_of_a_vcpus_state_arrives_in_a_second_vm() {
@@ -82,6 +94,7 @@ fn all_of_a_vcpus_state_arrives_in_a_second_vm() {
         let loaded = target.save(&target_profile).unwrap();
         assert_eq!(saved.differences(&loaded), Vec::<String>::new());
         assert_eq!(loaded.xsave[XMM3], [9; 16]);
+        assert_eq!(loaded.xsave[YMM3_UPPER], [8; 16]);
 
         // The TSC goes on; it does not start anew.
         assert!(
@@ -92,6 +105,38 @@ fn all_of_a_vcpus_state_arrives_in_a_second_vm() {
         );
     }
 }
+
+#[test]
+fn a_timer_with_a_deadline_keeps_it() {
+    let Some((_vm, source, profile)) = vm_with_vcpu(true) else {
+        return;
+    };
+    // The timer of the local APIC fires vector 0x40 when the TSC reaches the deadline. The APIC has to be on, and in that mode, before
+    // it takes one.
+    let mut lapic = source.fd().get_lapic().unwrap();
+    for (register, value) in [(0xf0, 0x1ff), (0x320, 2 << 17 | 0x40)] {
+        for (byte, part) in u32::to_le_bytes(value).into_iter().enumerate() {
+            lapic.regs[register + byte] = part.cast_signed();
+        }
+    }
+    source.fd().set_lapic(&lapic).unwrap();
+    let deadline = source.save(&profile).unwrap().tsc.value + (1 << 45);
+    set_msrs(source.fd(), "vcpu/0", &[(TSC_DEADLINE, deadline)]).unwrap();
+
+    let saved = source.save(&profile).unwrap();
+    assert!(saved.msrs.contains(&(TSC_DEADLINE, deadline)));
+    let (_target_vm, mut target, target_profile) = vm_with_vcpu(true).unwrap();
+    target.restore(&target_profile, &saved, None).unwrap();
+    let loaded = target.save(&target_profile).unwrap();
+    assert!(
+        loaded.msrs.contains(&(TSC_DEADLINE, deadline)),
+        "{:x?}",
+        loaded.msrs
+    );
+    assert_eq!(saved.differences(&loaded), Vec::<String>::new());
+}
+
+const TSC_DEADLINE: u32 = 0x6e0;
 
 /// Something done to a saved state.
 type Change<'a> = &'a dyn Fn(&mut VcpuV1);
