@@ -34,9 +34,13 @@ mod peer; // either side of the protocol, spoken by hand
 mod proc; // what the kernel says of a process
 mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
+mod terminal; // a pseudo terminal, and what stands on its screen
 
 mod bad_input; // I3, I5: targets and peers that do not fit; the guest stays, and moves to a good target afterwards
 mod cancel; // I3, I6: an operator who changes his mind
+mod cli; // every command as scripts use it
+mod cli_qemu; // the same against QEMU
+mod cli_watch; // following at a terminal, and Ctrl-C
 mod corrupt; // I2, I5: pages and state that were changed on the way
 mod doubt; // I1: the link is lost at the commit
 mod flow; // the main job over every transport
@@ -45,5 +49,5 @@ mod memory; // a target without memory
 mod network; // two network namespaces, as two hosts
 mod ownership; // I1, I3, I7: disks have one owner, and those who were told hear the end
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
-mod sparse;
-mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in // memory that the guest never touched stays out of both processes
+mod sparse; // memory that the guest never touched stays out of both processes
+mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in

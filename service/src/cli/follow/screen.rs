@@ -19,6 +19,10 @@ const ROWS_DEFAULT: usize = 24;
 const COLUMNS_MAX: usize = 100;
 /// Width of the column with the stage: `pre-switchover` and a space fit.
 const STAGE_COLUMNS: usize = 15;
+/// Width of the time so far, with some room before it.
+const ELAPSED_COLUMNS: usize = 11;
+/// The shortest bar that is worth more than the time so far.
+const BAR_COLUMNS_MIN: usize = 10;
 /// Most lines that each part of a notice gets; one that stands alone gets twice as many.
 const NOTICE_LINES: usize = 4;
 
@@ -186,7 +190,10 @@ fn frame(view: &View, most: usize) -> Vec<(Tone, String, String)> {
     let rest = most.saturating_sub(columns(&stage));
     match view.percent() {
         Some(percent) => {
-            let after = format!(" {percent:>3}%  {elapsed:>9}");
+            let mut after = format!(" {percent:>3}%");
+            if rest >= columns(&after) + ELAPSED_COLUMNS + BAR_COLUMNS_MIN {
+                after.push_str(&format!("{elapsed:>ELAPSED_COLUMNS$}"));
+            }
             lines.push((view.tone(), stage, cut(&bar(percent, &after, rest), rest)));
             if !figures.is_empty() {
                 lines.push(plain(&format!("  {figures}")));
