@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::str::FromStr;
 
+use vmferry_tests::sim::commands::{Command, Order};
 use vmferry_tests::sim::faults::{ControlCut, DataCut, Faults, Freeze, Kill, Notice};
 use vmferry_tests::sim::hostile::{Depth, fuzz_source, fuzz_target};
 use vmferry_tests::sim::{Ending, Report, Side, World, check, check_seed};
@@ -55,8 +56,10 @@ fn random_faults_break_no_invariant() {
             arrived,
             operator_decided,
             asking_bytes,
+            seen: saw,
             ..
         } = report;
+        seen.extend(saw.into_iter().map(str::to_owned));
         seen.insert(format!("{ending:?}, arrived: {arrived}"));
         seen.insert(format!("{ending:?}, operator: {operator_decided}"));
         seen.insert(format!("{ending:?}, asked: {}", asking_bytes[0] > 0));
@@ -74,11 +77,36 @@ fn random_faults_break_no_invariant() {
             "Some(Failed), arrived: false",
             "Some(Failed), operator: true",
             "Some(Failed), asked: true",
+            "a notifier vetoes",
+            "cancel is refused",
+            "cont is refused at the source",
+            "cont is refused at the target",
+            "cont is refused: the guest was handed over",
+            "cont is refused: the guest will never run here",
+            "continue is refused",
+            "migrate is refused",
+            "parameters are refused",
+            "stop is refused at the source",
+            "stop is refused at the target",
+            "the guest is slowed down",
+            "the guest is started at the target",
+            "the guest is started by the operator",
+            "the guest is stopped at the target",
+            "the guest is stopped by the operator",
+            "the guest lets go of its devices",
+            "the guest runs freely again",
+            "the guest will not let go of its devices",
+            "the lock keeps the source out",
+            "the migration is cancelled",
+            "the operator lets the migration go on",
+            "the operator tries again",
+            "the source cannot have its disks",
+            "the switchover waited for the operator's job",
+            "the target cannot have the disks",
+            "the target gives the disks back",
+            "x-resolve before the operator was to look",
         ] {
-            assert!(
-                seen.contains(kind),
-                "no run ended with: {kind}; seen: {seen:#?}"
-            );
+            assert!(seen.contains(kind), "no run saw: {kind}; seen: {seen:#?}");
         }
     }
 }
@@ -292,7 +320,10 @@ fn cancelling_at_any_step_is_refused_or_ends_in_cancelled() {
     at_every_step(
         "cancelling_at_any_step_is_refused_or_ends_in_cancelled",
         |step| Faults {
-            cancel_source: Some(step),
+            orders: vec![Order {
+                step,
+                command: Command::Cancel,
+            }],
             ..Faults::default()
         },
         |report| {
@@ -311,7 +342,10 @@ fn cancelling_at_the_target_leaves_the_guest_at_the_source() {
     at_every_step(
         "cancelling_at_the_target_leaves_the_guest_at_the_source",
         |step| Faults {
-            cancel_target: Some(step),
+            orders: vec![Order {
+                step,
+                command: Command::CancelIncoming,
+            }],
             ..Faults::default()
         },
         |report| {
@@ -355,7 +389,16 @@ fn pausing_the_guest_at_any_step_moves_it_as_it_is_in_the_end() {
     at_every_step(
         "pausing_the_guest_at_any_step_moves_it_as_it_is_in_the_end",
         |step| Faults {
-            pause: Some(step),
+            orders: vec![
+                Order {
+                    step,
+                    command: Command::Stop(Side::Source),
+                },
+                Order {
+                    step: step + 30,
+                    command: Command::Cont(Side::Source),
+                },
+            ],
             ..Faults::default()
         },
         |report| assert_eq!(report.ending, Some(Ending::Completed)),
@@ -367,6 +410,7 @@ fn whichever_job_fails_the_guest_stays_at_the_source() {
     let source = [
         SourceJob::ConnectControl,
         SourceJob::ConnectData,
+        SourceJob::NotifySetup,
         SourceJob::StartLog,
         SourceJob::Sync,
         SourceJob::StopGuest,
@@ -388,9 +432,14 @@ fn whichever_job_fails_the_guest_stays_at_the_source() {
                 "whichever_job_fails_the_guest_stays_at_the_source",
                 faults,
             );
-            // Preparing may be done at once and a paused guest needs no stop: then there is no job that could fail.
-            let may_complete = faults.fail_target_job == Some(TargetJob::Prepare)
-                || faults.fail_source_job == Some(SourceJob::StopGuest);
+            // Preparing may be done at once and a paused guest needs neither stop nor start: then there is no job that could fail.
+            let may_complete = matches!(
+                faults.fail_target_job,
+                Some(TargetJob::Prepare | TargetJob::StartGuest)
+            ) || matches!(
+                faults.fail_source_job,
+                Some(SourceJob::StopGuest | SourceJob::NotifySetup)
+            );
             if !may_complete || report.ending != Some(Ending::Completed) {
                 assert_eq!(
                     report.ending,

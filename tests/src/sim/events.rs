@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use super::commands::Command;
 use super::net::LinkId;
 use super::{JobId, Side, World};
 
@@ -30,12 +31,17 @@ pub(super) enum Event {
     Operator,
     /// Another target process begins to listen at the address of the one that died.
     Restart,
-    /// The operator lets a guest that was paused go on.
-    Continue,
-    /// The operator lets a migration go on that waits in pre-switchover.
-    GoOn,
-    /// The guest has let go of its devices.
-    Unplugged,
+    /// A job is done that an operator asked for.
+    Operation(Side, JobId),
+    /// An operator says something, or as soon as the process takes commands again.
+    Order(Command),
+    /// The operator tries again.
+    Again,
+    /// The guest has let go of its devices, or will not. Of interest as long as somebody watches.
+    Unplug {
+        watch: JobId,
+        done: bool,
+    },
     Stranger,
 }
 

@@ -5,7 +5,7 @@
 //! Survived, which means that the migration completes or fails cleanly with every invariant upheld: links that are slow, accept few
 //! bytes at a time, stall for a while or for ever, break at any byte (with the bytes under way lost or delivered, and with both, one or
 //! neither side being told), or flip a bit; connects that are refused or hang; a process that dies or is frozen for any time at any
-//! step; any job failing or taking long; the operator cancelling at either side, or pausing and continuing the guest, at any step;
+//! step; any job failing or taking long; disks that cannot be had or given back; operators of either side saying anything at any step;
 //! strangers that talk to the target's listener.
 //!
 //! Any number of these may happen in one run. Not covered: a process that goes on wrongly (memory errors), a listener's address taken
@@ -16,6 +16,7 @@ use std::ops::RangeInclusive;
 use vmferry_transport::proto::{SourceJob, TargetJob};
 
 use super::Side;
+use super::commands::{Again, Command, Order};
 use super::rng::Rng;
 
 /// Who learns that a link broke.
@@ -120,6 +121,10 @@ pub struct Faults {
     pub fail_target_job: Option<TargetJob>,
     /// Chance that the guest has to let go of a device first; it may take its time, or never do it.
     pub unplug_wait: u32,
+    /// Chance that such a guest refuses, answers too late or never.
+    pub unplug_never: u32,
+    /// Chance that disks cannot be activated, or given back after a start that failed.
+    pub fail_disks: u32,
     /// Chance per job that it takes up to 40 s.
     pub slow_job: u32,
     /// Cut of a control connection.
@@ -138,12 +143,12 @@ pub struct Faults {
     pub freeze_source: Option<Freeze>,
     /// The target is frozen.
     pub freeze_target: Option<Freeze>,
-    /// The operator cancels at the source at this step.
-    pub cancel_source: Option<u64>,
-    /// The operator cancels at the target at this step.
-    pub cancel_target: Option<u64>,
-    /// The operator pauses the guest at this step, if it is allowed then, and lets it go on some time later.
-    pub pause: Option<u64>,
+    /// What operators say, and at which steps.
+    pub orders: Vec<Order>,
+    /// The operator tries again.
+    pub again: Option<Again>,
+    /// Chance that a migration that waits in pre-switchover is never let go on; it is cancelled in the end.
+    pub never_continue: u32,
     /// How many strangers connect to the target.
     pub strangers: u64,
     /// A page of the target's memory changes before it is loaded, in runs that verify.
@@ -151,6 +156,18 @@ pub struct Faults {
     /// After this time nothing happens by chance any more, in microseconds; `None` is at the end of the run.
     pub quiet_after_us: Option<u64>,
 }
+
+/// Jobs of the source that can fail.
+const SOURCE_JOBS: [SourceJob; 8] = [
+    SourceJob::ConnectControl,
+    SourceJob::ConnectData,
+    SourceJob::NotifySetup,
+    SourceJob::StartLog,
+    SourceJob::Sync,
+    SourceJob::StopGuest,
+    SourceJob::SaveState,
+    SourceJob::ResumeGuest,
+];
 
 impl Faults {
     /// Draws faults. Each kind is left out of most runs, so that runs differ in what they are about and not all die at the same
@@ -195,6 +212,17 @@ impl Faults {
         if rng.chance(150) {
             f.fail_job = rng.pick(&[20, 100]);
         }
+        if rng.chance(50) {
+            f.fail_source_job = Some(rng.pick(&SOURCE_JOBS));
+        }
+        if rng.chance(100) {
+            f.fail_target_job = Some(rng.pick(&[
+                TargetJob::Prepare,
+                TargetJob::Load,
+                TargetJob::StartGuest,
+                TargetJob::StartGuest,
+            ]));
+        }
         if rng.chance(150) {
             f.unplug_wait = 500;
         }
@@ -237,20 +265,45 @@ impl Faults {
             f.freeze_target = Some(freeze(rng));
         }
         if rng.chance(150) {
-            f.cancel_source = Some(rng.below(steps));
+            f.orders.push(Order {
+                step: rng.below(steps),
+                command: Command::Cancel,
+            });
         }
-        if rng.chance(80) {
-            f.cancel_target = Some(rng.below(steps));
+        if rng.chance(350) {
+            f.orders.extend(random_orders(rng, steps));
         }
         if rng.chance(150) {
-            f.pause = Some(rng.below(steps));
+            f.again = Some(Again {
+                times: rng.within(1..=3) as u32,
+                fresh: rng.chance(500),
+            });
         }
+        if rng.chance(150) {
+            f.fail_disks = rng.pick(&[100, 500]);
+        }
+        f.never_continue = rng.pick(&[0, 100, 1000]);
+        f.unplug_never = rng.pick(&[0, 0, 300]);
         if rng.chance(100) {
             f.strangers = rng.below(8);
         }
         f.corrupt_memory = rng.chance(10);
         faults
     }
+}
+
+/// Several commands, close to each other or not.
+fn random_orders(rng: &mut Rng, steps: u64) -> Vec<Order> {
+    let mut step = rng.below(steps);
+    let spread = rng.pick(&[1, 3, 30, steps]);
+    (0..rng.within(1..=6))
+        .map(|_| {
+            let command = Command::random(rng);
+            let order = Order { step, command };
+            step += rng.below(spread);
+            order
+        })
+        .collect()
 }
 
 /// The exchange is about 600 bytes from the source and 200 from the target; on a connection that asks it is 50 and 20.

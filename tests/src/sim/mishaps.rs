@@ -1,8 +1,6 @@
 //! What happens to a world from outside: faults that are due, the operator, strangers.
 
-use vmferry_transport::proto::{MigrationStatus, SourceJob};
-use vmferry_transport::wire::frame::Resolution;
-
+use super::commands::Command;
 use super::faults::{Faults, Kill, Since};
 use super::net::{Item, Use};
 use super::{Event, Side, World, hostile};
@@ -40,29 +38,12 @@ impl World {
                 self.frozen_until[side as usize] = self.now + freeze.micros;
             }
         }
-        if self.faults.cancel_source == Some(step) && self.is_awake(Side::Source) {
+        let orders = std::mem::take(&mut self.faults.orders);
+        for order in orders.iter().filter(|order| order.step == step) {
             happened = true;
-            self.operator_cancels();
+            self.execute(order.command);
         }
-        if self.faults.cancel_target == Some(step) && self.is_awake(Side::Target) {
-            happened = true;
-            self.note(|| "the operator cancels at the target".to_owned());
-            let now = self.moment();
-            self.target.core.handle_cancel(now);
-        }
-        if self.faults.pause == Some(step)
-            && self.is_awake(Side::Source)
-            && self.may_pause()
-            && self.source.running
-        {
-            happened = true;
-            self.note(|| "the operator pauses the guest".to_owned());
-            self.source.proof = Some(self.pause_guest());
-            self.guest_should_run = false;
-            self.source.core.set_guest_runs(false);
-            let delay = self.rng.below(20_000);
-            self.schedule(delay, Event::Continue);
-        }
+        self.faults.orders = orders;
         happened
     }
 
@@ -89,79 +70,9 @@ impl World {
         self.chance(|faults| faults.hang_connect)
     }
 
-    pub(super) fn operator_cancels(&mut self) {
-        let (now, status, was_over) = (
-            self.moment(),
-            self.source.core.status(),
-            self.source.ending.is_some(),
-        );
-        let answer = self.source.core.handle_cancel(now);
-        self.note(|| format!("the operator cancels at the source: {answer:?}"));
-        match answer {
-            Ok(()) => {
-                // An attempt that is failing already ends as failed.
-                self.source.cancelled |= !was_over
-                    && !matches!(status, MigrationStatus::Failing | MigrationStatus::Failed);
-            }
-            Err(_) => assert!(
-                self.source.commit_sent,
-                "refused although nothing is committed"
-            ),
-        }
-    }
-
-    /// The guest may be paused and continued while rounds are sent, as with `stop` and `cont`.
-    pub(super) fn may_pause(&self) -> bool {
-        self.source.ending.is_none()
-            && !self.source.has_job(SourceJob::StopGuest)
-            && matches!(
-                self.source.core.status(),
-                MigrationStatus::Setup | MigrationStatus::Active
-            )
-    }
-
-    pub(super) fn operator_continues(&mut self) {
-        if self.is_awake(Side::Source) && self.may_pause() && self.source.proof.take().is_some() {
-            self.note(|| "the operator lets the guest go on".to_owned());
-            self.source.running = true;
-            self.guest_should_run = true;
-            self.source.core.set_guest_runs(true);
-        }
-    }
-
-    pub(super) fn operator_goes_on(&mut self) {
-        if !self.source.alive || self.source.ending.is_some() {
-            return;
-        }
-        if !self.is_awake(Side::Source) {
-            // Operators try again.
-            self.schedule(1_000_000, Event::GoOn);
-        } else {
-            let (now, status) = (self.moment(), self.source.core.status());
-            let answer = self.source.core.handle_continue(now);
-            self.note(|| format!("the operator goes on: {answer:?}"));
-            assert_eq!(answer.is_ok(), status == MigrationStatus::PreSwitchover);
-        }
-    }
-
-    /// The operator looks at the target. If it might still take the guest, it is fenced first.
-    pub(super) fn operator_decides(&mut self) {
-        if !self.source.alive || !self.source.core.is_unresolved() {
-            return;
-        }
-        let decision = if self.target.owns_guest() {
-            Resolution::Committed
-        } else {
-            if self.target.alive {
-                self.target.alive = false;
-                self.close_all(Side::Target, false);
-            }
-            Resolution::NotCommitted
-        };
-        self.note(|| format!("the operator says {decision:?}"));
-        self.source.operator = Some(decision);
-        let now = self.moment();
-        assert!(self.source.core.handle_operator_resolution(now, decision));
+    /// When a process takes commands again. Operators repeat what nobody has heard.
+    pub(super) fn when_awake(&self, command: Command) -> u64 {
+        self.frozen_until[command.side() as usize]
     }
 
     pub(super) fn stranger_connects(&mut self) {

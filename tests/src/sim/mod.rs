@@ -6,10 +6,15 @@
 //! - **I1** at most one side may run vCPUs; after COMMIT the source resumes only on the target's or the operator's word;
 //! - **I2** when the target starts the guest, its memory and vCPU state equal the source's at the pause;
 //! - **I3** an attempt that fails before the commit leaves the guest as it was, its debts paid in order, and a second attempt succeeds;
-//! - **I6** every run settles within a bounded number of steps and a bounded time, and no timer fires in a circle.
+//! - **I6** every run settles within a bounded number of steps and a bounded time, and no timer fires in a circle;
+//! - **I7** notifiers hear SETUP and then one end, FAILED before the guest runs again, INCOMING_FAILED before the source can know;
+//! - the disks are active on one side at most, and a guest runs only on the side whose disks are.
+//!
+//! Operators may say anything at any step (`commands`); what the engine makes of it before a core hears of it is modelled as well.
 //!
 //! `faults` says what can go wrong. [`check_seed`] runs a seed, and when it fails runs it again with a trace.
 
+pub mod commands;
 mod events;
 pub mod faults;
 mod frames;
@@ -17,30 +22,32 @@ mod guest;
 pub mod hostile;
 mod mishaps;
 mod net;
+mod notifiers;
 pub mod rng;
 mod rounds;
+mod run_control;
+mod setup;
 mod source_host;
+mod source_links;
 mod target_host;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 
-use vmferry_transport::limits::Deadlines;
-use vmferry_transport::proto::{
-    Source, SourceConfig, SourceTuning, Target, TargetConfig, ThrottleTuning,
-};
-use vmferry_transport::units::{MigrationId, Moment, PageCount, Uuid};
+use vmferry_transport::proto::{Source, SourceTuning, Target};
+use vmferry_transport::units::Moment;
 use vmferry_transport::wire::DeviceSchema;
-use vmferry_transport::wire::hello::BlockInfo;
 
+use commands::Command;
 use events::{Event, Scheduled};
 use faults::Faults;
 use guest::{Dirtier, Memory, ProofCount, Snapshot};
 use net::{Item, LinkId, Use};
 use rng::Rng;
+use setup::{device, no_config, target_config, tuning};
 pub use source_host::Ending;
 use source_host::SourceHost;
-use target_host::{AfterFailure, TargetHost, Vcpus};
+use target_host::{TargetHost, Vcpus};
 
 /// A run that takes more steps than this is going in a circle.
 const STEPS_MAX: u64 = 100_000;
@@ -75,7 +82,7 @@ impl Side {
 struct JobId(u64);
 
 /// What a run was like; for tests that repeat it with a fault at every place of it.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// How the attempt ended at the source; `None` if the source died.
     pub ending: Option<Ending>,
@@ -85,8 +92,12 @@ pub struct Report {
     pub operator_decided: bool,
     /// The operator raised the downtime limit because the migration did not converge.
     pub limit_raised: bool,
+    /// The target process was ended, by an operator or a fault.
+    pub target_died: bool,
     /// Steps taken.
     pub steps: u64,
+    /// The guest was stopped for the switchover at this step.
+    pub stopped_at_step: Option<u64>,
     /// Bytes that the first control connection carried, from the source and from the target.
     pub control_bytes: [u64; 2],
     /// How many bytes the source has sent when the last one of COMMIT leaves.
@@ -99,6 +110,8 @@ pub struct Report {
     pub data_items_max: u64,
     /// Data connections.
     pub data_connections: u16,
+    /// What happened at least once, so that a test can tell that its runs are not all about the same.
+    pub seen: BTreeSet<&'static str>,
 }
 
 /// Two hosts and what lies between them.
@@ -108,6 +121,8 @@ pub struct World {
     rng: Rng,
     /// What goes wrong. Set before [`run`](Self::run).
     pub faults: Faults,
+    /// Whether attempts wait in pre-switchover; `None` leaves it to the seed.
+    pub pause_before_switchover: Option<bool>,
     now: u64,
     step: u64,
     events: BinaryHeap<Reverse<Scheduled>>,
@@ -131,8 +146,11 @@ pub struct World {
     dirtied_at: u64,
     pause: Option<Snapshot>,
     proofs: ProofCount,
+    /// As the last one who had the say wanted it, and could have it.
     guest_should_run: bool,
-    resume_failed: bool,
+    /// The guest ran and could not be resumed: somebody has to say `cont`.
+    owes_cont: bool,
+    tuning: SourceTuning,
     frozen_until: [u64; 2],
     limit_raised: bool,
     /// Bytes given to the first control connection by each side, and what they were at COMMIT and at READY.
@@ -140,6 +158,7 @@ pub struct World {
     milestones: [u64; 2],
     stopped_at_step: Option<u64>,
     committed_at_step: Option<u64>,
+    seen: BTreeSet<&'static str>,
     trace: Option<VecDeque<String>>,
 }
 
@@ -162,6 +181,7 @@ impl World {
                 "VMFERRY_SIM_SEED={seed} cargo test -p vmferry-tests --release simulation::replay -- --nocapture"
             ),
             faults: Faults::default(),
+            pause_before_switchover: None,
             now: 0,
             step: 0,
             events: BinaryHeap::new(),
@@ -183,13 +203,15 @@ impl World {
             pause: None,
             proofs: ProofCount::default(),
             guest_should_run: true,
-            resume_failed: false,
+            owes_cont: false,
+            tuning: tuning(0),
             frozen_until: [0; 2],
             limit_raised: false,
             said: [0; 2],
             milestones: [0; 2],
             stopped_at_step: None,
             committed_at_step: None,
+            seen: BTreeSet::new(),
             trace: None,
             blocks,
             devices,
@@ -216,63 +238,6 @@ impl World {
         self.trace = Some(VecDeque::new());
     }
 
-    /// The guest has run for a while; some of its memory was never touched.
-    fn boot(&mut self) {
-        self.source.running = true;
-        let blocks = self.blocks.clone();
-        for _ in 0..self.rng.below(12) {
-            let mut writes = self.dirtier;
-            writes.pages_per_sec = 1_000_000;
-            let written = writes.write(&mut self.rng, &blocks, 1_000);
-            self.dirtier.next = writes.next;
-            self.guest_writes(Side::Source, written);
-        }
-        if self.rng.chance(120) {
-            self.guest_should_run = false;
-            self.source.proof = Some(self.pause_guest());
-        }
-        self.target = self.new_target();
-    }
-
-    fn new_target(&mut self) -> TargetHost {
-        let config = target_config(&self.blocks, &self.devices);
-        let mut target = TargetHost::new(Target::new(config), &self.blocks);
-        target.eager = self.rng.chance(300);
-        target.after_failure = self.rng.pick(&[
-            AfterFailure::ListenAgain,
-            AfterFailure::ListenAgain,
-            AfterFailure::Exit,
-        ]);
-        target
-    }
-
-    fn start_attempt(&mut self) {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&self.rng.bits().to_le_bytes());
-        let config = SourceConfig {
-            migration_id: MigrationId(id),
-            data_connections: self.data_connections,
-            checksum: false,
-            verify: self.verify,
-            software: "simulated source".to_owned(),
-            blocks: block_infos(&self.blocks),
-            devices: self.devices.clone(),
-            guest_runs: self.guest_should_run,
-            uuid: self.rng.chance(300).then_some(Uuid([7; 16])),
-            switchover_ack: self.rng.chance(300),
-            pause_before_switchover: self.rng.chance(200),
-            deadlines: Deadlines::default(),
-        };
-        let limit = self.rng.pick(&[300_000, 300_000, 20_000]);
-        let tuning = SourceTuning {
-            auto_converge: self.rng.chance(300).then_some(THROTTLE),
-            ..tuning(limit)
-        };
-        self.source.begin_again(Source::new(config, tuning));
-        let now = self.moment();
-        self.source.core.start(now);
-    }
-
     /// Runs one migration with the faults; if it fails and the source lives, runs a second one without faults, which must succeed.
     pub fn run(mut self) -> Report {
         for _ in 0..self.faults.strangers {
@@ -281,35 +246,62 @@ impl World {
         }
         self.start_attempt();
         self.run_until_settled();
-        let report = self.report();
+        let mut report = self.report();
         self.let_dust_settle();
+        self.insist();
         if let Some(ending) = self.source.ending.filter(|_| self.source.alive)
             && ending != Ending::Completed
         {
             self.run_again();
         }
+        report.seen = std::mem::take(&mut self.seen);
         report
     }
 
-    fn run_again(&mut self) {
-        self.note(|| "the second attempt begins".to_owned());
-        if self.resume_failed {
-            // The operator tries once more.
-            self.source.proof = None;
-            self.source.running = self.guest_should_run;
-            self.resume_failed = false;
+    /// The guest was handed over: nothing that an operator says to the source now makes two of it.
+    fn insist(&mut self) {
+        if self.source.ending != Some(Ending::Completed) {
+            return;
         }
-        if !self.target.alive {
+        for command in [
+            Command::Cont(Side::Source),
+            Command::Cancel,
+            Command::Continue,
+            Command::Resolve,
+            Command::Stop(Side::Source),
+            Command::Migrate,
+            Command::Cont(Side::Source),
+        ] {
+            self.execute(command);
+            self.drive_source();
+            self.check_invariants();
+        }
+        self.run_until_settled();
+        assert_eq!(self.source.ending, Some(Ending::Completed));
+    }
+
+    fn run_again(&mut self) {
+        self.note(|| "the last attempt begins".to_owned());
+        if !self.target.alive || self.target.disks.stuck || self.target.quits {
+            self.end_target();
             self.target = self.new_target();
         }
+        if self.owes_cont {
+            self.operator_conts(Side::Source);
+            self.run_until_settled();
+            assert!(self.source.running, "I3: cont lets the guest run");
+        }
+        self.target.autostart = true;
         self.start_attempt();
         self.run_until_settled();
         assert_eq!(
             self.source.ending,
             Some(Ending::Completed),
-            "I3: the second attempt succeeds"
+            "I3: the last attempt succeeds"
         );
         assert!(self.target.owns_guest(), "I3: the guest has arrived");
+        let runs = self.target.vcpus == Vcpus::Running;
+        assert_eq!(runs, self.guest_should_run, "I3: the guest is as it was");
     }
 
     fn report(&self) -> Report {
@@ -322,13 +314,16 @@ impl World {
             arrived: self.target.owns_guest(),
             operator_decided: self.source.operator.is_some(),
             limit_raised: self.limit_raised,
+            target_died: !self.target.alive,
             steps: self.step,
+            stopped_at_step: self.stopped_at_step,
             control_bytes: carried(Use::Control(0)),
             commit_ends_at: self.milestones[0],
             ready_ends_at: self.milestones[1],
             asking_bytes: carried(Use::Control(1)),
             data_items_max: items.max().unwrap_or(0),
             data_connections: self.data_connections,
+            seen: BTreeSet::new(),
         }
     }
 
@@ -359,6 +354,7 @@ impl World {
                 assert!(!self.target.owns_guest(), "I1: the guest is at both sides");
             }
         }
+        self.check_target_at_rest();
     }
 
     /// What is still on its way arrives, whoever waits for something that will not come gives up, and nothing changes by that.
@@ -387,13 +383,17 @@ impl World {
 
     /// Nothing will change any more, except by the operator's will.
     fn is_settled(&self) -> bool {
-        let source_rests = !self.source.alive || self.source.ending.is_some();
+        let source_rests = !self.source.alive
+            || (self.source.ending.is_some()
+                && self.source.operation.is_none()
+                && !self.source.tries_again);
         source_rests && self.target.is_at_rest()
     }
 
     fn check_invariants(&self) {
         let both = self.source.may_run() && self.target.may_run();
         assert!(!both, "I1: both sides run");
+        self.check_disks();
         if self.source.alive {
             let expected = u32::from(!self.source.running);
             assert_eq!(
@@ -467,7 +467,11 @@ impl World {
         let side = match event {
             Event::Flush(link, side) if self.link(link).used != Use::Stranger => side,
             Event::Deliver(_, from) => from.other(),
-            Event::Pump(_) | Event::Dial(_) | Event::SourceJob(_) => Side::Source,
+            Event::Pump(_) | Event::Dial(_) | Event::SourceJob(_) | Event::Unplug { .. } => {
+                Side::Source
+            }
+            Event::Operation(side, _) => side,
+            Event::Order(command) => return Some(self.when_awake(command)),
             Event::TargetJob(_)
             | Event::Placed { .. }
             | Event::HelloDeadline(_)
@@ -495,12 +499,10 @@ impl World {
             Event::ListenAgain => self.listen_again(),
             Event::Exit => self.exit_target(),
             Event::Operator => self.operator_decides(),
-            Event::Continue => self.operator_continues(),
-            Event::GoOn => self.operator_goes_on(),
-            Event::Unplugged if self.source.alive => {
-                let now = self.moment();
-                self.source.core.handle_unplugged(now);
-            }
+            Event::Operation(side, job) if self.is_alive(side) => self.operation(side, job),
+            Event::Order(command) => self.execute(command),
+            Event::Again => self.tries_again(),
+            Event::Unplug { watch, done } if self.source.alive => self.unplug(watch, done),
             Event::Restart if !self.target.alive => self.target = self.new_target(),
             Event::Stranger => self.stranger_connects(),
             _ => {}
@@ -521,7 +523,10 @@ impl World {
         if self.frozen_until[side as usize] > to {
             return;
         }
-        let elapsed_us = to - std::mem::replace(&mut self.dirtied_at, to);
+        let mut elapsed_us = to - std::mem::replace(&mut self.dirtied_at, to);
+        if side == Side::Source {
+            elapsed_us = elapsed_us * u64::from(100 - self.source.throttle) / 100;
+        }
         let written = self.dirtier.write(&mut self.rng, &self.blocks, elapsed_us);
         self.guest_writes(side, written);
     }
@@ -542,12 +547,15 @@ impl World {
         }
     }
 
-    fn is_awake(&self, side: Side) -> bool {
-        let alive = match side {
+    fn is_alive(&self, side: Side) -> bool {
+        match side {
             Side::Source => self.source.alive,
             Side::Target => self.target.alive,
-        };
-        alive && self.frozen_until[side as usize] <= self.now
+        }
+    }
+
+    fn is_awake(&self, side: Side) -> bool {
+        self.is_alive(side) && self.frozen_until[side as usize] <= self.now
     }
 
     fn moment(&self) -> Moment {
@@ -579,6 +587,12 @@ impl World {
             return self.rng.below(40_000_000);
         }
         self.rng.below(self.job_us_max)
+    }
+
+    /// Something worth counting happened.
+    fn see(&mut self, what: &'static str) {
+        self.seen.insert(what);
+        self.note(|| what.to_owned());
     }
 
     fn note(&mut self, text: impl FnOnce() -> String) {
@@ -618,67 +632,4 @@ pub fn check(make: impl Fn() -> World) -> Report {
 /// Runs a seed with random faults. Panics with a trace and the command that repeats it if an invariant is broken.
 pub fn check_seed(seed: u64) -> Report {
     check(|| World::with_random_faults(seed))
-}
-
-fn device(number: u64) -> DeviceSchema {
-    DeviceSchema {
-        name: format!("device/{number}"),
-        schema: "simulated".to_owned(),
-        version_min: 1,
-        version_max: 2,
-    }
-}
-
-fn block_infos(blocks: &[u64]) -> Vec<BlockInfo> {
-    let infos = blocks.iter().enumerate().map(|(number, pages)| BlockInfo {
-        name: format!("ram{number}"),
-        pages: PageCount(*pages),
-        page_bytes: 4096,
-    });
-    infos.collect()
-}
-
-fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetConfig {
-    TargetConfig {
-        blocks: block_infos(blocks),
-        devices: devices.to_vec(),
-        software: "simulated target".to_owned(),
-        uuid: Some(Uuid([7; 16])),
-        deadlines: Deadlines::default(),
-    }
-}
-
-/// Harsh, so that a short run sees it.
-const THROTTLE: ThrottleTuning = ThrottleTuning {
-    trigger_percent: 1,
-    initial_percent: 20,
-    increment_percent: 40,
-    max_percent: 99,
-    tailslow: false,
-};
-
-fn tuning(downtime_limit_us: u64) -> SourceTuning {
-    SourceTuning {
-        downtime_limit_us,
-        switchover_bytes_per_sec: None,
-        auto_converge: None,
-    }
-}
-
-/// Stands in until the first attempt begins.
-fn no_config() -> SourceConfig {
-    SourceConfig {
-        migration_id: MigrationId::default(),
-        data_connections: 1,
-        checksum: false,
-        verify: false,
-        software: String::new(),
-        blocks: Vec::new(),
-        devices: Vec::new(),
-        guest_runs: false,
-        uuid: None,
-        switchover_ack: false,
-        pause_before_switchover: false,
-        deadlines: Deadlines::default(),
-    }
 }

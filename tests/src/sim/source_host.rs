@@ -1,4 +1,4 @@
-//! The host that the guest leaves: a driver of the source core, with a dirty log, links and vCPUs of its own.
+//! The host that the guest leaves: a driver of the source core, with a dirty log and vCPUs of its own.
 
 use bytes::Bytes;
 use vmferry_transport::proto::{
@@ -6,13 +6,16 @@ use vmferry_transport::proto::{
 };
 use vmferry_transport::units::Moment;
 use vmferry_transport::wire::Section;
-use vmferry_transport::wire::frame::{FrameBuffer, Resolution, SourceFrame, TargetFrame};
+use vmferry_transport::wire::frame::{FrameBuffer, Resolution, SourceFrame};
 use vmferry_transport::wire::hello::DataHello;
 
+use super::commands::Command;
 use super::guest::{Page, PageSet, SimProof, Snapshot};
-use super::net::{Item, LinkId, Use};
+use super::net::LinkId;
+use super::notifiers::Audience;
 use super::rounds::Round;
-use super::{Event, JobId, PASSES_MAX, Side, World, tuning};
+use super::run_control::{Disks, Guest, Operation};
+use super::{Event, JobId, PASSES_MAX, Side, World};
 
 /// How an attempt ended at the source.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -35,40 +38,41 @@ pub(super) struct SourceHost {
     pub(super) log_on: bool,
     pub(super) log: PageSet,
     pub(super) jobs: Vec<(JobId, SourceJob)>,
-    /// The proof, while the driver and not the core has it.
-    pub(super) proof: Option<SimProof>,
+    pub(super) guest: Guest,
+    /// What the operator has asked for and a job is doing.
+    pub(super) operation: Option<(JobId, Operation)>,
+    /// The migration wants the guest stopped when that job is done.
+    pub(super) switchover_waits: bool,
+    pub(super) disks: Disks,
+    /// The process ends when the attempt is over.
+    pub(super) quits: bool,
+    /// The operator is about to try again.
+    pub(super) tries_again: bool,
     pub(super) ending: Option<Ending>,
     pub(super) status: MigrationStatus,
     pub(super) closing: bool,
     pub(super) unsent: PageSet,
     pub(super) holes: Vec<Page>,
-    control: Option<LinkId>,
+    pub(super) control: Option<LinkId>,
     pub(super) data: Vec<LinkId>,
-    hellos: Vec<DataHello>,
-    buffer: FrameBuffer,
+    pub(super) hellos: Vec<DataHello>,
+    pub(super) buffer: FrameBuffer,
     pub(super) round: Option<Round>,
     pub(super) progress_bytes: u64,
     saving_hash: bool,
     resuming: Option<SimProof>,
-    stop_asked: Moment,
+    pub(super) stop_asked: Moment,
     pub(super) commit_sent: bool,
     /// The target's word that it will never run this guest has arrived.
-    denied: bool,
+    pub(super) denied: bool,
     /// The target's word that the guest is its own has arrived.
-    confirmed: bool,
+    pub(super) confirmed: bool,
     pub(super) operator: Option<Resolution>,
     pub(super) cancelled: bool,
-    /// What the notifiers have heard of this attempt.
-    pub(super) told: Told,
+    pub(super) notifiers: Audience,
+    /// Somebody looks whether the guest has let go of its devices.
+    watch: Option<JobId>,
     pub(super) throttle: u8,
-}
-
-/// What a notifier has heard of an attempt.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Told {
-    Nothing,
-    Setup,
-    End,
 }
 
 impl SourceHost {
@@ -81,7 +85,12 @@ impl SourceHost {
             log_on: false,
             log: PageSet::empty(blocks),
             jobs: Vec::new(),
-            proof: None,
+            guest: Guest::Running,
+            operation: None,
+            switchover_waits: false,
+            disks: Disks::default(),
+            quits: false,
+            tries_again: false,
             ending: None,
             status: MigrationStatus::None,
             closing: false,
@@ -101,7 +110,8 @@ impl SourceHost {
             confirmed: false,
             operator: None,
             cancelled: false,
-            told: Told::Nothing,
+            notifiers: Audience::new(0),
+            watch: None,
             throttle: 0,
         }
     }
@@ -112,10 +122,11 @@ impl SourceHost {
 
     /// vCPUs run, or may at any moment.
     pub(super) fn may_run(&self) -> bool {
-        self.alive && (self.running || self.resuming.is_some())
+        let starts = matches!(self.operation, Some((_, Operation::Cont(_))));
+        self.alive && (self.running || self.resuming.is_some() || starts)
     }
 
-    fn has_links(&self) -> bool {
+    pub(super) fn has_links(&self) -> bool {
         self.control.is_some() || !self.data.is_empty()
     }
 
@@ -132,7 +143,8 @@ impl SourceHost {
         self.confirmed = false;
         self.operator = None;
         self.cancelled = false;
-        self.told = Told::Nothing;
+        self.notifiers.begin_again();
+        self.watch = None;
     }
 }
 
@@ -154,16 +166,22 @@ impl World {
         match action {
             SourceAction::StatusChanged(to) => {
                 if to == MigrationStatus::PreSwitchover {
+                    let never = self.chance(|faults| faults.never_continue);
+                    let command = if never {
+                        Command::Cancel
+                    } else {
+                        Command::Continue
+                    };
                     let delay = self.rng.below(60_000_000);
-                    self.schedule(delay, Event::GoOn);
+                    self.schedule(delay, Event::Order(command));
                 }
                 let from = std::mem::replace(&mut self.source.status, to);
                 assert!(from.may_become(to), "status {from} became {to}");
             }
             SourceAction::PassStarted(pass) => {
-                if pass == PASSES_MAX {
+                if pass.is_multiple_of(PASSES_MAX) {
                     self.limit_raised = true;
-                    self.source.core.set_tuning(tuning(u64::MAX));
+                    self.execute(Command::SetDowntimeLimit(u64::MAX));
                 }
             }
             SourceAction::ConnectControl => {
@@ -183,22 +201,50 @@ impl World {
             }
             SourceAction::NotifySetup => _ = self.start_source_job(SourceJob::NotifySetup),
             SourceAction::WatchUnplug => {
-                let delay = self.rng.below(40_000_000);
-                self.schedule(delay, Event::Unplugged);
+                let watch = self.new_job();
+                self.source.watch = Some(watch);
+                let refuses = self.chance(|faults| faults.unplug_never);
+                // In time, too late, or never.
+                let delay = match self.rng.below(3) {
+                    _ if !refuses => Some(self.rng.below(25_000_000)),
+                    0 => Some(self.rng.below(60_000_000)),
+                    1 => Some(35_000_000),
+                    _ => None,
+                };
+                if let Some(delay) = delay {
+                    let done = !refuses || delay == 35_000_000;
+                    self.schedule(delay, Event::Unplug { watch, done });
+                }
             }
-            SourceAction::NotifyFailed => _ = self.start_source_job(SourceJob::NotifyFailed),
-            SourceAction::NotifyDone => _ = self.start_source_job(SourceJob::NotifyDone),
+            SourceAction::NotifyFailed => {
+                self.source.watch = None;
+                self.start_source_job(SourceJob::NotifyFailed);
+            }
+            SourceAction::NotifyDone => {
+                self.source.watch = None;
+                self.start_source_job(SourceJob::NotifyDone);
+            }
             SourceAction::Throttle(percent) => {
                 assert!(percent <= 99, "a throttled guest still runs");
+                self.see(if percent == 0 {
+                    "the guest runs freely again"
+                } else {
+                    "the guest is slowed down"
+                });
                 self.source.throttle = percent;
             }
             SourceAction::StartLog => {
-                assert_eq!(self.source.told, Told::Setup, "I7: SETUP comes first");
+                let told = self.source.notifiers.waits_for_the_end();
+                assert!(told, "I7: SETUP comes first");
+                assert_eq!(self.source.watch, None, "the guest was waited for");
                 self.start_source_job(SourceJob::StartLog);
             }
             SourceAction::SendRound { round, last } => self.send_round(round, last),
             SourceAction::Sync => _ = self.start_source_job(SourceJob::Sync),
-            SourceAction::StopGuest => self.stop_guest(),
+            SourceAction::StopGuest => {
+                self.source.stop_asked = self.moment();
+                self.stop_guest();
+            }
             SourceAction::SaveState { hash_ram } => {
                 assert!(
                     !self.source.running,
@@ -222,7 +268,7 @@ impl World {
         }
     }
 
-    fn start_source_job(&mut self, job: SourceJob) -> JobId {
+    pub(super) fn start_source_job(&mut self, job: SourceJob) -> JobId {
         assert!(!self.source.has_job(job), "job {job:?} is started twice");
         let id = self.new_job();
         self.source.jobs.push((id, job));
@@ -248,15 +294,17 @@ impl World {
         }
     }
 
-    fn stop_guest(&mut self) {
-        self.source.stop_asked = self.moment();
+    /// The guest may have been stopped by the operator meanwhile; then its proof is here already.
+    pub(super) fn stop_guest(&mut self) {
+        let now = self.moment();
         self.stopped_at_step.get_or_insert(self.step);
-        if let Some(proof) = self.source.proof.take() {
-            // The operator was faster.
-            let now = self.moment();
-            self.source.core.handle_guest_stopped(now, proof);
-        } else {
-            self.start_source_job(SourceJob::StopGuest);
+        match std::mem::replace(&mut self.source.guest, Guest::Away) {
+            Guest::Stopped(proof) => self.source.core.handle_guest_stopped(now, proof),
+            Guest::Running => _ = self.start_source_job(SourceJob::StopGuest),
+            Guest::Away => {
+                let waits = std::mem::replace(&mut self.source.switchover_waits, true);
+                assert!(!waits && self.source.operation.is_some(), "who has it?");
+            }
         }
     }
 
@@ -267,7 +315,8 @@ impl World {
             "resumed before the links are closed"
         );
         assert!(!self.source.log_on, "resumed before the dirty log is off");
-        assert_ne!(self.source.told, Told::Setup, "I7: resumed before FAILED");
+        let told = self.source.notifiers.waits_for_the_end();
+        assert!(!told, "I7: resumed before FAILED");
         assert_eq!(self.source.throttle, 0, "resumed with a throttle");
         assert!(
             self.source.jobs.is_empty(),
@@ -281,12 +330,13 @@ impl World {
         }
         self.start_source_job(SourceJob::ResumeGuest);
         self.source.resuming = Some(proof);
+        self.begin_taking_disks(Side::Source);
     }
 
     fn source_finished(&mut self, outcome: Outcome<SimProof>) {
         let source = &mut self.source;
         assert!(source.jobs.is_empty() && !source.has_links() && !source.log_on);
-        assert_ne!(source.told, Told::Setup, "I7: over without DONE or FAILED");
+        assert!(!source.switchover_waits, "over, and it wants the guest");
         assert_eq!(source.throttle, 0, "over, and the guest is still throttled");
         let ending = match source.status {
             MigrationStatus::Completed => Ending::Completed,
@@ -295,44 +345,50 @@ impl World {
             status => panic!("finished while {status}"),
         };
         source.ending = Some(ending);
+        source.notifiers.check_end(ending == Ending::Completed);
         match outcome {
             Outcome::Completed(proof) => {
                 assert_eq!(ending, Ending::Completed);
-                source.proof = Some(proof);
+                assert!(!source.disks.active, "handed over without the disks");
+                source.guest = Guest::Stopped(proof);
             }
             Outcome::Failed { stopped, .. } => {
                 assert_ne!(ending, Ending::Completed);
                 if let Some(proof) = stopped {
-                    assert!(source.proof.is_none(), "two proofs");
-                    source.proof = Some(proof);
+                    assert!(matches!(source.guest, Guest::Away), "two proofs");
+                    source.guest = Guest::Stopped(proof);
+                    // Jobs are done in their order, so this comes before any that another attempt gives.
+                    self.begin_taking_disks(Side::Source);
+                    self.take_disks(Side::Source);
                 }
+                self.try_again_soon();
             }
         }
+        if self.source.quits {
+            self.end_source();
+        }
     }
 
-    fn source_closes_links(&mut self) {
-        self.source.closing = true;
-        if self.rng.chance(700) {
-            // Connects and rounds are ended at once; otherwise they may still report while the links are being closed.
-            self.end_link_jobs();
+    pub(super) fn unplug(&mut self, watch: JobId, done: bool) {
+        if self
+            .source
+            .watch
+            .take_if(|watched| *watched == watch)
+            .is_none()
+        {
+            return;
         }
-        if let Some(control) = self.source.control {
-            let flush = !self.rng.chance(100);
-            self.begin_closing(control, Side::Source, flush);
-        }
-        for link in self.source.data.clone() {
-            self.begin_closing(link, Side::Source, false);
-        }
-        self.start_source_job(SourceJob::CloseLinks);
-    }
-
-    fn end_link_jobs(&mut self) {
-        for job in [
-            SourceJob::ConnectControl,
-            SourceJob::ConnectData,
-            SourceJob::Round,
-        ] {
-            self.end_source_job(job);
+        let now = self.moment();
+        self.see(if done {
+            "the guest lets go of its devices"
+        } else {
+            "the guest will not let go of its devices"
+        });
+        if done {
+            self.source.core.handle_unplugged(now);
+        } else {
+            let error = "the guest will not let go of net0";
+            self.source.core.handle_unplug_failed(now, error);
         }
     }
 
@@ -361,15 +417,20 @@ impl World {
                 self.source.core.handle_log_stopped(now);
             }
             SourceJob::ResumeGuest => self.guest_resumes(now, fails),
-            SourceJob::NotifyFailed | SourceJob::NotifyDone => {
-                // Nobody was told anything when the first one vetoed.
-                assert_ne!(self.source.told, Told::End, "I7: told the end twice");
-                self.source.told = Told::End;
+            SourceJob::NotifyFailed => {
+                self.source.notifiers.failed();
+                self.source.core.handle_notified(now, job);
+            }
+            SourceJob::NotifyDone => {
+                self.source.notifiers.done();
                 self.source.core.handle_notified(now, job);
             }
             SourceJob::NotifySetup => {
-                self.source.told = Told::Setup;
-                if fails {
+                let count = self.source.notifiers.count();
+                let vetoes = (fails && count > 0).then(|| self.rng.index(count));
+                let id = self.source.core.migration_id();
+                if !self.source.notifiers.set_up(id, vetoes) {
+                    self.see("a notifier vetoes");
                     self.source
                         .core
                         .handle_job_failed(now, job, "a notifier vetoes");
@@ -379,10 +440,18 @@ impl World {
                     self.source.core.handle_setup_told(now, device);
                 }
             }
-            job if fails => self
-                .source
-                .core
-                .handle_job_failed(now, job, "the disk is on fire"),
+            job if fails => {
+                if job == SourceJob::StopGuest {
+                    self.source.guest = Guest::Running;
+                }
+                // Either the disks could not be inactivated, or the state could not be saved.
+                if job == SourceJob::SaveState {
+                    self.source.disks.active &= self.rng.chance(500);
+                }
+                self.source
+                    .core
+                    .handle_job_failed(now, job, "the disk is on fire");
+            }
             SourceJob::ConnectControl => self.source_connected(now),
             SourceJob::ConnectData => self.source.core.handle_data_connected(now),
             SourceJob::StartLog => self.log_started(now),
@@ -399,7 +468,10 @@ impl World {
                 let proof = self.pause_guest();
                 self.source.core.handle_guest_stopped(now, proof);
             }
-            SourceJob::SaveState => self.state_saved(now),
+            SourceJob::SaveState => {
+                self.source.disks.active = false;
+                self.state_saved(now);
+            }
         }
     }
 
@@ -417,75 +489,16 @@ impl World {
         let Some(proof) = self.source.resuming.take() else {
             unreachable!("only ResumeGuest starts this job");
         };
-        if fails {
-            self.resume_failed = true;
+        if !self.take_disks(Side::Source) || fails {
+            self.guest_should_run = false;
+            self.owes_cont = true;
             self.source
                 .core
                 .handle_resume_failed(now, proof, "no such vCPU");
             return;
         }
-        let paused = self.pause.as_ref().expect("it was paused");
-        assert!(
-            paused.memory == self.source_memory && paused.vcpus == self.source_vcpus,
-            "I3: the guest changed while it was stopped"
-        );
-        drop(proof);
-        self.source.running = true;
+        self.run_source(proof);
         self.source.core.handle_guest_resumed(now);
-    }
-
-    fn source_connected(&mut self, now: Moment) {
-        if !self.target.alive || !self.target.listens || self.chance(|faults| faults.refuse_connect)
-        {
-            let job = SourceJob::ConnectControl;
-            self.source
-                .core
-                .handle_job_failed(now, job, "connection refused");
-            return;
-        }
-        let link = self.open_link(Use::Control(self.control_connections));
-        self.control_connections += 1;
-        self.target_accepts(link);
-        if self.source.closing {
-            self.close_link(link, Side::Source, false);
-            if self.rng.chance(500) {
-                self.source.core.handle_control_connected(now);
-            }
-            return;
-        }
-        self.source.buffer = FrameBuffer::default();
-        self.source.control = Some(link);
-        if self.source.commit_sent {
-            self.asking = Some(link);
-        }
-        self.source.core.handle_control_connected(now);
-    }
-
-    /// Connects are made; their hellos race with each other.
-    pub(super) fn dial(&mut self, id: JobId) {
-        let Some(at) = self.source.jobs.iter().position(|(job, _)| *job == id) else {
-            return;
-        };
-        let refused = !self.target.alive || self.chance(|faults| faults.refuse_connect);
-        if refused || self.source.closing {
-            self.source.jobs.remove(at);
-            let job = SourceJob::ConnectData;
-            let now = self.moment();
-            self.source
-                .core
-                .handle_job_failed(now, job, "connection refused");
-            return;
-        }
-        for hello in std::mem::take(&mut self.source.hellos) {
-            let link = self.open_link(Use::Data(hello.index));
-            self.source.data.push(link);
-            self.target_accepts(link);
-            let frame = SourceFrame::DataHello(hello);
-            self.write(link, Side::Source, Item::Bytes(frame.encode()));
-        }
-        // The target may well have answered before this side knows that it is connected.
-        let delay = self.job_delay();
-        self.schedule(delay, Event::SourceJob(id));
     }
 
     fn state_saved(&mut self, now: Moment) {
@@ -504,103 +517,18 @@ impl World {
         self.source.core.handle_state_saved(now, state);
     }
 
-    fn source_links_closed(&mut self, now: Moment) {
-        self.end_link_jobs();
-        self.source.closing = false;
-        for link in self
-            .source
-            .data
-            .clone()
-            .into_iter()
-            .chain(self.source.control)
-        {
-            self.close_link(link, Side::Source, false);
-        }
-        self.source.control = None;
-        self.source.data.clear();
-        self.source.round = None;
-        self.source.core.handle_links_closed(now);
-    }
-
-    pub(super) fn source_receives(&mut self, link: LinkId, item: Item) {
-        let now = self.moment();
-        if self.source.data.contains(&link) {
-            // Data connections carry nothing towards the source, so this is the end of one.
-            self.close_link(link, Side::Source, false);
-            self.note(|| format!("source: {link:?} is gone"));
-            self.source
-                .core
-                .handle_link_lost(now, "a data connection broke", false);
-            return;
-        }
-        if self.source.control != Some(link) {
-            return;
-        }
-        let Item::Bytes(bytes) = item else {
-            self.close_link(link, Side::Source, false);
-            self.note(|| format!("source: {link:?} is gone"));
-            self.source
-                .core
-                .handle_link_lost(now, "the control connection broke", false);
-            return;
-        };
-        let cut = self.rng.index(bytes.len() + 1);
-        for part in [&bytes[..cut], &bytes[cut..]] {
-            self.source.buffer.push(part);
-            loop {
-                match self.source.buffer.poll_frame::<TargetFrame>() {
-                    Ok(Some(frame)) => self.source_hears(now, link, frame),
-                    Ok(None) => break,
-                    Err(error) => {
-                        self.close_link(link, Side::Source, false);
-                        self.note(|| format!("source: {error}"));
-                        self.source
-                            .core
-                            .handle_link_lost(now, &error.to_string(), true);
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    fn source_hears(&mut self, now: Moment, link: LinkId, frame: TargetFrame) {
-        self.note(|| format!("source hears {frame:?}"));
-        // On a connection that asks, an ABORT only means that whoever answers does not know.
-        let asks = self.asking == Some(link);
-        let source = &mut self.source;
-        source.denied |= match frame {
-            TargetFrame::Abort(_) => !asks,
-            TargetFrame::Resolved(Resolution::NotCommitted) => asks,
-            _ => false,
-        };
-        let confirms = match frame {
-            TargetFrame::Running { .. } => !asks,
-            TargetFrame::Resolved(Resolution::Committed) => asks,
-            _ => false,
-        };
-        source.confirmed |= confirms;
-        source.core.handle_frame(now, frame);
-        if confirms && let Some(blackout) = source.core.stats().blackout {
-            let lasted = now.micros_since(source.stop_asked);
-            assert_eq!(
-                blackout.total_us(),
-                lasted,
-                "the parts of the blackout add up"
-            );
-        }
-        self.drive_source();
-    }
-
     /// What must hold of a source that has finished.
     pub(super) fn check_source_ending(&self, ending: Ending) {
         let source = &self.source;
         assert!(source.jobs.is_empty() && !source.has_links() && !source.log_on);
-        assert_eq!(
-            source.running,
-            source.proof.is_none(),
-            "the guest stands still without a proof"
-        );
+        if source.operation.is_some() {
+            // The guest is about to be stopped or started.
+            return;
+        }
+        match (&source.guest, source.running) {
+            (Guest::Running, true) | (Guest::Stopped(_), false) => {}
+            (guest, running) => panic!("it runs: {running}, and the engine has {guest:?}"),
+        }
         match ending {
             Ending::Completed => {
                 assert!(!source.running && source.commit_sent && !source.cancelled);
@@ -608,7 +536,7 @@ impl World {
                 assert!(known, "completed by guessing");
             }
             Ending::Failed | Ending::Cancelled => {
-                let runs = self.guest_should_run && !self.resume_failed;
+                let runs = self.guest_should_run;
                 assert_eq!(source.running, runs, "I3: the guest goes on as before");
                 assert!(!source.cancelled || ending == Ending::Cancelled);
             }

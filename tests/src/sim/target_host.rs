@@ -9,11 +9,13 @@ use vmferry_transport::proto::{
 use vmferry_transport::units::RoundId;
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{
-    AbortCode, FrameBuffer, SourceFrame, TargetFrame, Verification,
+    AbortCode, FrameBuffer, Resolution, SourceFrame, TargetFrame, Verification,
 };
 
 use super::guest::Memory;
 use super::net::{Content, Item, LinkId};
+use super::notifiers::Audience;
+use super::run_control::{Disks, Operation};
 use super::{Event, JobId, Side, World};
 
 /// Who owns the vCPUs of the target.
@@ -69,6 +71,15 @@ pub(super) struct TargetHost {
     pub(super) alive: bool,
     pub(super) listens: bool,
     pub(super) vcpus: Vcpus,
+    /// A guest that ran is to run here.
+    pub(super) autostart: bool,
+    /// What was last promised to whoever had the say.
+    pub(super) should_run: bool,
+    pub(super) operation: Option<(JobId, Operation)>,
+    pub(super) disks: Disks,
+    pub(super) notifiers: Audience,
+    /// The process ends when what it has begun is cleaned up.
+    pub(super) quits: bool,
     pub(super) memory: Memory,
     pub(super) vcpu_state: Option<u64>,
     pub(super) after_failure: AfterFailure,
@@ -95,6 +106,12 @@ impl TargetHost {
             alive: true,
             listens: true,
             vcpus: Vcpus::Fresh,
+            autostart: true,
+            should_run: false,
+            operation: None,
+            disks: Disks::default(),
+            notifiers: Audience::new(0),
+            quits: false,
             memory: Memory::zeroed(blocks),
             vcpu_state: None,
             after_failure: AfterFailure::ListenAgain,
@@ -119,7 +136,13 @@ impl TargetHost {
 
     /// vCPUs run, or may at any moment.
     pub(super) fn may_run(&self) -> bool {
-        self.alive && matches!(self.vcpus, Vcpus::Starting | Vcpus::Running)
+        let starts = matches!(self.operation, Some((_, Operation::Cont(_))));
+        self.alive && (matches!(self.vcpus, Vcpus::Starting | Vcpus::Running) || starts)
+    }
+
+    /// An attempt has failed and is not cleaned up.
+    pub(super) fn is_failing(&self) -> bool {
+        self.core.error().is_some() && self.core.status() != TargetStatus::Failed
     }
 
     /// Nothing is under way that must come to an end by itself.
@@ -130,7 +153,7 @@ impl TargetHost {
             TargetStatus::Failed => !self.failed,
             TargetStatus::Setup | TargetStatus::Active | TargetStatus::Failing => false,
         };
-        !self.alive || (at_rest && self.jobs.is_empty())
+        !self.alive || (at_rest && self.jobs.is_empty() && self.operation.is_none())
     }
 }
 
@@ -150,6 +173,14 @@ impl World {
             TargetAction::StatusChanged(status) => self.target_status(status),
             TargetAction::Send(connection, frame) => {
                 let is_ready = matches!(frame, TargetFrame::Ready(_));
+                let denies = match frame {
+                    TargetFrame::Resolved(Resolution::NotCommitted) => !self.target.failed,
+                    TargetFrame::Abort(_) => self.target.core.control() == Some(connection),
+                    _ => false,
+                };
+                if denies {
+                    self.check_nothing_is_kept();
+                }
                 let link = LinkId(connection.0);
                 self.say(link, Side::Target, frame.encode(), is_ready);
             }
@@ -203,6 +234,7 @@ impl World {
             }
             TargetAction::Failed { linger, .. } => {
                 assert_eq!(self.target.vcpus, Vcpus::Fresh, "I1: failed with a guest");
+                self.check_nothing_is_kept();
                 assert!(self.target.jobs.is_empty());
                 self.target.failed = true;
                 let (wait, event) = match self.target.after_failure {
@@ -211,6 +243,9 @@ impl World {
                     AfterFailure::Exit => (0, Event::Exit),
                 };
                 self.schedule(wait, event);
+                if self.target.quits {
+                    self.end_target();
+                }
             }
             TargetAction::Settled => {
                 assert!(
@@ -261,9 +296,39 @@ impl World {
             run, self.guest_should_run,
             "the guest is to go on as it was"
         );
-        self.target.vcpus = if run { Vcpus::Starting } else { Vcpus::Paused };
-        self.target.starting = true;
-        self.start_target_job(TargetJob::StartGuest);
+        self.target.should_run = run && self.target.autostart;
+        if self.target.should_run {
+            self.target.vcpus = Vcpus::Starting;
+            self.target.starting = true;
+            self.begin_taking_disks(Side::Target);
+            self.start_target_job(TargetJob::StartGuest);
+        } else {
+            self.target.vcpus = Vcpus::Paused;
+            let now = self.moment();
+            self.target.core.handle_guest_started(now, 0);
+        }
+    }
+
+    /// Before anybody hears that the guest is not here, the disks and whatever notifiers have taken over are given back.
+    fn check_nothing_is_kept(&self) {
+        let target = &self.target;
+        let disks = &target.disks;
+        assert!(
+            (!disks.active || disks.stuck) && !disks.taking,
+            "the failure is published while the disks are here"
+        );
+        if let Some(migration) = target.core.migration_id() {
+            target.notifiers.check_incoming_failed(migration);
+        }
+    }
+
+    /// The guest that has arrived runs, or does not, as its operators wanted.
+    pub(super) fn check_target_at_rest(&self) {
+        let target = &self.target;
+        if target.owns_guest() && !target.starting && target.operation.is_none() {
+            let runs = target.vcpus == Vcpus::Running;
+            assert_eq!(runs, target.should_run, "the target does as it was told");
+        }
     }
 
     fn start_target_job(&mut self, job: TargetJob) {
@@ -301,12 +366,13 @@ impl World {
                 self.target.generation = self.new_job().0;
                 self.target.core.handle_links_closed(now);
             }
-            TargetJob::NotifyFailed => self.target.core.handle_notified(now),
+            TargetJob::NotifyFailed => {
+                let migration = self.target.core.migration_id().unwrap_or_default();
+                self.target.notifiers.incoming_failed(migration);
+                self.target.core.handle_notified(now);
+            }
+            TargetJob::StartGuest => self.guest_starts(fails),
             job if fails => {
-                if job == TargetJob::StartGuest {
-                    self.target.vcpus = Vcpus::Fresh;
-                    self.target.starting = false;
-                }
                 let code = AbortCode::Resources;
                 self.target
                     .core
@@ -318,14 +384,29 @@ impl World {
                 self.place_pages();
             }
             TargetJob::Load => self.load(),
-            TargetJob::StartGuest => {
-                if self.target.vcpus == Vcpus::Starting {
-                    self.target.vcpus = Vcpus::Running;
-                }
-                self.target.starting = false;
-                self.target.core.handle_guest_started(now, 7);
-            }
         }
+    }
+
+    /// The disks become active and the guest runs; or it does not, and the disks are given back as far as they can be.
+    fn guest_starts(&mut self, fails: bool) {
+        let now = self.moment();
+        self.target.starting = false;
+        if self.take_disks(Side::Target) && !fails {
+            self.target.vcpus = Vcpus::Running;
+            self.target.core.handle_guest_started(now, 7);
+            return;
+        }
+        self.target.vcpus = Vcpus::Fresh;
+        if self.target.disks.active {
+            let stuck = self.chance(|faults| faults.fail_disks);
+            self.target.disks.active = stuck;
+            self.target.disks.stuck = stuck;
+            self.see("the target gives the disks back");
+        }
+        let (job, code) = (TargetJob::StartGuest, AbortCode::Resources);
+        self.target
+            .core
+            .handle_job_failed(now, job, code, "no such vCPU");
     }
 
     fn load(&mut self) {

@@ -11,7 +11,7 @@ pub use self::source::fuzz_source;
 pub use self::target::fuzz_target;
 use super::frames::{self, Knowledge};
 use super::rng::Rng;
-use super::{block_infos, device};
+use super::setup::{block_infos, device};
 
 /// Events of one fuzzed run.
 const STEPS: u64 = 150;

@@ -15,7 +15,7 @@ use super::{Depth, STEPS, STEPS_TO_END, knowledge};
 use crate::sim::frames::{self, Knowledge};
 use crate::sim::guest::{ProofCount, SimProof};
 use crate::sim::rng::Rng;
-use crate::sim::tuning;
+use crate::sim::setup::tuning;
 
 #[derive(Debug)]
 struct SourceUnderFire {
