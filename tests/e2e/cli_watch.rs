@@ -167,7 +167,7 @@ fn ctrl_c_asks_and_c_cancels() {
     scene.terminal.type_in("c\n");
     let screen = scene.assert_end(3);
     assert!(
-        screen.lines()[0].starts_with("cancelled in "),
+        screen.lines()[0].starts_with("cancelled after "),
         "{:#?}",
         screen.lines()
     );
@@ -283,7 +283,7 @@ fn a_failure_is_told_in_lines_that_do_not_wrap() {
     let lines = screen.lines();
     assert_eq!(code, 1, "{lines:#?}");
     assert!(screen.faults.is_empty(), "{:?}", screen.faults);
-    assert!(lines[0].starts_with("failed in "), "{lines:#?}");
+    assert!(lines[0].starts_with("failed "), "{lines:#?}");
     assert!(screen.shows("goes on running at the source"), "{lines:#?}");
     let text = lines.join("").replace(' ', "");
     assert!(text.contains(&nowhere), "{lines:#?}");
@@ -349,4 +349,28 @@ fn ctrl_c_of_somebody_who_only_looks_on_is_no_question() {
     scene.terminal.type_in("\x03");
     scene.assert_end(130);
     assert_eq!(scene.source.status(), "active");
+}
+
+#[test]
+fn a_commit_in_doubt_says_what_the_operator_has_to_do() {
+    let machine = Machine::small(Accel::Soft);
+    let mut source = machine.source();
+    crate::doubt::in_doubt(&machine, &mut source);
+    let path = qmp(&source);
+    let mut terminal = Terminal::start(COLUMNS, &["status", "--watch", "--qmp", &path], &[]);
+    let screen = terminal.wait_for("target-runs");
+    let lines = screen.lines();
+    assert!(
+        lines.iter().any(|line| line.starts_with("in doubt ")),
+        "{lines:#?}"
+    );
+    let one = lines.join(" ").replace("  ", "");
+    assert!(one.contains("it may run the guest or not"), "{lines:#?}");
+    assert!(one.contains("source-runs"), "{lines:#?}");
+    let said = crate::cli::says(&source.qmp_path(), &["resolve", "target-runs"], 0);
+    assert!(said.contains("the guest is the target's"), "{said}");
+    let (code, screen) = terminal.wait_end();
+    assert_eq!(code, 0, "{:#?}", screen.lines());
+    assert!(screen.faults.is_empty(), "{:?}", screen.faults);
+    assert_eq!(source.runstate(), "postmigrate");
 }

@@ -187,7 +187,7 @@ fn stop_at(
 // These wait until the source tells the operator that it cannot learn the outcome, and take no turn.
 
 /// A source whose target was killed when the commit was on its way.
-fn in_doubt(machine: &Machine, source: &mut Vm) {
+pub(crate) fn in_doubt(machine: &Machine, source: &mut Vm) {
     let mut target = machine.target();
     let (proxy, arrived, go) = stop_at(&mut target, is_commit);
     source.migrate(&proxy.address());

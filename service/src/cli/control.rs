@@ -68,9 +68,9 @@ impl CancelArgs {
             look_around: false,
         };
         let record = match follow(&mut client, &signals, &options) {
-            Ok(Outcome::Ended(record)) => record,
-            Ok(Outcome::Detached(signal)) => return Ok(Exit::Detached(signal)),
-            Err(error) => return Ok(lost(&error)),
+            Outcome::Ended(record) => record,
+            Outcome::Detached(signal) => return Ok(Exit::Detached(signal)),
+            Outcome::Lost(error, last) => return Ok(lost(&error, &last)),
         };
         if self.common.json {
             output::line(format_args!("{:#}", record.json()))?;

@@ -78,12 +78,12 @@ impl MigrateArgs {
             look_around: false,
         };
         let record = match follow(&mut client, &signals, &options) {
-            Ok(Outcome::Ended(record)) => record,
-            Ok(Outcome::Detached(signal)) => {
+            Outcome::Ended(record) => record,
+            Outcome::Detached(signal) => {
                 self.say_detached();
                 return Ok(Exit::Detached(signal));
             }
-            Err(error) => return Ok(lost(&error)),
+            Outcome::Lost(error, last) => return Ok(lost(&error, &last)),
         };
         if self.json {
             output::line(format_args!("{:#}", record.json()))?;
@@ -117,9 +117,10 @@ pub(super) fn conclude(record: &Record, client: &mut QmpClient) -> anyhow::Resul
 }
 
 /// Says that the VM cannot be asked any more, and what that means.
-pub(super) fn lost(error: &ClientError) -> Exit {
+pub(super) fn lost(error: &ClientError, last: &Record) -> Exit {
     output::message(&format!(
-        "lost sight of the migration: {}",
+        "lost sight of the migration, which was in `{}`: {}",
+        last.status_name(),
         output::chain(error)
     ));
     output::message(

@@ -87,10 +87,10 @@ impl StatusArgs {
             look_around: true,
         };
         match follow(client, &signals, &options) {
-            Ok(Outcome::Ended(record)) if self.json => Ok(Exit::of(record.status())),
-            Ok(Outcome::Ended(record)) => migrate::conclude(&record, client),
-            Ok(Outcome::Detached(signal)) => Ok(Exit::Detached(signal)),
-            Err(error) => Ok(migrate::lost(&error)),
+            Outcome::Ended(record) if self.json => Ok(Exit::of(record.status())),
+            Outcome::Ended(record) => migrate::conclude(&record, client),
+            Outcome::Detached(signal) => Ok(Exit::Detached(signal)),
+            Outcome::Lost(error, last) => Ok(migrate::lost(&error, &last)),
         }
     }
 }

@@ -239,9 +239,10 @@ impl Demo<'_> {
             on_interrupt: OnInterrupt::Detach,
             look_around: false,
         };
-        let record = match follow(client, self.signals, &options)? {
+        let record = match follow(client, self.signals, &options) {
             Outcome::Ended(record) => record,
             Outcome::Detached(_) => bail!("interrupted"),
+            Outcome::Lost(error, _) => return Err(error.into()),
         };
         match record.status() {
             MigrationStatus::Completed => Ok(workload.passes),

@@ -70,17 +70,12 @@ pub(super) enum Outcome {
     Ended(Record),
     /// This signal, or an answer that stands for it.
     Detached(u8),
+    /// The VM cannot be asked any more, so that the outcome is not known; what it said last.
+    Lost(ClientError, Record),
 }
 
-/// Follows the migration of the VM behind `client` to its end.
-///
-/// # Errors
-/// The VM cannot be asked any more; how its migration goes is not known then.
-pub(super) fn follow(
-    client: &mut QmpClient,
-    signals: &Signals,
-    options: &Options,
-) -> Result<Outcome, ClientError> {
+/// Follows the migration of the VM behind `client` until one of the outcomes.
+pub(super) fn follow(client: &mut QmpClient, signals: &Signals, options: &Options) -> Outcome {
     let mut follower = Follower {
         client,
         signals,
@@ -102,9 +97,9 @@ pub(super) fn follow(
     }
     follower.display.finish();
     match outcome {
-        Ok(record) => Ok(Outcome::Ended(record)),
-        Err(Stop::Detached(signal)) => Ok(Outcome::Detached(signal)),
-        Err(Stop::Lost(error)) => Err(error),
+        Ok(record) => Outcome::Ended(record),
+        Err(Stop::Detached(signal)) => Outcome::Detached(signal),
+        Err(Stop::Lost(error)) => Outcome::Lost(error, follower.view.record().clone()),
     }
 }
 

@@ -334,7 +334,7 @@ mod tests {
                     "ram": {"remaining": u64::MAX, "dirty-pages-rate": u64::MAX, "page-size": 4096, "transferred": 7}
                 });
                 let found = lines(answer, most);
-                assert!(found.len() <= 2 + 3 * NOTICE_LINES, "{found:?}");
+                assert!(found.len() <= 2 + 5 * NOTICE_LINES, "{found:?}");
                 for line in found {
                     // Below that, a notice takes what it needs for a word.
                     assert!(columns(&line) <= most.max(10), "{most}: {line:?}");

@@ -17,22 +17,27 @@ pub(in crate::cli) fn summary(record: &Record, colours: Colours) -> Vec<String> 
         _ => Tone::Bad,
     };
     let mut first = colours.paint(tone, &record.status_name());
-    match record.ram("transferred") {
-        Some(sent) if record.total_ms().is_some() => {
-            let us = record.total_ms().unwrap_or(0).saturating_mul(1000);
-            first.push_str(&format!(
-                " in {}: {} in {}, {}/s",
-                duration(us),
-                Size(sent),
-                counted(record.round(), "round"),
-                rate(sent, us),
-            ));
-        }
-        Some(received) => first.push_str(&format!(": {} received", Size(received))),
-        None => {}
+    let took = record.total_ms().map(|ms| ms.saturating_mul(1000));
+    match (record.ram("transferred"), took) {
+        (Some(0), Some(0)) => first.push_str(" at once"),
+        (Some(0), Some(us)) => first.push_str(&format!(" after {}", duration(us))),
+        (Some(sent), Some(us)) => first.push_str(&format!(
+            " {} {}: {} in {}, {}/s",
+            if status == MigrationStatus::Completed {
+                "in"
+            } else {
+                "after"
+            },
+            duration(us),
+            Size(sent),
+            counted(record.round(), "round"),
+            rate(sent, us),
+        )),
+        (Some(received), None) => first.push_str(&format!(": {} received", Size(received))),
+        (None, _) => {}
     }
     let mut lines = vec![first];
-    if let Some((count, backend)) = record.connections() {
+    if let Some((count @ 1.., backend)) = record.connections() {
         let connections = counted(count, "data connection");
         lines.push(format!("over {connections} ({backend})"));
     }
@@ -84,6 +89,25 @@ mod tests {
             "  pause 500 µs, last round 1.00 ms",
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn an_attempt_that_moved_nothing_has_no_figures() {
+        let failed = |ms: u64| {
+            lines(json!({
+                "status": "failed", "total-time": ms, "x-connections": 0, "x-backend": "io_uring",
+                "ram": {"transferred": 0}
+            }))
+        };
+        assert_eq!(failed(0), ["failed at once"]);
+        assert_eq!(failed(10_000), ["failed after 10.0 s"]);
+        let cancelled = lines(json!({
+            "status": "cancelled", "total-time": 1000, "x-round": 2, "ram": {"transferred": 1 << 20}
+        }));
+        assert_eq!(
+            cancelled,
+            ["cancelled after 1.00 s: 1 MiB in 2 rounds, 1 MiB/s"]
+        );
     }
 
     #[test]

@@ -230,6 +230,10 @@ impl View {
         let left = record.ram("remaining").unwrap_or(0);
         list.push(format!("{} left", Size(left)));
         list.extend(self.rate().map(|rate| format!("{}/s", Size(rate))));
+        if record.status() == MigrationStatus::Device {
+            // The guest stands still, and what was predicted happens.
+            return list;
+        }
         // Before the first fetch of the dirty log nothing is known.
         let known = |bytes: &u64| *bytes > 0 || self.round > 1;
         if let Some(dirtied) = record.dirtied().filter(known) {
@@ -273,8 +277,10 @@ impl View {
             }
             MigrationStatus::Device => attention(vec![
                 error?,
-                format!("if the target runs it:  vmferry resolve {arguments} target-runs"),
-                format!("if it never will:       vmferry resolve {arguments} source-runs"),
+                "if the target runs the guest:".to_owned(),
+                format!("vmferry resolve {arguments} target-runs"),
+                "if it does not, and its process is gone for good:".to_owned(),
+                format!("vmferry resolve {arguments} source-runs"),
             ]),
             MigrationStatus::Failing => Some((Tone::Bad, vec![error?])),
             MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled => {
@@ -407,7 +413,7 @@ mod tests {
         assert_eq!(text[1], "go on:  vmferry continue --qmp /s");
         let (_, text) = notice(json!({"status": "device", "error-desc": "nobody knows"})).unwrap();
         assert_eq!(text[0], "nobody knows");
-        assert!(text[1].ends_with("vmferry resolve --qmp /s target-runs"));
+        assert_eq!(text[2], "vmferry resolve --qmp /s target-runs");
         assert_eq!(notice(json!({"status": "device"})), None);
         let failing = notice(json!({"status": "failing", "error-desc": "no room"}));
         assert_eq!(failing, Some((Tone::Bad, vec!["no room".to_owned()])));
