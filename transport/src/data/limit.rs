@@ -4,21 +4,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How much unused allowance is kept for later, in time: enough to bridge a late wake-up of a sender, and far below the second over
-/// which the limit has to hold.
-const BURST: Duration = Duration::from_millis(10);
+use crate::proto::Bucket;
+use crate::units::Moment;
+
 /// Longest sleep before the limit is looked at again.
 const NAP_MAX: Duration = Duration::from_millis(100);
 
-/// Bytes per second that senders may put on the wire together; 0 is no limit.
-///
-/// A sender asks before it sends. It may go when nobody owes time, and its bytes put everybody in debt for as long as they take at
-/// the limit. So the limit holds on average whatever the size of a message.
+/// Bytes per second that senders may put on the wire together; 0 is no limit. Waits as [`Bucket`] says.
 #[derive(Debug)]
 pub struct BandwidthLimit {
     bytes_per_sec: AtomicU64,
-    /// When the bytes sent so far are paid for.
-    paid_until: Mutex<Option<Instant>>,
+    began: Instant,
+    bucket: Mutex<Bucket>,
     changed: Condvar,
 }
 
@@ -27,18 +24,18 @@ impl BandwidthLimit {
     pub fn new(bytes_per_sec: u64) -> Self {
         Self {
             bytes_per_sec: AtomicU64::new(bytes_per_sec),
-            paid_until: Mutex::new(None),
+            began: Instant::now(),
+            bucket: Mutex::new(Bucket::new(bytes_per_sec)),
             changed: Condvar::new(),
         }
     }
 
     /// Changes the limit, also for senders that wait at this moment. Bytes per second; 0 is none.
     pub fn set(&self, bytes_per_sec: u64) {
-        let mut paid_until = self.lock();
+        let mut bucket = self.lock();
+        bucket.set_rate(self.now(), bytes_per_sec);
         self.bytes_per_sec.store(bytes_per_sec, Ordering::Relaxed);
-        // Debt was counted at the old rate and could be long; at most one message per connection is forgiven.
-        *paid_until = None;
-        drop(paid_until);
+        drop(bucket);
         self.changed.notify_all();
     }
 
@@ -52,29 +49,16 @@ impl BandwidthLimit {
         if self.get() == 0 {
             return;
         }
-        let mut paid_until = self.lock();
-        loop {
-            let rate = self.get();
-            if rate == 0 || stop() {
+        let mut bucket = self.lock();
+        while !stop() {
+            let Err(wait_us) = bucket.take(self.now(), bytes) else {
                 return;
-            }
-            let now = Instant::now();
-            let due = paid_until.unwrap_or(now);
-            if let Some(debt) = due
-                .checked_duration_since(now)
-                .filter(|debt| !debt.is_zero())
-            {
-                let nap = debt.min(NAP_MAX);
-                (paid_until, _) = self
-                    .changed
-                    .wait_timeout(paid_until, nap)
-                    .unwrap_or_else(PoisonError::into_inner);
-            } else {
-                let earliest = now.checked_sub(BURST).unwrap_or(now);
-                let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
-                *paid_until = Some(due.max(earliest) + cost);
-                return;
-            }
+            };
+            let nap = Duration::from_micros(wait_us).min(NAP_MAX);
+            (bucket, _) = self
+                .changed
+                .wait_timeout(bucket, nap)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -84,11 +68,13 @@ impl BandwidthLimit {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
-        // A time is valid whatever happened to the thread that held the lock.
-        self.paid_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn now(&self) -> Moment {
+        Moment(u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bucket> {
+        // An account is valid whatever happened to the thread that held the lock.
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -106,8 +92,8 @@ mod tests {
         for _ in 0..21 {
             limit.acquire(100_000, || false);
         }
-        // The first goes at once, 20 more are 200 ms, less the burst.
-        assert!(began.elapsed() >= Duration::from_millis(189));
+        // The first goes at once, 20 more are 200 ms, less what may be kept.
+        assert!(began.elapsed() >= Duration::from_millis(174));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! [`handle_job_failed`](Source::handle_job_failed). A core that gives up waits for the jobs it has started before it lets the guest
 //! run, so that a stop that is still under way cannot overtake the resume.
 
+mod bucket;
 mod estimate;
 mod source;
 mod status;
@@ -18,6 +19,7 @@ mod target;
 mod tests;
 mod throttle;
 
+pub use bucket::{Bucket, KEPT_US};
 pub use estimate::{Decision, Estimate};
 pub use source::{
     BlackoutParts, CancelError, ContinueError, FirstRound, Outcome, Reason, RoundSent, SavedState,
