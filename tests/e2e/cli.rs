@@ -256,6 +256,32 @@ fn somebody_else_may_cancel_what_is_followed() {
 }
 
 #[test]
+fn a_migration_that_hangs_is_yanked_and_the_guest_goes_on() {
+    let mut followed = Followed::new(&[]);
+    let path = followed.source.qmp_path();
+    let said = says(&path, &["yank"], 0);
+    assert!(
+        said.contains("connections of the migration are shut"),
+        "{said}"
+    );
+    assert_eq!(followed.end(), 1);
+    let said = followed.said();
+    assert!(said.contains("migration failed: "), "{said}");
+    assert!(said.contains("goes on running at the source"), "{said}");
+    followed.source.assert_guest_works();
+    assert!(says(&path, &["yank"], 0).contains("no migration to yank"));
+}
+
+#[test]
+fn only_post_copy_is_paused() {
+    let mut followed = Followed::new(&[]);
+    let path = followed.source.qmp_path();
+    let said = says(&path, &["pause"], 1);
+    assert!(said.contains("refused `migrate-pause`"), "{said}");
+    assert_eq!(followed.source.status(), "active");
+}
+
+#[test]
 fn without_a_terminal_signals_detach_and_the_migration_goes_on() {
     for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
         let mut followed = Followed::new(&[]);

@@ -38,12 +38,14 @@ use crate::observe::logging::{self, LogArgs};
         vmferry run --mem 1G --qmp /tmp/target.qmp --incoming tcp:127.0.0.1:4444\n  \
         vmferry run --mem 1G --qmp /tmp/source.qmp\n  \
         vmferry migrate --qmp /tmp/source.qmp tcp:127.0.0.1:4444\n\n\
-        ADDR is tcp:HOST:PORT (an IPv6 address in brackets) or unix:PATH.\n\
+        ADDR is tcp:HOST:PORT (an IPv6 address in brackets), unix:PATH, vsock:CID:PORT,\n\
+        fd:NAME, exec:COMMAND or file:PATH[,offset=SIZE].\n\
         SIZE is a whole number with K, M, G or T (binary), like 512M.\n\
         Everything but `run` and `demo` works on QEMU's QMP sockets too.\n\n\
         Exit status: 0 done, 1 failed, 2 wrong command line, 3 migration cancelled,\n\
         4 the VM stopped answering while it was followed (the outcome is not known),\n\
-        129, 130 or 143 following was ended by SIGHUP, Ctrl-C or SIGTERM (the migration goes on).\n\n\
+        129, 130 or 143 following was ended by SIGHUP, Ctrl-C or SIGTERM (the migration\n\
+        goes on).\n\n\
         Environment: VMFERRY_LOG sets the log level (error, warn, info, debug, trace),\n\
         VMFERRY_NO_URING=1 does without io_uring, NO_COLOR=1 without colours."
 )]
@@ -66,7 +68,7 @@ enum Command {
     Cancel(control::CancelArgs),
     /// Go on with a migration that waits before its switchover
     Continue(control::ContinueArgs),
-    /// Pause a post-copy migration, so that it can be recovered over another link
+    /// Pause a post-copy migration, so that it can be recovered
     Pause(control::PauseArgs),
     /// Shut the connections of a migration that hangs
     Yank(control::YankArgs),
