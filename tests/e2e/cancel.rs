@@ -14,6 +14,7 @@ on_both_accelerators!(
     a_migration_that_never_converges_can_be_cancelled_or_allowed_to_end,
     a_paused_guest_stays_paused_when_its_migration_is_cancelled,
     a_source_that_is_told_to_quit_takes_its_migration_back_first,
+    a_target_that_is_told_to_quit_says_so_to_the_source_first,
 );
 
 /// Cancels, and sees the guest go on.
@@ -166,4 +167,19 @@ fn a_source_that_is_told_to_quit_takes_its_migration_back_first(accel: Accel) {
     source.query("quit");
     assert_eq!(source.wait_exit().code(), Some(0), "{}", source.said());
     target.assert_gave_up("the source gave up: cancelled by the operator");
+}
+
+fn a_target_that_is_told_to_quit_says_so_to_the_source_first(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let (mut source, mut target) = (machine.source(), machine.target());
+    source.set(json!({ "max-bandwidth": 1 << 20 }));
+    source.migrate(&target.address());
+    source.wait_status("active");
+    target.query("quit");
+    assert_eq!(target.wait_exit().code(), Some(0), "{}", target.said());
+    let info = source.wait_migration();
+    source.assert_failed(&info, "the target refused: cancelled at the target");
+    source.set(json!({ "max-bandwidth": 0 }));
+    source.move_to(&mut machine.target());
 }

@@ -286,6 +286,7 @@ impl Engine {
             if let Some(ending) = self.ending
                 && ending.at.is_none_or(|at| now >= at)
                 && self.outgoing.is_none()
+                && !self.incoming_fails()
             {
                 return ExitCode::from(ending.code);
             }
@@ -389,6 +390,7 @@ impl Engine {
         if self.ending.is_some() {
             // Asked twice: somebody is in a hurry, or a migration does not end.
             self.outgoing = None;
+            self.incoming = None;
             return;
         }
         self.emit(QmpEvent::shutdown(reason));
@@ -403,6 +405,12 @@ impl Engine {
         if let Some(incoming) = &mut self.incoming {
             incoming.core_mut().handle_cancel(now);
         }
+    }
+
+    /// The source is still to hear that it keeps its guest: one that only saw the connection end might be left in doubt.
+    fn incoming_fails(&self) -> bool {
+        let incoming = self.incoming.as_ref();
+        incoming.is_some_and(|incoming| incoming.core().is_failing())
     }
 
     fn emit(&self, event: QmpEvent) {

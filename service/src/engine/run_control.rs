@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use vmferry_transport::proto::Target;
 
 use super::event::Event;
 use super::guest::{Guest, StoppedGuest};
+use super::incoming::Incoming;
 use super::outgoing::chain;
 use super::ownership::start_guest;
 use super::{Engine, Reply};
@@ -16,7 +18,9 @@ use crate::qmp::{QmpError, QmpEvent};
 impl Engine {
     /// `stop`.
     pub(super) fn stop(&mut self, reply: Reply) {
-        if self.runstate == RunState::Inmigrate {
+        // While it is being started it is too late to say that it shall not be.
+        let arrives = self.incoming.as_ref().map(Incoming::core);
+        if self.runstate == RunState::Inmigrate && !arrives.is_some_and(Target::has_guest) {
             self.autostart = false;
             answer(reply, Ok(json!({})));
             return;

@@ -281,7 +281,7 @@ impl World {
             Side::Target => {
                 let again = std::mem::replace(&mut self.target.quits, true);
                 self.target.core.handle_cancel(now);
-                if again || !self.target.is_failing() {
+                if again || !self.target.core.is_failing() {
                     self.end_target();
                 }
             }

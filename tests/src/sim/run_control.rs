@@ -111,9 +111,11 @@ impl World {
                 Guest::Away => self.see("stop is refused at the source"),
             },
             Side::Target => match self.target.vcpus {
-                // While it is being started it is too late to say that it shall not be.
                 Vcpus::Starting => self.see("stop is refused at the target"),
-                Vcpus::Fresh => self.target.autostart = false,
+                Vcpus::Fresh => {
+                    assert!(!self.target.core.has_guest(), "COMMIT came, who starts it?");
+                    self.target.autostart = false;
+                }
                 _ if self.target.operation.is_some() => self.see("stop is refused at the target"),
                 Vcpus::Running => self.begin_operation(side, Operation::Stop),
                 Vcpus::Paused => {}

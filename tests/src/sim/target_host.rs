@@ -140,11 +140,6 @@ impl TargetHost {
         self.alive && (matches!(self.vcpus, Vcpus::Starting | Vcpus::Running) || starts)
     }
 
-    /// An attempt has failed and is not cleaned up.
-    pub(super) fn is_failing(&self) -> bool {
-        self.core.error().is_some() && self.core.status() != TargetStatus::Failed
-    }
-
     /// Nothing is under way that must come to an end by itself.
     pub(super) fn is_at_rest(&self) -> bool {
         let at_rest = match self.status {

@@ -82,6 +82,16 @@ impl Target {
         self.error.as_ref()
     }
 
+    /// COMMIT was read: the guest is this side's, and runs or is being started.
+    pub fn has_guest(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Running)
+    }
+
+    /// The attempt has failed, and those who must hear of it have not all been told.
+    pub fn is_failing(&self) -> bool {
+        matches!(self.phase, Phase::Failing { .. })
+    }
+
     /// The control connection of the attempt that was accepted last.
     pub fn control(&self) -> Option<Connection> {
         self.attempt.as_ref().map(|attempt| attempt.control)
