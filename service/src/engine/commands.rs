@@ -19,7 +19,8 @@ use super::{Engine, Reply, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
 use crate::qmp::schema::{
-    BlockerInfo, KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, UuidInfo, WorkloadInfo,
+    BlockInfo, BlockerInfo, KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, UuidInfo,
+    WorkloadInfo,
 };
 use crate::qmp::{Command, EngineRequest, QmpError, ResolveOutcome, ShutdownReason};
 
@@ -47,6 +48,10 @@ impl Engine {
             Command::QueryName => value(NameInfo {
                 name: self.name.clone(),
             }),
+            Command::QueryBlock => {
+                let disks = self.disks.infos().into_iter().map(BlockInfo::from);
+                value(disks.collect::<Vec<_>>())
+            }
             Command::QueryUuid => value(UuidInfo {
                 uuid: self.uuid.unwrap_or(Uuid([0; 16])).to_string(),
             }),

@@ -66,6 +66,20 @@ const VERSION: Type = Type::Object(&object(&[
 pub(super) const KVM_INFO: Type =
     Type::Object(&object(&[needs("enabled", BOOL), needs("present", BOOL)]));
 pub(super) const NAME_INFO: Type = Type::Object(&object(&[may("name", STR)]));
+pub(super) const BLOCK_INFO: Type = Type::Object(&object(&[
+    needs("device", STR),
+    needs("removable", BOOL),
+    needs("locked", BOOL),
+    needs("type", STR),
+    needs("inserted", BLOCK_IMAGE_INFO),
+]));
+const BLOCK_IMAGE_INFO: Type = Type::Object(&object(&[
+    needs("file", STR),
+    needs("drv", STR),
+    needs("ro", BOOL),
+    needs("active", BOOL),
+    needs("x-size", INT),
+]));
 pub(super) const UUID_INFO: Type = Type::Object(&object(&[needs("UUID", STR)]));
 pub(super) const STATUS_INFO: Type = Type::Object(&object(&[
     needs("running", BOOL),

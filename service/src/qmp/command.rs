@@ -18,6 +18,8 @@ pub enum Command {
     QueryStatus,
     /// `query-name`; returns [`NameInfo`](super::schema::NameInfo).
     QueryName,
+    /// `query-block`; returns a list of [`BlockInfo`](super::schema::BlockInfo).
+    QueryBlock,
     /// `query-uuid`; returns [`UuidInfo`](super::schema::UuidInfo).
     QueryUuid,
     /// `query-kvm`; returns [`KvmInfo`](super::schema::KvmInfo).

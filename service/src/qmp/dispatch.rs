@@ -111,6 +111,8 @@ pub(super) const COMMANDS: &[Declared] = &[
         // Read word by word, so that a word is refused as not offered.
         Type::List(&Type::Enum(|| vec![OOB])),
     )])),
+    with("query-block", |_| engine(Ok(Command::QueryBlock)))
+        .returns(Type::List(&catalog::BLOCK_INFO)),
     with("query-commands", |_| Ok(Request::QueryCommands))
         .returns(Type::List(&catalog::COMMAND_INFO)),
     with("query-dirty-rate", |a| engine(command::query_dirty_rate(a)))

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use vmferry_transport::control::Address;
 
 use super::command::{DirtyRateMode, TimeUnit};
+use crate::machine::disk::DiskInfo;
 use crate::machine::workload::WorkloadStats;
 use crate::migration::status::MigrationStatus;
 
@@ -119,6 +120,63 @@ pub struct NameInfo {
     /// As given on the command line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+}
+
+/// One disk in `query-block`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockInfo {
+    /// Name of the disk.
+    pub device: String,
+    /// Always false: disks are not removed.
+    pub removable: bool,
+    /// Always false; QEMU's word for a locked tray, not for our lock of the image.
+    pub locked: bool,
+    /// Always `unknown`, as QEMU has it.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The image.
+    pub inserted: BlockImageInfo,
+}
+
+/// Member `inserted` of `query-block`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockImageInfo {
+    /// Path of the image.
+    pub file: String,
+    /// Always `raw`.
+    pub drv: String,
+    /// The guest only reads it.
+    pub ro: bool,
+    /// Whether this process holds the image's lock and may use it; false at the target of a migration until its guest starts, and at the
+    /// source from the switchover on.
+    pub active: bool,
+    /// Size in bytes.
+    pub x_size: u64,
+}
+
+impl From<DiskInfo> for BlockInfo {
+    fn from(disk: DiskInfo) -> Self {
+        let DiskInfo {
+            config,
+            size_bytes,
+            active,
+        } = disk;
+        Self {
+            device: config.id,
+            removable: false,
+            locked: false,
+            kind: "unknown".to_owned(),
+            inserted: BlockImageInfo {
+                file: config.path.display().to_string(),
+                drv: "raw".to_owned(),
+                ro: config.read_only,
+                active,
+                x_size: size_bytes,
+            },
+        }
+    }
 }
 
 /// `query-uuid`.
