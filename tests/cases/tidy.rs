@@ -66,6 +66,8 @@ const CORES: &[&str] = &[
     "transport/src/units.rs",
     "transport/src/memory/bitmap.rs",
     "service/src/migration/",
+    "service/src/observe/record/series.rs",
+    "service/src/observe/watch.rs",
     "service/src/qmp/codec.rs",
     "service/src/qmp/session.rs",
 ];

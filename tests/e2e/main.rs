@@ -47,6 +47,7 @@ mod flow; // the main job over every transport
 mod kill; // I1, I3: either side is killed at any moment
 mod memory; // a target without memory
 mod network; // two network namespaces, as two hosts
+mod observe; // metrics, records, log lines and the page in a browser, of real migrations
 mod ownership; // I1, I3, I7: disks have one owner, and those who were told hear the end
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
 mod sparse; // memory that the guest never touched stays out of both processes

@@ -12,6 +12,7 @@ mod image;
 mod migrate;
 mod output;
 mod record;
+mod report;
 mod run;
 mod settings;
 mod signals;
@@ -82,6 +83,8 @@ enum Command {
     Capabilities(settings::CapabilitiesArgs),
     /// Migrate a running VM between two processes of this machine, and check the result
     Demo(demo::DemoArgs),
+    /// Make a page with plots from the record of a migration
+    Report(report::ReportArgs),
     /// Write the built-in guest as an ELF file that other VMMs can boot
     WorkloadImage(image::ImageArgs),
 }
@@ -122,6 +125,7 @@ impl Cli {
             Command::Run(args) => return args.execute(),
             Command::Demo(args) => return args.execute(),
             Command::WorkloadImage(args) => return args.execute(),
+            Command::Report(args) => return args.execute(),
             Command::Migrate(args) => args.execute(),
             Command::Status(args) => args.execute(),
             Command::Cancel(args) => args.execute(),

@@ -85,7 +85,7 @@ impl fmt::Display for DirtyRate {
 }
 
 /// Microseconds as a reader likes them: `850 µs`, `12.3 ms`, `1.24 s`.
-pub(super) fn duration(us: u64) -> String {
+pub(crate) fn duration(us: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
     let value = us as f64;
     match us {
@@ -96,7 +96,7 @@ pub(super) fn duration(us: u64) -> String {
 }
 
 /// Bytes in so many microseconds, per second.
-pub(super) fn rate(bytes: u64, us: u64) -> Size {
+pub(crate) fn rate(bytes: u64, us: u64) -> Size {
     let per_second = u128::from(bytes) * 1_000_000 / u128::from(us.max(1));
     Size(u64::try_from(per_second).unwrap_or(u64::MAX))
 }

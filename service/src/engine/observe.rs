@@ -125,6 +125,7 @@ impl Engine {
                 .nodename()
                 .to_string_lossy()
                 .into_owned(),
+            pid: std::process::id(),
             vm_name: self.name.clone(),
             address: String::new(),
             accelerator: self.machine.accel().to_string(),
@@ -139,7 +140,7 @@ impl Engine {
         let (core, progress) = (outgoing.core(), outgoing.progress());
         let (stats, estimate) = (core.stats(), core.estimate());
         let began = stats.first_round.is_some();
-        let remaining = if core.status().is_end() {
+        let remaining = if core.status() == MigrationStatus::Completed {
             0
         } else {
             progress.round_pages_remaining() * PAGE_SIZE

@@ -1,7 +1,7 @@
-//! What a migration looks like from outside: metrics, records, log spans.
+//! What a migration looks like from outside: metrics, records, log spans, and the page made from records.
 //!
 //! ```text
-//!   engine --Glance, status, end--> Observer --+--> watch::Watch  -> record::MigrationRecord -> thread -> file
+//!   engine --Glance, status, end--> Observer --+--> watch::Watch  -> record::MigrationRecord -> thread -> file -> report
 //!                                              +--> figures::Board <- thread <- Prometheus
 //! ```
 //!
@@ -12,6 +12,7 @@ pub(crate) mod figures;
 pub mod logging;
 pub mod metrics;
 pub mod record;
+pub mod report;
 mod spans;
 mod watch;
 

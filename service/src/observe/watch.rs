@@ -22,6 +22,7 @@ pub(crate) struct Beginning {
     pub(crate) migration_id: String,
     pub(crate) software: String,
     pub(crate) host: String,
+    pub(crate) pid: u32,
     pub(crate) vm_name: Option<String>,
     pub(crate) address: String,
     pub(crate) accelerator: String,
@@ -130,7 +131,7 @@ impl Watch {
         let seen = &self.seen;
         let sent = (glance.data_pages, glance.zero_pages) != (seen.data_pages, seen.zero_pages);
         let synced = glance.syncs != seen.syncs;
-        let moved_on = glance.round != seen.round;
+        let moved_on = glance.round > seen.round;
         let is_due = glance.now >= self.due();
         let ended = self.status.is_end();
         if !(sent || synced || moved_on || is_due || ended) {
@@ -279,11 +280,21 @@ impl Watch {
             series,
             status,
             seen,
+            round_base,
             ..
         } = self;
         let at_source = beginning.side == Side::Source;
         let (timeline, timeline_omitted) = timeline.finish();
         let (mut rounds, rounds_omitted) = rounds.finish();
+        let end_us = now.micros_since(beginning.now);
+        if let Some(round) = rounds.last_mut()
+            && round.send_us.is_none()
+            && status != MigrationStatus::Completed
+        {
+            round.unfinished = true;
+            round.bytes = seen.bytes().saturating_sub(round_base);
+            round.duration_us = end_us.saturating_sub(round.began_us);
+        }
         if !at_source {
             // The target counts what has arrived, and learns only at the end that nothing follows.
             let arrived = |round: &Round| round.data_pages + round.zero_pages + round.bytes > 0;
@@ -303,7 +314,7 @@ impl Watch {
             software: beginning.software,
             peer_software: seen.peer_software.clone(),
             host: beginning.host,
-            pid: std::process::id(),
+            pid: beginning.pid,
             vm_name: beginning.vm_name,
             began: humantime::format_rfc3339_micros(began).to_string(),
             began_unix_us: beginning.unix_us,
@@ -317,7 +328,7 @@ impl Watch {
             capabilities: beginning.capabilities,
             outcome: outcome(status),
             error: ending.error,
-            duration_us: now.micros_since(beginning.now),
+            duration_us: end_us,
             totals: Totals {
                 bytes: seen.bytes(),
                 blackout_bytes: at_source.then_some(blackout_bytes),
@@ -351,5 +362,166 @@ fn outcome(status: MigrationStatus) -> Outcome {
         MigrationStatus::Failed => Outcome::Failed,
         MigrationStatus::Cancelled => Outcome::Cancelled,
         _ => Outcome::Unfinished,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use MigrationStatus as S;
+
+    fn watch(side: Side) -> Watch {
+        Watch::new(Beginning {
+            side,
+            now: Moment(1_000),
+            unix_us: 1_000_000,
+            migration_id: "0".repeat(32),
+            software: String::new(),
+            host: String::new(),
+            pid: 0,
+            vm_name: None,
+            address: String::new(),
+            accelerator: String::new(),
+            backend: String::new(),
+            ram_bytes: 0,
+            parameters: serde_json::Map::new(),
+            capabilities: Vec::new(),
+        })
+    }
+
+    fn at_source(at_us: u64, round: u64, syncs: u64, pages: (u64, u64), bytes: u64) -> Glance {
+        Glance {
+            now: Moment(1_000 + at_us),
+            connection_bytes: vec![bytes, 0],
+            round,
+            round_pages: Some(pages.0),
+            remaining_bytes: Some(0),
+            syncs,
+            dirty_pages_per_sec: (syncs > 1).then_some(100),
+            predicted_blackout_us: (syncs > 1).then_some(5),
+            data_pages: pages.1,
+            ..Glance::default()
+        }
+    }
+
+    /// Two rounds and the last one.
+    fn source() -> Watch {
+        let mut watch = watch(Side::Source);
+        watch.status(Moment(1_000), S::Setup);
+        watch.status(Moment(1_100), S::Active);
+        for glance in [
+            at_source(100, 1, 1, (90, 0), 0),
+            // The pages have left, and are placed a while later.
+            at_source(500, 1, 1, (90, 90), 900),
+            // One event brings the fetch and the next round.
+            at_source(600, 2, 2, (20, 90), 900),
+            at_source(700, 2, 2, (20, 110), 1100),
+            at_source(800, 2, 3, (5, 110), 1100),
+        ] {
+            assert!(watch.look(&glance));
+            assert!(!watch.look(&glance), "the same again is nothing new");
+        }
+        watch.status(Moment(1_810), S::Device);
+        watch.look(&at_source(900, 3, 4, (7, 110), 1100));
+        watch.look(&at_source(1000, 3, 4, (7, 117), 1170));
+        watch
+    }
+
+    #[test]
+    fn rounds_are_told_apart_by_what_the_core_counts() {
+        let mut watch = source();
+        watch.status(Moment(2_100), S::Completed);
+        let record = watch.finish(Moment(2_200), Ending::default());
+        let rounds: Vec<_> = record
+            .rounds
+            .iter()
+            .map(|r| (r.number, r.began_us, r.duration_us, r.send_us, r.bytes))
+            .collect();
+        let expected = [
+            (1, 100, 500, Some(400), 900),
+            (2, 600, 200, Some(100), 200),
+            (3, 900, 100, Some(100), 70),
+        ];
+        assert_eq!(rounds, expected);
+        let dirty: Vec<_> = record.rounds.iter().map(|r| r.dirty_pages).collect();
+        assert_eq!(dirty, [Some(20), Some(5), None]);
+        let to_send: Vec<_> = record.rounds.iter().map(|r| r.pages).collect();
+        assert_eq!(to_send, [Some(90), Some(20), Some(7)]);
+        let last: Vec<_> = record.rounds.iter().map(|r| r.last).collect();
+        assert_eq!(last, [false, false, true]);
+        assert_eq!(record.totals.blackout_bytes, Some(70));
+        assert_eq!(record.outcome, Outcome::Completed);
+        assert_eq!(record.began, "1970-01-01T00:00:01.000000Z");
+    }
+
+    #[test]
+    fn a_round_that_the_end_cut_short_is_marked_and_keeps_its_bytes() {
+        let mut watch = watch(Side::Source);
+        watch.status(Moment(1_000), S::Active);
+        watch.look(&at_source(0, 1, 1, (90, 0), 0));
+        watch.status(Moment(1_900), S::Cancelling);
+        watch.status(Moment(1_950), S::Cancelled);
+        watch.look(&at_source(950, 1, 1, (90, 0), 300));
+        let record = watch.finish(Moment(2_000), Ending::default());
+        let round = &record.rounds[0];
+        assert!(round.unfinished && !round.last);
+        assert_eq!((round.bytes, round.duration_us), (300, 1000));
+        assert_eq!(record.outcome, Outcome::Cancelled);
+        assert_eq!(record.samples.last().map(|sample| sample.bytes), Some(300));
+    }
+
+    #[test]
+    fn a_process_that_ends_first_leaves_an_unfinished_record() {
+        let record = source().finish(Moment(5_000), Ending::default());
+        assert_eq!(record.outcome, Outcome::Unfinished);
+        assert_eq!(record.duration_us, 4_000);
+    }
+
+    #[test]
+    fn the_target_counts_what_has_arrived_and_knows_the_last_round_at_the_end() {
+        let glance = |at_us: u64, rounds: u64, over: u64, bytes: u64| Glance {
+            now: Moment(1_000 + at_us),
+            connection_bytes: vec![bytes],
+            round: rounds + 1 - over,
+            data_pages: rounds * 10,
+            hole_pages: Some(rounds),
+            ..Glance::default()
+        };
+        let mut watch = watch(Side::Target);
+        watch.status(Moment(1_000), S::Active);
+        watch.look(&glance(0, 0, 0, 0));
+        watch.look(&glance(10, 1, 0, 100));
+        watch.look(&glance(20, 2, 0, 200));
+        watch.status(Moment(1_030), S::Completed);
+        watch.look(&glance(30, 2, 1, 200));
+        let record = watch.finish(Moment(1_031), Ending::default());
+        let rounds: Vec<_> = record
+            .rounds
+            .iter()
+            .map(|r| (r.number, r.data_pages, r.bytes, r.last))
+            .collect();
+        assert_eq!(rounds, [(1, 10, 100, false), (2, 10, 100, true)]);
+        assert_eq!(record.totals.hole_pages, Some(2));
+        assert!(
+            record
+                .rounds
+                .iter()
+                .all(|r| r.send_us.is_none() && !r.unfinished)
+        );
+    }
+
+    #[test]
+    fn the_rate_follows_the_last_second_and_is_nothing_at_the_end() {
+        let mut watch = watch(Side::Source);
+        watch.status(Moment(1_000), S::Active);
+        let mut bytes = 0;
+        for tenth in 0..100_u64 {
+            // Twice as fast in the second half.
+            bytes += if tenth < 50 { 100 } else { 200 };
+            watch.look(&at_source(tenth * 100_000, 1, 1, (1, 0), bytes));
+        }
+        assert_eq!(watch.live().bytes_per_sec, 2_000);
+        watch.status(Moment(10_001_000), S::Failed);
+        assert_eq!(watch.live().bytes_per_sec, 0);
     }
 }

@@ -166,9 +166,9 @@ pub struct Totals {
     /// Those of them that were sent while the guest stood still; known at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blackout_bytes: Option<u64>,
-    /// Pages with content.
+    /// Pages with content, of complete rounds.
     pub data_pages: u64,
-    /// Pages that exist and read as zero.
+    /// Pages that exist and read as zero, of complete rounds.
     pub zero_pages: u64,
     /// Pages that do not exist; known at the target.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +233,9 @@ pub struct Round {
     /// The guest stood still.
     #[serde(default)]
     pub last: bool,
+    /// The migration ended before the round did; its pages are not counted.
+    #[serde(default)]
+    pub unfinished: bool,
 }
 
 /// How far it was at one moment.

@@ -52,6 +52,8 @@ fn the_rounds_of_a_record_add_up_to_its_totals() {
         assert_eq!(sum(|round| round.zero_pages), record.totals.zero_pages);
         assert_eq!(sum(|round| round.bytes), record.totals.bytes);
         assert_eq!(record.samples.last().unwrap().bytes, record.totals.bytes);
+        let pages = |round: &super::Round| round.data_pages + round.zero_pages;
+        assert!(record.rounds.iter().all(|round| pages(round) > 0));
         let last: Vec<_> = record.rounds.iter().map(|round| round.last).collect();
         assert!(last.ends_with(&[true]) && last.iter().filter(|last| **last).count() == 1);
     }
@@ -204,7 +206,7 @@ fn records_are_written_for_their_owner_and_never_over_one_another() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    let name = "20261120T194107Z-9cfb215cfa1cdbe31065fab7e9a834d8-source";
+    let name = "20261120T203313.622Z-10b8829ad1e32e797d6ab0e661da9927-source";
     assert_eq!(names, [format!("{name}-2.json"), format!("{name}.json")]);
     for (name, outcome) in [
         (&names[0], Outcome::Completed),

@@ -114,14 +114,12 @@ fn write(folder: &Path, record: &MigrationRecord) -> io::Result<PathBuf> {
     ))
 }
 
-/// UTC time, identity, side: names sort by time, and the two sides of a migration are found by its identity.
+/// UTC time in milliseconds, identity, side: names sort by time, and the two sides of a migration are found by its identity.
 fn file_name(record: &MigrationRecord, number: u32) -> String {
-    let began: String = record
-        .began
-        .chars()
-        .take_while(|c| *c != '.')
-        .filter(char::is_ascii_alphanumeric)
-        .collect();
+    const LENGTH: usize = "20260504T131415.926".len();
+    let began = record.began.chars();
+    let began = began.filter(|c| c.is_ascii_alphanumeric() || *c == '.');
+    let began: String = began.take(LENGTH).collect();
     let again = match number {
         1 => String::new(),
         _ => format!("-{number}"),
