@@ -175,7 +175,9 @@ impl Engine {
         let mut info = match (&self.outgoing, &self.record) {
             (Some(outgoing), _) => {
                 let doubt = outgoing.core().is_unresolved();
-                let problem = doubt.then(|| UNRESOLVED.to_owned());
+                // Known from the first moment of the cleanup on.
+                let failure = outgoing.core().failure().map(ToString::to_string);
+                let problem = doubt.then(|| UNRESOLVED.to_owned()).or(failure);
                 let throttle = outgoing.core().throttle_percent();
                 MigrationInfo {
                     cpu_throttle_percentage: (throttle > 0).then_some(throttle.into()),

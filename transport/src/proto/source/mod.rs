@@ -148,6 +148,14 @@ impl<P: fmt::Debug> Source<P> {
         matches!(self.state, State::Resolving { told: true, .. })
     }
 
+    /// Why the attempt fails, while its cleanup is under way.
+    pub fn failure(&self) -> Option<&Reason> {
+        match &self.state {
+            State::Failing { reason, .. } => Some(reason),
+            _ => None,
+        }
+    }
+
     /// What to do next; call until `None`.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<SourceAction<P>> {
