@@ -1,10 +1,13 @@
 //! A blocking QMP client that keeps the events.
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 /// Far longer than any answer takes; who needs it hangs.
@@ -45,15 +48,21 @@ impl Qmp {
 
     /// Executes a command.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
+        self.execute_with(command, arguments, None)
+    }
+
+    /// Executes a command that comes with a descriptor.
+    pub(crate) fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, Failure> {
         let id = self.next_id;
         self.next_id += 1;
         let line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         let deadline = Instant::now() + PATIENCE;
-        if self
-            .stream
-            .write_all(format!("{line}\n").as_bytes())
-            .is_err()
-        {
+        if self.send(format!("{line}\n").as_bytes(), fd).is_err() {
             return Err(Failure::Gone);
         }
         loop {
@@ -69,6 +78,19 @@ impl Qmp {
             let reason = message["error"]["desc"].as_str().unwrap();
             return Err(Failure::Refused(reason.to_owned()));
         }
+    }
+
+    fn send(&mut self, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+        if let Some(fd) = fd {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd];
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            let bytes = [IoSlice::new(line)];
+            let sent = sendmsg(&self.stream, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+            line = &line[sent..];
+        }
+        self.stream.write_all(line)
     }
 
     /// Waits until an event that `wanted` likes has come, looking at those that are here already too. `None` if the process has gone.

@@ -1,14 +1,19 @@
 //! VMs that go into files, pipes and commands and come back, and migrations over sockets that were passed in. Case names are the paths
 //! of QEMU's test list with `/` written as `_`, and what is ours beyond them.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::{Accel, Machine, Vm, turn};
+use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
 
 on_both_accelerators!(
     precopy_file,
@@ -21,6 +26,13 @@ on_both_accelerators!(
     precopy_exec,
     precopy_exec_that_fails,
     precopy_exec_cancelled_while_it_takes_nothing,
+    precopy_exec_that_ends_late,
+    precopy_fd_tcp,
+    precopy_fd_to_a_listener_and_to_a_listening_fd,
+    precopy_fd_cancelled_and_cut,
+    precopy_fd_pipe,
+    precopy_fd_of_no_use,
+    precopy_file_offset_fdset,
 );
 
 /// Saves the guest; the final record.
@@ -172,8 +184,26 @@ fn precopy_file_that_is_broken(accel: Accel) {
     let last = changed.len() - 1;
     changed[last] ^= 1;
     with(&changed, "corrupt");
+    // A process that shall not end says what is wrong, and takes another archive.
+    let mut target = machine.target_at("defer");
+    let arguments = json!({ "uri": address, "exit-on-error": false });
+    target.execute("migrate-incoming", arguments);
+    let info = target.wait_migration();
+    assert_eq!(info["status"], "failed", "{info}");
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(reason.contains("corrupt"), "{reason}");
     fs::write(&path, &good).unwrap();
-    load(&machine, &address).assert_guest_works();
+    until("memory is empty again", || {
+        let again = target
+            .qmp
+            .execute("migrate-incoming", json!({ "uri": address }));
+        again.ok()
+    });
+    until("it is loaded", || {
+        (target.status() == "completed").then_some(())
+    });
+    target.assert_guest_works();
+
     let mut target = machine.target_at("defer");
     let absent = format!("{address}2");
     let reason = target.refusal("migrate-incoming", json!({ "uri": absent }));
@@ -251,7 +281,7 @@ fn precopy_exec_cancelled_while_it_takes_nothing(accel: Accel) {
     );
     source.migrate(&command);
     source.wait_status("active");
-    let pid: u32 = crate::harness::until("the command runs", || {
+    let pid: u32 = until("the command runs", || {
         fs::read_to_string(&mark).ok()?.trim().parse().ok()
     });
     source.query("migrate_cancel");
@@ -271,4 +301,227 @@ fn precopy_exec_cancelled_while_it_takes_nothing(accel: Accel) {
     load_fails(&machine, &file_address(&path), "incomplete");
     source.set(json!({ "max-bandwidth": 0 }));
     source.move_to(&mut machine.target());
+}
+
+/// A command that needs more time for its end than a target may take to start a guest: the outcome is asked for until it is known.
+fn precopy_exec_that_ends_late(accel: Accel) {
+    let _turn = turn();
+    let (machine, folder) = (Machine::small(accel), folder());
+    let path = folder.path().join("vm");
+    let (go, hasty) = (folder.path().join("go"), ["--x-deadline-scale", "10"]);
+    let command = |end: &str| {
+        format!(
+            "exec:cat > '{}'; while ! test -e '{}'; do sleep 0.01; done; {end}",
+            path.display(),
+            go.display()
+        )
+    };
+    let mut source = machine.start_source(Launch::default().with(&hasty));
+    source.warm_up();
+    for (end, status) in [("false", "failed"), ("true", "completed")] {
+        source.migrate(&command(end));
+        // A second passes, and the source begins to ask. It is told to nobody before three more.
+        let unresolved = source
+            .qmp
+            .event(|event| event["event"] == "x-MIGRATION_UNRESOLVED");
+        assert!(unresolved.is_some(), "{}", source.said());
+        source.assert_guest_stopped();
+        fs::write(&go, "").unwrap();
+        let info = source.wait_migration();
+        assert_eq!(info["status"], status, "{info}");
+        fs::remove_file(&go).unwrap();
+        if status == "failed" {
+            source.assert_guest_works();
+        }
+    }
+    load(&machine, &file_address(&path)).assert_guest_works();
+}
+
+/// Passes a descriptor to a VM.
+fn pass(vm: &mut Vm, command: &str, arguments: Value, fd: impl AsFd) -> Value {
+    let passed = vm.qmp.execute_with(command, arguments, Some(fd.as_fd()));
+    passed.unwrap()
+}
+
+fn getfd(vm: &mut Vm, name: &str, fd: impl AsFd) {
+    pass(vm, "getfd", json!({ "fdname": name }), fd);
+}
+
+fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (ours, listener.accept().unwrap().0)
+}
+
+fn arrive_at(target: &mut Vm, address: &str) {
+    target.execute("migrate-incoming", json!({ "uri": address }));
+}
+
+fn precopy_fd_tcp(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let mut source = machine.source();
+    let before = source.holdings().counted();
+    let mut target = machine.target_at("defer");
+    let (a, b) = tcp_pair();
+    getfd(&mut source, "fd-mig", a);
+    getfd(&mut target, "fd-mig", b);
+    arrive_at(&mut target, "fd:fd-mig");
+    source.set(json!({ "multifd-channels": 4 }));
+    source.move_to_at(&mut target, "fd:fd-mig");
+    // Nothing of it is left: what is gone cannot be used again.
+    assert_eq!(source.holdings().counted().fds, before.fds);
+    let reason = source.refusal("closefd", json!({ "fdname": "fd-mig" }));
+    assert!(reason.contains("no file descriptor named"), "{reason}");
+
+    // On to the next, over another kind of socket.
+    let mut next = machine.target_at("defer");
+    let (a, b) = UnixStream::pair().unwrap();
+    getfd(&mut target, "a", a);
+    getfd(&mut next, "b", b);
+    arrive_at(&mut next, "fd:b");
+    target.move_to_at(&mut next, "fd:a");
+}
+
+fn precopy_fd_to_a_listener_and_to_a_listening_fd(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let mut source = machine.source();
+    let mut target = machine.target();
+    let port = target.address().replace("tcp:", "");
+    getfd(&mut source, "out", TcpStream::connect(port).unwrap());
+    source.move_to_at(&mut target, "fd:out");
+
+    let mut next = machine.target_at("defer");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    getfd(&mut next, "in", listener);
+    arrive_at(&mut next, "fd:in");
+    assert_eq!(next.address(), address);
+    target.move_to(&mut next);
+}
+
+fn precopy_fd_cancelled_and_cut(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let mut source = machine.source();
+    let before = source.holdings().counted();
+    source.set(json!({ "max-bandwidth": 1 << 20 }));
+    for cut in [false, true] {
+        let mut target = machine.target_at("defer");
+        let (a, b) = tcp_pair();
+        let ours = a.try_clone().unwrap();
+        getfd(&mut source, "a", a);
+        getfd(&mut target, "b", b);
+        arrive_at(&mut target, "fd:b");
+        source.migrate("fd:a");
+        source.wait_status("active");
+        if cut {
+            ours.shutdown(Shutdown::Both).unwrap();
+            let info = source.wait_migration();
+            source.assert_failed(&info, "migration link");
+            target.assert_gave_up("closed the connection");
+        } else {
+            drop(ours);
+            source.query("migrate_cancel");
+            assert_eq!(source.wait_migration()["status"], "cancelled");
+            source.assert_guest_works();
+            target.assert_gave_up("cancelled by the operator");
+        }
+    }
+    assert_eq!(source.holdings().counted(), before);
+
+    // A target whose only socket ends before anything came gives up.
+    let mut target = machine.target_at("defer");
+    let (a, b) = tcp_pair();
+    getfd(&mut target, "b", b);
+    arrive_at(&mut target, "fd:b");
+    drop(a);
+    target.assert_gave_up("fd:b: the peer closed the connection");
+    source.set(json!({ "max-bandwidth": 0 }));
+    source.move_to(&mut machine.target());
+}
+
+fn precopy_fd_pipe(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let mut source = machine.source();
+    let mut target = machine.target_at("defer");
+    let (mut saved, writer) = io::pipe().unwrap();
+    getfd(&mut source, "out", writer);
+    let (reader, mut given) = io::pipe().unwrap();
+    getfd(&mut target, "in", reader);
+    // In between stands somebody who is slow, and who keeps all of it.
+    let keeper = thread::spawn(move || {
+        let mut all = Vec::new();
+        let mut piece = [0; 65536];
+        loop {
+            let count = saved.read(&mut piece).unwrap();
+            if count == 0 {
+                return all;
+            }
+            all.extend_from_slice(&piece[..count]);
+            given.write_all(&piece[..count]).unwrap();
+        }
+    });
+    arrive_at(&mut target, "fd:in");
+    source.migrate("fd:out");
+    assert_eq!(source.wait_migration()["status"], "completed");
+    let all = keeper.join().unwrap();
+    assert_eq!(target.wait_migration()["status"], "completed");
+    target.assert_guest_works();
+    assert_eq!(all[..8], *b"VMFYSAVE");
+}
+
+fn precopy_fd_of_no_use(accel: Accel) {
+    let _turn = turn();
+    let (machine, folder) = (Machine::small(accel), folder());
+    let mut source = machine.source();
+    let migrate = |source: &mut Vm| source.refusal("migrate", json!({ "uri": "fd:x" }));
+    let reason = migrate(&mut source);
+    assert!(reason.contains("no file descriptor named `x`"), "{reason}");
+    let file = File::create(folder.path().join("vm")).unwrap();
+    getfd(&mut source, "x", file);
+    let reason = migrate(&mut source);
+    assert!(reason.contains("use file:/dev/fdset/N"), "{reason}");
+    getfd(&mut source, "x", TcpListener::bind("127.0.0.1:0").unwrap());
+    let reason = migrate(&mut source);
+    assert!(reason.contains("this socket listens"), "{reason}");
+    getfd(&mut source, "x", io::pipe().unwrap().0);
+    source.migrate("fd:x");
+    let info = source.wait_migration();
+    source.assert_failed(&info, "this is the reading end of a pipe");
+    // Nobody reads it.
+    getfd(&mut source, "x", io::pipe().unwrap().1);
+    source.migrate("fd:x");
+    let info = source.wait_migration();
+    source.assert_failed(&info, "fd:x: cannot be written: Broken pipe");
+    source.move_to(&mut machine.target());
+}
+
+fn precopy_file_offset_fdset(accel: Accel) {
+    let _turn = turn();
+    let (machine, folder) = (Machine::small(accel), folder());
+    let path = folder.path().join("vm");
+    fs::write(&path, vec![b'x'; 8192]).unwrap();
+    let writable = File::options().write(true).open(&path).unwrap();
+    let mut source = machine.source();
+    let set = |vm: &mut Vm, file: File| {
+        let added = pass(vm, "add-fd", json!({}), file);
+        format!("file:/dev/fdset/{},offset=4096", added["fdset-id"])
+    };
+    let address = set(&mut source, writable);
+    save(&mut source, &address);
+    let written = fs::read(&path).unwrap();
+    assert!(written[..4096].iter().all(|byte| *byte == b'x'));
+    assert_eq!(&written[4096..][..8], b"VMFYSAVE");
+
+    let mut target = machine.target_at("defer");
+    let absent = json!({ "uri": "file:/dev/fdset/77" });
+    let reason = target.refusal("migrate-incoming", absent);
+    assert!(reason.contains("77"), "{reason}");
+    let address = set(&mut target, File::open(&path).unwrap());
+    arrive_at(&mut target, &address);
+    assert_eq!(target.wait_migration()["status"], "completed");
+    target.assert_guest_works();
 }

@@ -10,7 +10,7 @@ use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
 
-use super::event::{Event, TargetEvent};
+use super::event::{Event, OriginId, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
@@ -30,7 +30,7 @@ impl Engine {
     /// Begins to listen for an incoming migration, in place of one that has failed.
     pub(super) async fn listen(&mut self, address: &Address) -> Result<(), OriginError> {
         // Far more connections than one listener can have.
-        let first = self.listened << 32;
+        let first = OriginId(self.listened << 32);
         self.listened += 1;
         let config = TargetConfig {
             blocks: self.block_infos(),
@@ -40,7 +40,7 @@ impl Engine {
             deadlines: self.deadlines,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
-        let origin = Origin::open(address, &mut self.fds, &self.deadlines, &events).await?;
+        let origin = Origin::open(address, first, &mut self.fds, &self.deadlines, &events).await?;
         self.incoming = Some(Incoming::start(
             address, origin, first, config, machine, self.clock, events,
         ));

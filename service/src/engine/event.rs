@@ -91,6 +91,10 @@ pub(super) enum SourceEvent {
     JobFailed(SourceJob, String),
 }
 
+/// Which of the places, one after the other, that an incoming migration could come from: the number of its first connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct OriginId(pub(super) u64);
+
 /// Something that happened to the incoming migration.
 #[derive(Debug)]
 pub(super) enum TargetEvent {
@@ -101,11 +105,11 @@ pub(super) enum TargetEvent {
     /// A data connection of the attempt with this control connection has failed, and the source had time to say why.
     DataLost(Option<Connection>, TargetError),
     /// The archive that plays the source cannot be loaded.
-    SourceFailed(String),
+    SourceFailed(OriginId, String),
     /// The one socket to the source has ended.
-    SocketEnded(String),
+    SocketEnded(OriginId, String),
     /// The same, and what came before has been seen.
-    SocketGone(String),
+    SocketGone(OriginId, String),
     /// What a failed attempt had put into guest memory is gone.
     Emptied(std::io::Result<()>),
     /// The job is over; the engine takes the proof back before the core learns the result.

@@ -23,7 +23,7 @@ use vmferry_transport::wire::frame::{AbortCode, SourceFrame, TargetFrame, Verifi
 
 use super::acceptor::Acceptor;
 use super::clock::{Clock, micros};
-use super::event::{Arrivals, Event, Events, TargetEvent};
+use super::event::{Arrivals, Event, Events, OriginId, TargetEvent};
 use super::guest::StoppedGuest;
 use super::jobs::{JobThread, off_thread};
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
@@ -66,6 +66,7 @@ pub(super) struct Incoming {
     acceptor: Option<JoinHandle<()>>,
     stand_in: Option<StandIn>,
     from_archive: bool,
+    origin: OriginId,
     links: HashMap<Connection, Peer>,
     data: Vec<Option<OwnedFd>>,
     receiver: Option<DataReceiver>,
@@ -98,7 +99,7 @@ impl Incoming {
     pub(super) fn start(
         address: &Address,
         origin: Origin,
-        first: u64,
+        first: OriginId,
         config: TargetConfig,
         machine: Arc<dyn Machine>,
         clock: Clock,
@@ -106,7 +107,7 @@ impl Incoming {
     ) -> Self {
         let arrivals = Arrivals::default();
         let deadlines = config.deadlines;
-        let acceptor = Acceptor::new(first, deadlines, events.clone(), arrivals.clone());
+        let acceptor = Acceptor::new(first.0, deadlines, events.clone(), arrivals.clone());
         let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
                 let local = listener.local_address().clone();
@@ -127,6 +128,7 @@ impl Incoming {
             acceptor: Some(acceptor),
             from_archive: matches!(stand_in, Some(StandIn::Loader(_))),
             stand_in,
+            origin: first,
             links: HashMap::new(),
             data: Vec::new(),
             receiver: None,
@@ -255,20 +257,25 @@ impl Incoming {
                     self.core.handle_data_failed(now, error);
                 }
             }
-            TargetEvent::SourceFailed(text) => {
+            // Of an origin that was given up.
+            TargetEvent::SourceFailed(origin, _)
+            | TargetEvent::SocketEnded(origin, _)
+            | TargetEvent::SocketGone(origin, _)
+                if origin != self.origin => {}
+            TargetEvent::SourceFailed(_, text) => {
                 let error = TargetError::Local(AbortCode::Resources, text);
                 self.core.handle_origin_failed(now, error);
             }
-            TargetEvent::SocketEnded(text) => {
+            TargetEvent::SocketEnded(origin, text) => {
                 let events = self.events.clone();
                 runtime::spawn(async move {
                     // Its last words are on their way through the connections that it carried.
                     tokio::time::sleep(LAST_WORD).await;
                     // The engine ends only with the process.
-                    let _ = events.send(Event::Target(TargetEvent::SocketGone(text)));
+                    let _ = events.send(Event::Target(TargetEvent::SocketGone(origin, text)));
                 });
             }
-            TargetEvent::SocketGone(text) => {
+            TargetEvent::SocketGone(_, text) => {
                 self.core.handle_origin_failed(now, TargetError::Link(text));
             }
             // Kinds of a later version of the transport concern somebody else.

@@ -7,7 +7,7 @@ use vmferry_transport::control::{Address, ListenError, Listener};
 use vmferry_transport::limits::Deadlines;
 use vmferry_transport::streams::{ArchiveLoader, FdKind, Inlet, Mux, StreamError, fd_kind};
 
-use super::event::{Event, Events, TargetEvent};
+use super::event::{Event, Events, OriginId, TargetEvent};
 use super::jobs::off_thread;
 use super::outgoing::chain;
 use super::route::{fdset, no_target};
@@ -63,6 +63,7 @@ impl Origin {
     /// When there is nothing to listen on or to read. What an archive holds is found out later.
     pub(super) async fn open(
         address: &Address,
+        id: OriginId,
         fds: &mut FdStore,
         deadlines: &Deadlines,
         events: &Events,
@@ -90,7 +91,9 @@ impl Origin {
                     Ok(FdKind::Listening) => {
                         return Ok(Self::Network(Listener::from_socket(fd, address)?));
                     }
-                    Ok(FdKind::Connected) => return Self::share(fd, address, deadlines, events),
+                    Ok(FdKind::Connected) => {
+                        return Self::share(fd, address, id, deadlines, events);
+                    }
                     Ok(kind) => return Err(fd_error(no_target(kind).to_owned())),
                     Err(error) => return Err(fd_error(error.to_string())),
                 }
@@ -102,7 +105,7 @@ impl Origin {
         let failed = move |error: StreamError| {
             let text = format!("cannot load {error}");
             // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::SourceFailed(text)));
+            let _ = events.send(Event::Target(TargetEvent::SourceFailed(id, text)));
         };
         let loader = ArchiveLoader::start(inlet, deadlines, connect, Box::new(failed))?;
         Ok(Self::StandIn(StandIn::Loader(loader), connections))
@@ -111,6 +114,7 @@ impl Origin {
     fn share(
         socket: OwnedFd,
         address: &Address,
+        id: OriginId,
         deadlines: &Deadlines,
         events: &Events,
     ) -> Result<Self, OriginError> {
@@ -119,7 +123,7 @@ impl Origin {
         let ended = move |why: String| {
             let text = format!("{name}: {why}");
             // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::SocketEnded(text)));
+            let _ = events.send(Event::Target(TargetEvent::SocketEnded(id, text)));
         };
         let mux = Mux::start(
             socket,

@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::net::RecvFlags;
 
 use super::interrupt::{Interrupt, Waited};
 use super::outlet::Outlet;
@@ -61,6 +62,8 @@ struct State {
     switchover: Vec<SourceFrame>,
     end: Option<StateEnd>,
     decision: Decision,
+    /// The source has lost the link and asks for the outcome.
+    asked: bool,
     /// What became of the archive.
     outcome: Option<Result<(), String>>,
 }
@@ -218,7 +221,7 @@ impl Shared {
         let mut bytes = vec![0; READ_BYTES];
         loop {
             while let Some(frame) = buffer.poll_frame().map_err(|error| error.to_string())? {
-                if !self.take(frame) {
+                if !self.take(frame, control) {
                     return Ok(());
                 }
             }
@@ -235,7 +238,7 @@ impl Shared {
     }
 
     /// Takes a frame of the source; false when nothing more is expected on this connection.
-    fn take(&self, frame: SourceFrame) -> bool {
+    fn take(&self, frame: SourceFrame, control: &UnixStream) -> bool {
         let mut state = self.lock();
         match frame {
             SourceFrame::Hello(hello) => {
@@ -258,9 +261,13 @@ impl Shared {
                 self.changed.notify_all();
             }
             SourceFrame::Resolve(_) => {
+                state.asked = true;
                 drop(state);
-                let resolution = self.wait_outcome();
-                self.say(&TargetFrame::Resolved(resolution));
+                match self.wait_outcome(control) {
+                    Some(resolution) => self.say(&TargetFrame::Resolved(resolution)),
+                    // It asks again on another connection.
+                    None => return false,
+                }
             }
             SourceFrame::Abort(_) | SourceFrame::Finish => return false,
             SourceFrame::Keepalive | SourceFrame::DataHello(_) => {}
@@ -268,19 +275,21 @@ impl Shared {
         true
     }
 
-    /// Who asks has lost the link: what is not committed by now never will be.
-    fn wait_outcome(&self) -> Resolution {
+    /// Who asks has lost the link: what is not committed by now never will be. `None` if nobody waits for the answer any more.
+    fn wait_outcome(&self, asker: &UnixStream) -> Option<Resolution> {
         if self.lock().decision == Decision::Open {
             self.give_up();
         }
         let mut state = self.lock();
         loop {
             match &state.outcome {
-                Some(Ok(())) => return Resolution::Committed,
-                Some(Err(_)) => return Resolution::NotCommitted,
+                Some(Ok(())) => return Some(Resolution::Committed),
+                Some(Err(_)) => return Some(Resolution::NotCommitted),
+                None if is_closed(asker) => return None,
                 None => {}
             }
-            state = self.wait(state);
+            let waited = self.changed.wait_timeout(state, self.keepalive);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -316,6 +325,7 @@ impl Shared {
             Err(fault) => {
                 outlet.discard();
                 let text = format!("{}: {fault}", self.name);
+                tracing::warn!(reason = text, "not saved");
                 TargetFrame::Abort(Abort::new(AbortCode::Resources, text))
             }
         };
@@ -324,9 +334,13 @@ impl Shared {
             state.decision = Decision::GivenUp;
         }
         state.outcome = Some(done.map_err(|fault| fault.to_string()));
+        let asked = state.asked;
         drop(state);
         self.changed.notify_all();
-        self.say(&word);
+        // Whoever asked gets an answer, and does not expect this.
+        if !asked {
+            self.say(&word);
+        }
         // After the reason, so that the source hears it first.
         let _ = data.shutdown(Shutdown::Both);
     }
@@ -475,6 +489,15 @@ impl Save<'_> {
             }),
         }
     }
+}
+
+/// Whether the other end is closed, and has nothing more to say.
+fn is_closed(socket: &UnixStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    matches!(
+        rustix::net::recv(socket, &mut [0_u8; 1][..], flags),
+        Ok((_, 0))
+    )
 }
 
 /// The source of this process sent what it never sends.
