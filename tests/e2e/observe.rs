@@ -199,6 +199,10 @@ fn metrics_show_a_migration_at_both_sides_while_it_runs_and_afterwards(accel: Ac
             "{response}"
         );
     }
+    target.query("quit");
+    target.wait_exit();
+    let left = dir.path().join("metrics");
+    assert!(!left.exists(), "a socket without its process");
 }
 
 fn scrapers_that_are_slow_silent_or_lost_hold_nothing_up(accel: Accel) {

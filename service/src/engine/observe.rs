@@ -20,15 +20,19 @@ impl Engine {
     /// Lets the observer see how everything is. Called after every event, and when a sample is due.
     pub(super) fn observe(&mut self) {
         self.observer.runstate(self.runstate);
-        if let Some(outgoing) = &self.outgoing {
-            let glance = self.outgoing_glance(outgoing);
-            self.observer.look(Side::Source, &glance);
+        match &self.outgoing {
+            Some(outgoing) => {
+                let glance = self.outgoing_glance(outgoing);
+                self.observer.look(Side::Source, &glance);
+            }
+            None => self.observer.abandon(Side::Source, self.clock.now()),
         }
-        if let Some(incoming) = &self.incoming
-            && !qmp_status(incoming.core().status()).is_idle()
-        {
-            let glance = self.incoming_glance(incoming);
-            self.observer.look(Side::Target, &glance);
+        match &self.incoming {
+            Some(incoming) if !qmp_status(incoming.core().status()).is_idle() => {
+                let glance = self.incoming_glance(incoming);
+                self.observer.look(Side::Target, &glance);
+            }
+            _ => self.observer.abandon(Side::Target, self.clock.now()),
         }
     }
 

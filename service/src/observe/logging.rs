@@ -87,3 +87,19 @@ pub(crate) fn announce(what: fmt::Arguments<'_>) {
     // Who closed standard error does not want to hear of it.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_filter_is_refused_with_an_example() {
+        for text in ["info", "off", "warn,vmferry::engine=debug"] {
+            assert_eq!(parse_filter(text).as_deref(), Ok(text));
+        }
+        for text in ["vmferry=loud", "a=b=c"] {
+            let error = parse_filter(text).unwrap_err();
+            assert!(error.contains("vmferry::engine=debug"), "{error}");
+        }
+    }
+}

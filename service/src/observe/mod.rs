@@ -166,6 +166,20 @@ impl Observer {
         }
     }
 
+    /// There is no migration at this side any more, whatever was under way.
+    pub(crate) fn abandon(&mut self, side: Side, now: Moment) {
+        let Some(watch) = self.slot(side).watch.take() else {
+            return;
+        };
+        let live = watch.live();
+        let record = watch.finish(now, Ending::default());
+        self.board
+            .change(|figures| figures.side(side).end(live, &record));
+        if let Some(writer) = &self.writer {
+            writer.submit(record);
+        }
+    }
+
     /// The state of the VM.
     pub(crate) fn runstate(&mut self, state: RunState) {
         self.board.change_runstate(state);
@@ -191,9 +205,7 @@ impl Observer {
     /// The process ends: writes what there is, waits for the disk for a few seconds at most.
     pub(crate) fn finish(mut self, now: Moment) {
         for side in [Side::Source, Side::Target] {
-            if let (Some(watch), Some(writer)) = (self.slot(side).watch.take(), &self.writer) {
-                writer.submit(watch.finish(now, Ending::default()));
-            }
+            self.abandon(side, now);
         }
         if let Some(writer) = self.writer {
             writer.finish();

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use vmferry_transport::control::runtime::{self, RuntimeKind};
 use vmferry_transport::control::{Address, Listener, Stream};
 
@@ -25,6 +25,8 @@ use crate::machine::Machine;
 pub const CLIENTS_MAX: usize = 16;
 /// How long a client has to say what it wants and to take the answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the end of the process waits for the thread.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Pause after a failed accept: out of descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -65,10 +67,20 @@ pub fn check_address(address: &Address, public: bool) -> Result<(), MetricsAddre
     }
 }
 
-/// The endpoint. Lives as long as the process.
+/// The endpoint. Dropping it ends it, and removes a unix socket's path.
 #[derive(Debug)]
 pub(crate) struct MetricsServer {
     address: Address,
+    stop: Option<oneshot::Sender<()>>,
+    stopped: mpsc::Receiver<()>,
+}
+
+impl Drop for MetricsServer {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // The thread waits for nothing but its clients' sockets, and not for these when it ends.
+        let _ = self.stopped.recv_timeout(FAREWELL);
+    }
 }
 
 impl MetricsServer {
@@ -82,6 +94,8 @@ impl MetricsServer {
         machine: Arc<dyn Machine>,
     ) -> anyhow::Result<Self> {
         let (opened, open) = mpsc::channel();
+        let (stop, asked_to_stop) = oneshot::channel::<()>();
+        let (stopping, stopped) = mpsc::channel::<()>();
         let wanted = address.clone();
         let source = text::Source { board, machine };
         thread::Builder::new()
@@ -95,8 +109,12 @@ impl MetricsServer {
                     };
                     // Fails only if nobody waits for it.
                     let _ = opened.send(Ok(listener.local_address().clone()));
-                    serve(&listener, Rc::new(source)).await;
+                    tokio::select! {
+                        () = serve(&listener, Rc::new(source)) => {}
+                        _ = asked_to_stop => {}
+                    }
                 });
+                drop(stopping);
                 if let Err(error) = served {
                     tracing::error!(
                         error = &error as &dyn std::error::Error,
@@ -109,7 +127,11 @@ impl MetricsServer {
             .recv()
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the thread has ended")))
             .context("cannot serve metrics")?;
-        Ok(Self { address })
+        Ok(Self {
+            address,
+            stop: Some(stop),
+            stopped,
+        })
     }
 
     /// Where it listens, the port resolved.

@@ -115,7 +115,7 @@ fn plots(
         lanes::draw_phases(main, &axis, page);
     }
     let mut drawn = Vec::new();
-    drawn.extend(throughput(main, other).draw(&axis, page));
+    drawn.extend(throughput(main, other, axis.end_us).draw(&axis, page));
     if main.side == Side::Source {
         drawn.extend(dirty_rate(main).draw(&axis, page));
         drawn.extend(remaining(main).draw(&axis, page));
@@ -132,7 +132,7 @@ fn plots(
     drawn
 }
 
-fn throughput(main: &MigrationRecord, other: Option<&MigrationRecord>) -> Chart {
+fn throughput(main: &MigrationRecord, other: Option<&MigrationRecord>, end_us: u64) -> Chart {
     let label = |record: &MigrationRecord| match record.side {
         Side::Source => "sent by the source".to_owned(),
         Side::Target => "received by the target".to_owned(),
@@ -141,17 +141,26 @@ fn throughput(main: &MigrationRecord, other: Option<&MigrationRecord>) -> Chart 
         label: label(main),
         points: rates(main, 0),
     }];
+    let mut about = "Bytes per second on all data connections together.".to_owned();
     if let Some(other) = other {
         let offset = i128::from(other.began_unix_us) - i128::from(main.began_unix_us);
+        let mut points = rates(other, offset);
+        let all = points.len();
+        points.retain(|(at_us, _)| *at_us <= end_us);
+        if points.len() < all || (all == 0 && other.totals.bytes > 0) {
+            about.push_str(
+                " The clocks of the hosts differ: not all that the other side saw can be shown.",
+            );
+        }
         series.push(Series {
             label: label(other),
-            points: rates(other, offset),
+            points,
         });
     }
     Chart {
         id: "throughput",
         title: "Throughput",
-        about: "Bytes per second on all data connections together.".to_owned(),
+        about,
         quantity: Quantity::BytesPerSecond,
         form: Form::Lines,
         series,

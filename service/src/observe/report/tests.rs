@@ -175,6 +175,19 @@ fn records_that_do_not_belong_together_are_refused() {
 }
 
 #[test]
+fn hosts_whose_clocks_differ_are_told_of_and_spoil_no_plot() {
+    for shift in [-3_600_000_000_i64, 3_600_000_000] {
+        let mut other = target();
+        other.began_unix_us = other.began_unix_us.saturating_add_signed(shift);
+        let page = page(&[source(), other], "n").unwrap();
+        assert!(page.contains("The clocks of the hosts differ"), "{shift}");
+        assert_eq!(data(&page)[0]["series"].as_array().unwrap().len(), 1);
+    }
+    let page = page(&[source(), target()], "n").unwrap();
+    assert!(!page.contains("The clocks of the hosts differ"));
+}
+
+#[test]
 fn the_rates_of_a_plot_add_up_to_the_bytes_that_were_moved() {
     let record = source();
     let rates = rates(&record, 0);
