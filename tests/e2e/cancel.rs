@@ -100,9 +100,7 @@ fn a_migration_can_be_cancelled_while_the_guest_is_stopped(accel: Accel) {
     let refusal = source.refusal("cont", json!({}));
     assert!(refusal.contains("switching over"), "{refusal}");
     assert_cancelled(&mut source);
-    target.assert_guest_stopped();
-    let refusal = target.refusal("cont", json!({}));
-    assert!(refusal.contains("never run here"), "{refusal}");
+    target.assert_gave_up("the source gave up: cancelled by the operator");
     source.move_to(&mut machine.target());
 }
 

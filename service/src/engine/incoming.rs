@@ -242,7 +242,9 @@ impl Incoming {
                 self.core.handle_frame(now, connection, frame)
             }
             TargetEvent::Link(connection, LinkEvent::Lost { error, protocol }) => {
-                self.links.remove(&connection);
+                if !(protocol && self.core.may_explain(connection)) {
+                    self.links.remove(&connection);
+                }
                 self.core
                     .handle_connection_lost(now, connection, &error, protocol);
             }

@@ -29,7 +29,7 @@ pub(super) enum LinkEvent<F> {
     Lost {
         /// Why, for people.
         error: String,
-        /// The peer's bytes were at fault, not the link.
+        /// The peer's bytes were at fault, not the link, which can still be written to.
         protocol: bool,
     },
 }
@@ -121,8 +121,8 @@ async fn read_frames<F: ControlFrame>(
             match buffer.poll_frame() {
                 Ok(Some(frame)) => report(LinkEvent::Frame(frame)),
                 Ok(None) => break,
+                // The other direction may still carry the reason for giving up.
                 Err(error) => {
-                    stream.shutdown();
                     report(LinkEvent::Lost {
                         error: error.to_string(),
                         protocol: true,

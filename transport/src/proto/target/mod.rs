@@ -185,7 +185,8 @@ impl Target {
         if attempt.control != connection {
             return;
         }
-        self.control_open = false;
+        // What cannot be read can still be written to.
+        self.control_open &= protocol && self.may_explain(connection);
         if self.phase.before_commit() {
             let text = error.to_owned();
             self.fail(
@@ -197,6 +198,12 @@ impl Target {
                 },
             );
         }
+    }
+
+    /// Whether this connection is to be kept although it cannot be read any more: the source has yet to be told why it fails.
+    pub fn may_explain(&self, connection: Connection) -> bool {
+        let failing = matches!(self.phase, Phase::Failing { .. });
+        self.control() == Some(connection) && (self.phase.before_commit() || failing)
     }
 
     /// A data connection failed.
@@ -389,7 +396,9 @@ impl Target {
     }
 
     fn begin_failing(&mut self, now: Moment, error: TargetError) {
-        let linger = matches!(self.phase, Phase::Ready | Phase::Starting);
+        // A source that gave up itself has not sent COMMIT and is in no doubt.
+        let knows = matches!(error, TargetError::Source(_));
+        let linger = matches!(self.phase, Phase::Ready | Phase::Starting) && !knows;
         if let Some(attempt) = &self.attempt {
             if self.refused.len() == REMEMBERED_MAX {
                 self.refused.pop_front();

@@ -381,6 +381,46 @@ fn loading_waits_for_the_pages_and_for_the_state() {
 }
 
 #[test]
+fn a_source_that_says_nonsense_is_told_so_and_one_that_is_gone_is_not() {
+    for (name, mut target) in before_commit() {
+        target.handle_connection_lost(NOW, CONTROL, "nonsense", true);
+        assert!(target.may_explain(CONTROL), "{name}");
+        target.handle_notified(NOW);
+        let said = actions(&mut target).concat();
+        assert!(
+            said.contains("Abort") && said.contains("nonsense"),
+            "{name}: {said}"
+        );
+    }
+    for (name, mut target) in before_commit() {
+        target.handle_connection_lost(NOW, CONTROL, "gone", false);
+        target.handle_notified(NOW);
+        let said = actions(&mut target).concat();
+        assert!(!said.contains("Abort"), "{name}: {said}");
+    }
+}
+
+#[test]
+fn nobody_waits_for_questions_of_a_source_that_gave_up_itself() {
+    for (name, mut target) in before_commit() {
+        let abort = Abort::new(AbortCode::Cancelled, "no");
+        target.handle_frame(NOW, CONTROL, SourceFrame::Abort(abort));
+        target.handle_notified(NOW);
+        if name == "loading" {
+            target.handle_job_failed(NOW, TargetJob::Load, AbortCode::Device, "late");
+        }
+        target.handle_prepared(NOW);
+        target.handle_links_closed(NOW);
+        let acts = actions(&mut target);
+        assert_eq!(target.status(), TargetStatus::Failed, "{name}");
+        assert!(
+            acts.last().unwrap().contains("linger: false"),
+            "{name}: {acts:?}"
+        );
+    }
+}
+
+#[test]
 fn a_failed_attempt_never_starts_the_guest_whatever_comes_later() {
     for (name, mut target) in before_commit() {
         target.handle_connection_lost(NOW, CONTROL, "gone", false);
