@@ -79,6 +79,11 @@ impl Chance {
         Self(Cell::new(seed))
     }
 
+    /// Whose seed another one has chosen.
+    pub(crate) fn seeded(seed: u64) -> Self {
+        Self(Cell::new(seed))
+    }
+
     /// A number below `end`.
     pub(crate) fn below(&self, end: u64) -> u64 {
         // SplitMix64.
@@ -193,6 +198,11 @@ impl Launch {
         self.arguments
             .extend(arguments.iter().map(|text| (*text).to_owned()));
         self
+    }
+
+    /// Its options.
+    pub(crate) fn words(&self) -> Vec<&str> {
+        self.arguments.iter().map(String::as_str).collect()
     }
 
     pub(crate) fn env(mut self, name: &'static str, value: &'static str) -> Self {

@@ -1,67 +1,18 @@
 //! Either side is killed with SIGKILL at a random moment: there are never two guests, and a target that dies before the commit leaves
 //! the guest running at the source, which can migrate again at once.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, turn, until};
-use crate::qmp::{Failure, Qmp};
+use crate::watch::Watch;
 
 on_both_accelerators!(killing_either_side_never_makes_two_guests);
 
 /// How often a side is killed, both accelerators together, unless `VMFERRY_KILLS` says otherwise.
 const KILLS: u64 = 50;
-
-/// Watches over two VMs: they may not run at the same time.
-struct Watch {
-    over: Arc<AtomicBool>,
-    looks: Arc<AtomicU64>,
-    watcher: Option<JoinHandle<()>>,
-}
-
-impl Watch {
-    fn over(source: PathBuf, target: PathBuf) -> Self {
-        let (over, looks) = (Arc::new(AtomicBool::new(false)), Arc::default());
-        let (end, count) = (Arc::clone(&over), Arc::clone(&looks));
-        let watcher = thread::spawn(move || watch(&source, &target, &end, &count));
-        Self {
-            over,
-            looks,
-            watcher: Some(watcher),
-        }
-    }
-
-    /// How often both were looked at.
-    fn end(mut self) -> u64 {
-        self.over.store(true, Ordering::SeqCst);
-        if let Some(watcher) = self.watcher.take() {
-            watcher.join().unwrap();
-        }
-        self.looks.load(Ordering::SeqCst)
-    }
-}
-
-/// Once the guest has run at the target it may never again run at the source.
-fn watch(source: &Path, target: &Path, over: &AtomicBool, looks: &AtomicU64) {
-    let (Some(mut source), Some(mut target)) = (Qmp::connect(source), Qmp::connect(target)) else {
-        return;
-    };
-    let runs = |qmp: &mut Qmp| match qmp.execute("query-status", json!({})) {
-        Ok(status) => status["running"] == true,
-        // The process has ended, or is about to.
-        Err(Failure::Gone | Failure::Refused(_)) => false,
-    };
-    while !over.load(Ordering::SeqCst) {
-        let at_target = runs(&mut target);
-        assert!(!(at_target && runs(&mut source)), "two guests run");
-        looks.fetch_add(1, Ordering::SeqCst);
-    }
-}
 
 /// What became of the trials.
 #[derive(Debug, Default)]

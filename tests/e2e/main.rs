@@ -30,20 +30,25 @@ macro_rules! on_both_accelerators {
 }
 
 mod harness; // processes under test, and what can be asked of them
+mod listener; // a server that VMs tell how their migrations go
 mod peer; // either side of the protocol, spoken by hand
 mod proc; // what the kernel says of a process
 mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
 mod terminal; // a pseudo terminal, and what stands on its screen
+mod watch; // two VMs that may never run at the same time
 
 mod bad_input; // I3, I5: targets and peers that do not fit; the guest stays, and moves to a good target afterwards
 mod cancel; // I3, I6: an operator who changes his mind
+mod cancel_src; // I3, I6: the same in each status, as QEMU tests it
 mod cli; // every command as scripts use it
 mod cli_qemu; // the same against QEMU
 mod cli_watch; // following at a terminal, and Ctrl-C
 mod corrupt; // I2, I5: pages and state that were changed on the way
 mod doubt; // I1: the link is lost at the commit
+mod faults; // I1, I3, I6, I7: every fault in every phase
 mod flow; // the main job over every transport
+mod hammer; // I3, I4, I6, I7: clients that hammer while migrations fail
 mod kill; // I1, I3: either side is killed at any moment
 mod memory; // a target without memory
 mod network; // two network namespaces, as two hosts

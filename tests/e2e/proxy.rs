@@ -1,4 +1,5 @@
-//! A link between a source and a target that looks at every frame and may change it, drop it, cut the link or shut the door.
+//! A link between a source and a target that looks at every frame and may change it, drop it, cut the link or shut the door. From
+//! outside, single connections can be cut, garbled or made to swallow everything without ending.
 //!
 //! The source migrates to the proxy's address; the proxy opens a connection to the target for each of the source's. The hook runs on
 //! the threads that pass the frames on, one frame at a time.
@@ -50,8 +51,18 @@ impl DataFrame<'_> {
         self.has_pages() && runs.iter().all(|run| run[14] == 0)
     }
 
+    /// Number of the round that it belongs to.
+    pub(crate) fn round(&self) -> u32 {
+        u32::from_le_bytes(self.body[..4].try_into().unwrap())
+    }
+
     pub(crate) fn ends_round(&self) -> bool {
         self.header.kind == ram::ROUND_END
+    }
+
+    /// Whether no round follows.
+    pub(crate) fn ends_last_round(&self) -> bool {
+        self.ends_round() && self.body[4] == 1
     }
 }
 
@@ -72,13 +83,55 @@ pub(crate) enum Verdict {
     PassCutAndShut,
 }
 
+/// Which connections.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Line {
+    /// The one that began with a hello.
+    Control,
+    /// The data connection with this number.
+    Data(u16),
+    /// All of them, and those that are to come.
+    All,
+}
+
+/// Where bytes go.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Way {
+    ToTarget,
+    ToSource,
+}
+
+/// A connection of the source and its partner.
+struct Wire {
+    /// What it said it is; `None` before, or if it is another.
+    line: Mutex<Option<Line>>,
+    source: TcpStream,
+    target: TcpStream,
+    /// Nothing is passed on any more, by [`Way`].
+    stalled: [AtomicBool; 2],
+}
+
+impl Wire {
+    fn is(&self, line: Line) -> bool {
+        line == Line::All || *self.line.lock().unwrap() == Some(line)
+    }
+
+    fn cut(&self) {
+        for socket in [&self.source, &self.target] {
+            // It may be closed already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 type Hook = Box<dyn FnMut(&Passing<'_>) -> Verdict + Send>;
 
 struct Shared {
     target: SocketAddr,
     over: AtomicBool,
     door_shut: AtomicBool,
-    sockets: Mutex<Vec<TcpStream>>,
+    all_stalled: AtomicBool,
+    wires: Mutex<Vec<Arc<Wire>>>,
     hook: Mutex<Hook>,
 }
 
@@ -102,7 +155,8 @@ impl Proxy {
             target: socket_address(target),
             over: AtomicBool::new(false),
             door_shut: AtomicBool::new(false),
-            sockets: Mutex::default(),
+            all_stalled: AtomicBool::new(false),
+            wires: Mutex::default(),
             hook: Mutex::new(Box::new(hook)),
         });
         let accepting = Arc::clone(&shared);
@@ -123,6 +177,58 @@ impl Proxy {
     pub(crate) fn open_door(&self) {
         self.shared.door_shut.store(false, Ordering::SeqCst);
     }
+
+    /// Passes everything on again.
+    pub(crate) fn repair(&self) {
+        self.open_door();
+        self.shared.all_stalled.store(false, Ordering::SeqCst);
+        for wire in self.shared.wires(Line::All) {
+            for stalled in &wire.stalled {
+                stalled.store(false, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Lets no connection through any more.
+    pub(crate) fn shut_door(&self) {
+        self.shared.door_shut.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether such a connection has said what it is.
+    pub(crate) fn knows(&self, line: Line) -> bool {
+        !self.shared.wires(line).is_empty()
+    }
+
+    /// Cuts connections.
+    pub(crate) fn cut(&self, line: Line) {
+        for wire in self.shared.wires(line) {
+            wire.cut();
+        }
+    }
+
+    /// From now on passes nothing on, not even the end, and leaves the connections open.
+    pub(crate) fn stall(&self, line: Line, ways: &[Way]) {
+        if line == Line::All {
+            self.shared.all_stalled.store(true, Ordering::SeqCst);
+        }
+        for wire in self.shared.wires(line) {
+            for way in ways {
+                wire.stalled[*way as usize].store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Says something that does not belong there.
+    pub(crate) fn garble(&self, line: Line, way: Way) {
+        for wire in self.shared.wires(line) {
+            let mut to = match way {
+                Way::ToTarget => &wire.target,
+                Way::ToSource => &wire.source,
+            };
+            // The connection may have ended.
+            let _ = to.write_all(&[0xa5; 64]);
+        }
+    }
 }
 
 impl Drop for Proxy {
@@ -137,20 +243,32 @@ impl Drop for Proxy {
 
 impl Shared {
     fn cut(&self) {
-        let mut sockets = self.sockets.lock().unwrap();
-        for socket in sockets.drain(..) {
-            // It may be closed already.
-            let _ = socket.shutdown(Shutdown::Both);
+        for wire in self.wires(Line::All) {
+            wire.cut();
         }
     }
 
-    fn adopt(&self, socket: &TcpStream) {
-        let copy = socket.try_clone().unwrap();
-        self.sockets.lock().unwrap().push(copy);
+    fn wires(&self, line: Line) -> Vec<Arc<Wire>> {
+        let mut wires = self.wires.lock().unwrap().clone();
+        wires.retain(|wire| wire.is(line));
+        wires
+    }
+
+    /// Returns when the connection does not stall, or never will do anything else. False if the proxy is over.
+    fn wait_stall(&self, wire: &Wire, way: Way) -> bool {
+        while wire.stalled[way as usize].load(Ordering::SeqCst)
+            || self.all_stalled.load(Ordering::SeqCst)
+        {
+            if self.over.load(Ordering::SeqCst) {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        true
     }
 
     /// Asks the hook and does what it says. False when there is no link any more.
-    fn pass(&self, to: &mut TcpStream, frame: &Passing<'_>, bytes: &[u8]) -> bool {
+    fn pass(&self, wire: &Wire, way: Way, frame: &Passing<'_>, bytes: &[u8]) -> bool {
         let verdict = {
             // A hook that failed its test has not spoilt the lock.
             let mut hook = self.hook.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,6 +278,13 @@ impl Shared {
         if shut {
             self.door_shut.store(true, Ordering::SeqCst);
         }
+        if !self.wait_stall(wire, way) {
+            return false;
+        }
+        let mut to = match way {
+            Way::ToTarget => &wire.target,
+            Way::ToSource => &wire.source,
+        };
         match verdict {
             Verdict::Drop => true,
             Verdict::Pass => to.write_all(bytes).is_ok(),
@@ -194,74 +319,78 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
         for socket in [&source, &target] {
             socket.set_nonblocking(false).unwrap();
             socket.set_nodelay(true).unwrap();
-            shared.adopt(socket);
         }
+        let wire = Arc::new(Wire {
+            line: Mutex::new(None),
+            source,
+            target,
+            stalled: Default::default(),
+        });
+        shared.wires.lock().unwrap().push(Arc::clone(&wire));
         let shared = Arc::clone(shared);
-        thread::spawn(move || link(&shared, source, target));
+        thread::spawn(move || link(&shared, &wire));
     }
 }
 
 /// One connection of the source and its partner.
-fn link(shared: &Arc<Shared>, mut source: TcpStream, mut target: TcpStream) {
+fn link(shared: &Arc<Shared>, wire: &Arc<Wire>) {
     let back = {
-        let (shared, from, to) = (
-            Arc::clone(shared),
-            target.try_clone().unwrap(),
-            source.try_clone().unwrap(),
-        );
+        let (shared, wire) = (Arc::clone(shared), Arc::clone(wire));
         thread::spawn(move || {
-            let frame = |frame: &TargetFrame, to: &mut TcpStream| {
-                shared.pass(to, &Passing::Target(frame), &frame.encode())
-            };
-            control(from, to, frame);
+            let mut buffer = FrameBuffer::default();
+            while let Some(frame) = next_frame::<TargetFrame>(&wire.target, &mut buffer) {
+                let bytes = frame.encode();
+                if !shared.pass(&wire, Way::ToSource, &Passing::Target(&frame), &bytes) {
+                    break;
+                }
+            }
+            end(&shared, &wire, Way::ToSource, &wire.source);
         })
     };
     let mut buffer = FrameBuffer::default();
-    if let Some(first) = next_frame::<SourceFrame>(&mut source, &mut buffer) {
-        let data = matches!(first, SourceFrame::DataHello(_));
-        if shared.pass(&mut target, &Passing::Source(&first), &first.encode()) {
-            if data {
-                pages(shared, &mut source, &mut target);
-            } else {
-                let frame = |frame: &SourceFrame, to: &mut TcpStream| {
-                    shared.pass(to, &Passing::Source(frame), &frame.encode())
-                };
-                frames(&mut source, &mut buffer, &mut target, frame);
+    let mut data = false;
+    while let Some(frame) = next_frame::<SourceFrame>(&wire.source, &mut buffer) {
+        match &frame {
+            SourceFrame::Hello(_) => *wire.line.lock().unwrap() = Some(Line::Control),
+            SourceFrame::DataHello(hello) => {
+                *wire.line.lock().unwrap() = Some(Line::Data(hello.index));
+                data = true;
             }
+            _ => {}
+        }
+        if !shared.pass(
+            wire,
+            Way::ToTarget,
+            &Passing::Source(&frame),
+            &frame.encode(),
+        ) {
+            break;
+        }
+        if data {
+            pages(shared, wire);
+            break;
         }
     }
-    // What is still under way to the other side arrives; it notices the end.
-    let _ = target.shutdown(Shutdown::Write);
+    end(shared, wire, Way::ToTarget, &wire.target);
     let _ = back.join();
+    let mut wires = shared.wires.lock().unwrap();
+    wires.retain(|other| !Arc::ptr_eq(other, wire));
 }
 
-fn control<F: ControlFrame>(
-    mut from: TcpStream,
-    mut to: TcpStream,
-    pass: impl FnMut(&F, &mut TcpStream) -> bool,
-) {
-    frames(&mut from, &mut FrameBuffer::default(), &mut to, pass);
+/// What is still under way to the other side arrives; it notices the end.
+fn end(shared: &Shared, wire: &Wire, way: Way, to: &TcpStream) {
+    shared.wait_stall(wire, way);
     // It may be closed already.
     let _ = to.shutdown(Shutdown::Write);
 }
 
-fn frames<F: ControlFrame>(
-    from: &mut TcpStream,
-    buffer: &mut FrameBuffer,
-    to: &mut TcpStream,
-    mut pass: impl FnMut(&F, &mut TcpStream) -> bool,
-) {
-    while let Some(frame) = next_frame(from, buffer) {
-        if !pass(&frame, to) {
-            return;
-        }
-    }
-}
-
-fn next_frame<F: ControlFrame>(from: &mut TcpStream, buffer: &mut FrameBuffer) -> Option<F> {
+fn next_frame<F: ControlFrame>(mut from: &TcpStream, buffer: &mut FrameBuffer) -> Option<F> {
     loop {
-        if let Some(frame) = buffer.poll_frame().unwrap() {
-            return Some(frame);
+        match buffer.poll_frame() {
+            Ok(Some(frame)) => return Some(frame),
+            Ok(None) => {}
+            // Nobody here says such a thing, unless a test has garbled what it heard.
+            Err(_) => return None,
         }
         // May read beyond the frame, except on a data connection: no page follows its hello before the target has said DATA_READY.
         let mut bytes = [0; 4096];
@@ -273,7 +402,8 @@ fn next_frame<F: ControlFrame>(from: &mut TcpStream, buffer: &mut FrameBuffer) -
 }
 
 /// Passes the frames of a data connection.
-fn pages(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream) {
+fn pages(shared: &Shared, wire: &Wire) {
+    let mut from = &wire.source;
     let mut head = [0; HEADER_BYTES];
     while from.read_exact(&mut head).is_ok() {
         let header = FrameHeader::decode(&head).unwrap();
@@ -300,7 +430,7 @@ fn pages(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream) {
             payload: &bytes[body_end..],
             bytes: &bytes,
         });
-        if !shared.pass(to, &frame, &bytes) {
+        if !shared.pass(wire, Way::ToTarget, &frame, &bytes) {
             return;
         }
     }

@@ -1,0 +1,166 @@
+//! A server that VMs tell how their migrations go (`--notify`), and what it makes of that: the order is that of I7, and no vCPU runs
+//! between a failure and its news.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{Launch, Vm, until};
+use crate::qmp::Qmp;
+
+/// What was heard of one event.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Heard {
+    pub(crate) event: String,
+    pub(crate) migration: String,
+    /// Whether the guest ran while the server was told of a failure.
+    pub(crate) guest_ran: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    heard: Mutex<Vec<Heard>>,
+    /// Where the VM can be asked; unknown before it has started.
+    qmp: Mutex<Option<PathBuf>>,
+    vetoes: AtomicBool,
+    /// Whoever tells of a failure waits for its answer.
+    holds: AtomicBool,
+    over: AtomicBool,
+}
+
+/// A server with one client.
+pub(crate) struct Listener {
+    dir: TempDir,
+    shared: Arc<Shared>,
+}
+
+impl Listener {
+    pub(crate) fn new() -> Self {
+        let dir = TempDir::with_prefix("vmferry-notify-").unwrap();
+        let socket = UnixListener::bind(dir.path().join("s")).unwrap();
+        let shared = Arc::new(Shared::default());
+        let serving = Arc::clone(&shared);
+        thread::spawn(move || {
+            for connection in socket.incoming() {
+                if serving.over.load(Ordering::SeqCst) {
+                    return;
+                }
+                serve(&connection.unwrap(), &serving);
+            }
+        });
+        Self { dir, shared }
+    }
+
+    /// Has a VM that is started so tell this server.
+    pub(crate) fn attend(&self, launch: Launch) -> Launch {
+        let socket = format!("unix:{}", self.socket().display());
+        launch.with(&["--notify", &socket])
+    }
+
+    /// The VM that tells it.
+    pub(crate) fn knows(&self, vm: &Vm) {
+        *self.shared.qmp.lock().unwrap() = Some(vm.qmp_path());
+    }
+
+    /// Objects to every migration, or to none.
+    pub(crate) fn veto(&self, all: bool) {
+        self.shared.vetoes.store(all, Ordering::SeqCst);
+    }
+
+    /// Takes its time with the news of a failure, which keeps a migration `failing` or `cancelling`, until told otherwise. The program does
+    /// not wait for ever: for two seconds.
+    pub(crate) fn hold(&self, failures: bool) {
+        self.shared.holds.store(failures, Ordering::SeqCst);
+    }
+
+    /// Everything heard so far.
+    pub(crate) fn heard(&self) -> Vec<Heard> {
+        self.shared.heard.lock().unwrap().clone()
+    }
+
+    /// As [`assert_order`](Self::assert_order), except that the last migration of a VM that was killed has no end.
+    pub(crate) fn assert_order_unless(&self, killed: bool, what: &str) {
+        if !killed {
+            self.assert_order(what);
+        }
+    }
+
+    /// Of every migration that began at this side the end was told, once, and nothing else.
+    pub(crate) fn assert_order(&self, what: &str) {
+        until(format_args!("{what}: every SETUP has its end"), || {
+            let heard = self.heard();
+            let begun = heard.iter().filter(|one| one.event == "setup").count();
+            let ended = |one: &&Heard| one.event == "done" || one.event == "failed";
+            (heard.iter().filter(ended).count() >= begun).then_some(())
+        });
+        let mut open: Option<String> = None;
+        for one in self.heard() {
+            match one.event.as_str() {
+                "setup" => {
+                    assert_eq!(open.replace(one.migration.clone()), None, "{what}: {one:?}");
+                }
+                "done" | "failed" => {
+                    assert_eq!(open.take(), Some(one.migration.clone()), "{what}: {one:?}");
+                }
+                "incoming-failed" => {}
+                other => panic!("{what}: {other}"),
+            }
+        }
+        assert_eq!(open, None, "{what}");
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::SeqCst);
+        // Wakes the server; if it has gone already there is nobody to wake.
+        let _ = UnixStream::connect(self.socket());
+    }
+}
+
+/// Serves one connection to its end.
+fn serve(connection: &UnixStream, shared: &Shared) {
+    let mut answers = connection;
+    for line in BufReader::new(connection).lines() {
+        let Ok(line) = line else { return };
+        let said: Value = serde_json::from_str(&line).unwrap();
+        let text = |name: &str| said[name].as_str().unwrap().to_owned();
+        let event = text("event");
+        let failed = event == "failed";
+        let vetoed = event == "setup" && shared.vetoes.load(Ordering::SeqCst);
+        let path = shared.qmp.lock().unwrap().clone();
+        let guest_ran = failed && path.is_some_and(|path| guest_runs(&path));
+        while failed && shared.holds.load(Ordering::SeqCst) && !shared.over.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(2));
+        }
+        shared.heard.lock().unwrap().push(Heard {
+            event,
+            migration: text("migration"),
+            guest_ran,
+        });
+        let answer = if vetoed {
+            json!({ "veto": "not now" })
+        } else {
+            json!({ "ok": true })
+        };
+        // The VM may have been killed.
+        let _ = answers.write_all(format!("{answer}\n").as_bytes());
+    }
+}
+
+fn guest_runs(qmp: &Path) -> bool {
+    Qmp::connect(qmp)
+        .and_then(|mut qmp| qmp.execute("query-status", json!({})).ok())
+        .is_some_and(|status| status["running"] == true)
+}
