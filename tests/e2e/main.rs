@@ -44,6 +44,7 @@ mod cancel_src; // I3, I6: the same in each status, as QEMU tests it
 mod cli; // every command as scripts use it
 mod cli_qemu; // the same against QEMU
 mod cli_watch; // following at a terminal, and Ctrl-C
+mod control; // I3, I6: yank, blockers, dirty rates, settings under way, a second incoming migration, descriptors
 mod corrupt; // I2, I5: pages and state that were changed on the way
 mod doubt; // I1: the link is lost at the commit
 mod faults; // I1, I3, I6, I7: every fault in every phase

@@ -46,6 +46,16 @@ impl Qmp {
         Some(qmp)
     }
 
+    /// Sends a blank with a file descriptor, for the next command.
+    pub(crate) fn pass(&self, fd: BorrowedFd<'_>) {
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let bytes = [IoSlice::new(b" ")];
+        sendmsg(&self.stream, &bytes, &mut control, SendFlags::empty()).unwrap();
+    }
+
     /// Executes a command.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.execute_with(command, arguments, None)

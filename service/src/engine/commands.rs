@@ -162,7 +162,12 @@ impl Engine {
             notifiers: self.notifiers.clone(),
             disks: Arc::clone(&self.disks),
             route,
+            detect_zero_pages: self.parameters.detect_zero_pages,
         };
+        if matches!(self.guest, Guest::Running) {
+            // What the guest stalls from now on is this attempt's. The memory of a stopped guest is left as it is.
+            self.machine.reset_workload_gap();
+        }
         self.outgoing = Some(Outgoing::start(
             start,
             Arc::clone(&self.machine),

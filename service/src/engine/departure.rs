@@ -59,7 +59,12 @@ impl Engine {
                     self.emit(QmpEvent::migration_pass(pass));
                 }
             }
-            OutgoingAction::StopGuest => self.stop_for_switchover(),
+            OutgoingAction::StopGuest => {
+                if let Some(outgoing) = &mut self.outgoing {
+                    outgoing.note_guest_stall();
+                }
+                self.stop_for_switchover();
+            }
             OutgoingAction::ResumeGuest(stopped) => {
                 let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
                 let (attempt, disks) = (self.attempts, Arc::clone(&self.disks));

@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::json;
-use vmferry_transport::memory::{DirtyLog, PageSamples};
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, PageSamples};
 use vmferry_transport::units::{Moment, PAGE_SIZE};
 
 use super::Engine;
@@ -254,6 +254,10 @@ fn begin(machine: &dyn Machine, samples: Option<u64>, clock: Clock) -> Result<Pr
     let Some(per_gib) = samples else {
         let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
         log.start().map_err(|error| chain(&error))?;
+        if let Err(error) = forget_all(machine, log.as_mut()) {
+            stop(log);
+            return Err(chain(&error));
+        }
         return Ok(Probe::Log(log, clock.now()));
     };
     let mut seed = [0; 8];
@@ -264,6 +268,16 @@ fn begin(machine: &dyn Machine, samples: Option<u64>, clock: Clock) -> Result<Pr
     let taken = PageSamples::take(machine.ram(), count, u64::from_le_bytes(seed));
     let samples = taken.map_err(|error| format!("guest memory cannot be looked at: {error}"))?;
     Ok(Probe::Samples(samples, clock.now()))
+}
+
+/// A log may begin with pages that were written before; and some forget a page only when they are told to.
+fn forget_all(machine: &dyn Machine, log: &mut dyn DirtyLog) -> Result<(), DirtyLogError> {
+    let mut dirty = machine.ram().empty_map();
+    log.fetch(&mut dirty)?;
+    match log.protector() {
+        Some(protector) => protector.protect(&dirty.runs().collect::<Vec<_>>()),
+        None => Ok(()),
+    }
 }
 
 /// MiB per second; runs on the job thread.

@@ -26,6 +26,7 @@ pub(super) struct Record {
     bytes_per_sec: Option<u64>,
     dirty_pages_per_sec: u64,
     backend: &'static str,
+    guest_stall_us: Option<u64>,
     error: Option<String>,
 }
 
@@ -39,6 +40,7 @@ impl Record {
             bytes_per_sec: core.estimate().bytes_per_sec(),
             dirty_pages_per_sec: core.estimate().dirty_pages_per_sec(),
             backend: outgoing.backend().backend.name(),
+            guest_stall_us: outgoing.guest_stall_us(),
             error,
         }
     }
@@ -47,20 +49,33 @@ impl Record {
         self.status
     }
 
-    fn info(&self, now: Moment, total_bytes: u64) -> MigrationInfo {
+    /// Members appear as in QEMU: before the first page there is only the status. The figures of an attempt that has failed or was
+    /// cancelled stay, which QEMU's do not. `limit_ms` is the downtime limit, which is what is expected until a round has been measured.
+    fn info(&self, now: Moment, total_bytes: u64, limit_ms: u64) -> MigrationInfo {
         let Self {
             status,
             stats,
             progress,
             backend,
+            guest_stall_us,
             error,
             ..
         } = self;
+        let head = MigrationInfo {
+            status: Some(*status),
+            error_desc: error.clone(),
+            x_connections: Some(progress.connection_bytes.len() as u64),
+            x_backend: Some((*backend).to_owned()),
+            ..MigrationInfo::default()
+        };
+        if matches!(status, MigrationStatus::Setup | MigrationStatus::WaitUnplug) {
+            return head;
+        }
         let until = stats.ended.unwrap_or(now);
         let over = status.is_end();
         let ram = self.ram(until, total_bytes);
+        let expected_ms = stats.predicted_blackout_us.map_or(limit_ms, |us| us / 1000);
         MigrationInfo {
-            status: Some(*status),
             ram: Some(ram),
             remaining: (!over).then_some(ram.remaining),
             total_time: Some(until.micros_since(stats.began) / 1000),
@@ -68,20 +83,15 @@ impl Record {
                 .first_round
                 .map(|first| first.micros_since(stats.began) / 1000),
             downtime: stats.blackout.map(|parts| parts.total_us() / 1000),
-            expected_downtime: (!over)
-                .then_some(stats.predicted_blackout_us)
-                .flatten()
-                .map(|us| us / 1000),
-            error_desc: error.clone(),
+            expected_downtime: (!over).then_some(expected_ms),
             x_blackout: stats.blackout.map(blackout),
+            x_guest_stall_us: *guest_stall_us,
             x_round: stats.first_round.map(|_| u64::from(stats.round.0) + 1),
             x_predicted_blackout_us: stats.predicted_blackout_us,
             x_populated_target: stats.ready.as_ref().map(|ready| ready.populated_bytes),
-            x_connections: Some(progress.connection_bytes.len() as u64),
-            x_backend: Some((*backend).to_owned()),
             x_zero_copy_fallbacks: Some(progress.zero_copy.fallbacks),
             x_verification: self.verification(),
-            ..MigrationInfo::default()
+            ..head
         }
     }
 
@@ -171,7 +181,7 @@ impl Engine {
     /// The answer to `query-migrate`: the outgoing side if there was one, otherwise the incoming side.
     pub(super) fn migration_info(&self) -> MigrationInfo {
         let total = self.machine.ram().pages().to_bytes();
-        let now = self.clock.now();
+        let (now, limit_ms) = (self.clock.now(), self.parameters.downtime_limit_ms);
         let mut info = match (&self.outgoing, &self.record) {
             (Some(outgoing), _) => {
                 let doubt = outgoing.core().is_unresolved();
@@ -181,10 +191,10 @@ impl Engine {
                 let throttle = outgoing.core().throttle_percent();
                 MigrationInfo {
                     cpu_throttle_percentage: (throttle > 0).then_some(throttle.into()),
-                    ..Record::of(outgoing, problem).info(now, total)
+                    ..Record::of(outgoing, problem).info(now, total, limit_ms)
                 }
             }
-            (None, Some(record)) => record.info(now, total),
+            (None, Some(record)) => record.info(now, total, limit_ms),
             (None, None) => self
                 .incoming
                 .as_ref()

@@ -81,6 +81,11 @@ pub(super) struct Outgoing {
     log: Option<ArmedLog>,
     work: RoundWork,
     dirty: DirtyMap,
+    detect_zero_pages: bool,
+    /// It ran when the attempt began.
+    guest_ran: bool,
+    /// Longest time in which the guest could not write before it was stopped, as it says itself.
+    guest_stall_us: Option<u64>,
     /// Proof lent to the job that saves the state.
     lent: Option<Arc<crate::machine::VcpusStopped>>,
     /// Connections that were under way when the links were closed end as soon as they notice.
@@ -106,6 +111,7 @@ pub(super) struct OutgoingStart {
     pub(super) bandwidth: Arc<BandwidthLimit>,
     pub(super) notifiers: Notifiers,
     pub(super) disks: Arc<Disks>,
+    pub(super) detect_zero_pages: bool,
 }
 
 /// Why a migration fails whose connections were yanked.
@@ -126,8 +132,9 @@ impl Outgoing {
             bandwidth,
             notifiers,
             disks,
+            detect_zero_pages,
         } = start;
-        let checksum = config.checksum;
+        let (checksum, guest_ran) = (config.checksum, config.guest_runs);
         let dirty = machine.ram().empty_map();
         let mut core = Source::new(config, tuning);
         core.start(clock.now());
@@ -153,6 +160,9 @@ impl Outgoing {
             log: None,
             work: RoundWork::default(),
             dirty,
+            detect_zero_pages,
+            guest_ran,
+            guest_stall_us: None,
             lent: None,
             closing: false,
         }
@@ -185,9 +195,22 @@ impl Outgoing {
             .map_or_else(|| self.progress.clone(), DataSender::progress)
     }
 
+    /// Asks the guest for the longest time in which it could not write since the attempt began. Meaningful until it is stopped.
+    pub(super) fn note_guest_stall(&mut self) {
+        let stats = self.machine.workload_stats().filter(|_| self.guest_ran);
+        self.guest_stall_us = stats.map(|stats| stats.longest_gap_us);
+    }
+
+    pub(super) fn guest_stall_us(&self) -> Option<u64> {
+        self.guest_stall_us
+    }
+
     /// Lets the core know how far the data threads are, and that time has passed.
     pub(super) fn tick(&mut self) {
         let now = self.clock.now();
+        if self.core.status() == MigrationStatus::Active {
+            self.note_guest_stall();
+        }
         if let Some(sender) = &self.sender {
             self.core
                 .handle_progress(now, sender.progress().wire_bytes());
@@ -374,6 +397,7 @@ impl Outgoing {
                 SourceAction::SendRound { round, last } => {
                     let mut work = std::mem::take(&mut self.work);
                     work.runs.extend(self.dirty.runs());
+                    work.zeros_as_data = !self.detect_zero_pages;
                     self.dirty.clear();
                     match &self.sender {
                         Some(sender) => {

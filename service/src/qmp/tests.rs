@@ -1,11 +1,14 @@
 //! The server over real sockets, with a small engine task in place of the real one.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use vmferry_transport::control::runtime::{self, RuntimeKind};
@@ -77,8 +80,10 @@ impl Drop for Server {
     }
 }
 
-/// `stop` and `cont` send their events, `query-name` floods with events, `x-ram-hash` fails, `quit` ends the engine.
+/// `stop` and `cont` send their events, `query-name` floods with events, `x-ram-hash` fails, `quit` ends the engine, `query-kvm` is
+/// answered when `migrate-pause` is, `getfd` writes its name to what came along.
 async fn engine(mut inbox: EngineInbox) {
+    let mut held = Vec::new();
     while let Some(request) = inbox.requests.recv().await {
         let mut last = false;
         let answer = match request.command {
@@ -94,6 +99,21 @@ async fn engine(mut inbox: EngineInbox) {
                 for pass in 0..100 {
                     let _ = inbox.events.send(QmpEvent::migration_pass(pass));
                 }
+                Ok(json!({}))
+            }
+            Command::QueryKvm => {
+                held.push(request.reply);
+                continue;
+            }
+            Command::MigratePause => {
+                for reply in held.drain(..) {
+                    let _ = reply.send(Ok(json!("released")));
+                }
+                Ok(json!({}))
+            }
+            Command::GetFd { name } => {
+                let mut file = std::fs::File::from(request.fd.unwrap());
+                file.write_all(name.as_bytes()).unwrap();
                 Ok(json!({}))
             }
             Command::XRamHash => Err(QmpError::generic("the guest runs")),
@@ -149,6 +169,32 @@ impl Client {
     fn execute(&mut self, name: &str) -> Value {
         self.send(&json!({ "execute": name }).to_string());
         self.read()
+    }
+}
+
+impl Client {
+    /// Negotiated, with out-of-band execution.
+    fn overtaking(path: &Path) -> Self {
+        let mut client = Self::connect(path);
+        assert_eq!(client.read()["QMP"]["capabilities"], json!(["oob"]));
+        client.send(r#"{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}"#);
+        assert_eq!(client.read(), json!({"return": {}}));
+        client
+    }
+
+    /// Sends bytes with descriptors.
+    fn send_with(&mut self, text: &str, fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        let bytes = [IoSlice::new(text.as_bytes())];
+        sendmsg(
+            self.reader.get_ref(),
+            &bytes,
+            &mut control,
+            SendFlags::empty(),
+        )
+        .unwrap();
     }
 }
 
@@ -331,5 +377,153 @@ fn a_client_that_comes_and_goes_leaves_nothing_behind() {
                 !Client::connect(&server.path()).read().is_null()
             }));
         }
+    });
+}
+
+#[test]
+fn what_is_out_of_band_overtakes_a_command_that_takes_long() {
+    on_both(|server| {
+        let mut client = Client::overtaking(&server.path());
+        // One is executed, seven wait behind it; with one more the client would not be read from.
+        for id in 0..8 {
+            client.send(&json!({"execute": "query-kvm", "id": id}).to_string());
+        }
+        let mut answered = Vec::new();
+        while answered.len() < 8 {
+            // Releases the one that is being executed, if it has reached the engine.
+            client.send(r#"{"exec-oob": "migrate-pause", "id": "now"}"#);
+            loop {
+                let reply = client.read();
+                if reply["id"] == "now" {
+                    break;
+                }
+                assert_eq!(reply["return"], "released");
+                answered.push(reply["id"].clone());
+            }
+        }
+        let in_order: Vec<_> = (0..8).map(|id| json!(id)).collect();
+        assert_eq!(answered, in_order);
+    });
+}
+
+#[test]
+fn a_refused_command_out_of_band_is_answered_at_once_too() {
+    on_both(|server| {
+        let mut client = Client::overtaking(&server.path());
+        client.send(r#"{"execute": "query-kvm", "id": 1}{"exec-oob": "stop", "id": 2}"#);
+        let refused = client.read();
+        assert_eq!(refused["id"], 2);
+        assert_eq!(refused["error"]["class"], "GenericError");
+        client.send(r#"{"exec-oob": "migrate-pause", "id": 3}"#);
+        let ids = [client.read()["id"].clone(), client.read()["id"].clone()];
+        assert!(
+            ids.contains(&json!(1)) && ids.contains(&json!(3)),
+            "{ids:?}"
+        );
+    });
+}
+
+#[test]
+fn a_client_that_did_not_ask_for_it_cannot_overtake() {
+    on_both(|server| {
+        let mut client = Client::negotiated(&server.path());
+        client.send(r#"{"exec-oob": "migrate-pause"}"#);
+        let desc = client.read()["error"]["desc"].to_string();
+        assert!(desc.contains("not enabled"), "{desc}");
+    });
+}
+
+#[test]
+fn only_so_many_commands_wait_and_none_is_lost() {
+    on_both(|server| {
+        let mut client = Client::overtaking(&server.path());
+        client.send(r#"{"execute": "query-kvm", "id": "first"}"#);
+        let text: String = (0..100)
+            .map(|id| json!({"execute": "query-migrate", "id": id}).to_string())
+            .collect();
+        client.send(&text);
+        // Behind a hundred others this one is not seen: a second client must help.
+        client.send(r#"{"exec-oob": "migrate-pause", "id": "stuck"}"#);
+        let mut other = Client::negotiated(&server.path());
+        let first = loop {
+            assert_eq!(other.execute("migrate-pause"), json!({"return": {}}));
+            client
+                .reader
+                .get_ref()
+                .set_read_timeout(Some(Duration::from_millis(20)))
+                .unwrap();
+            let mut line = String::new();
+            match client.reader.read_line(&mut line) {
+                Ok(_) => break serde_json::from_str::<Value>(&line).unwrap(),
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+        };
+        client
+            .reader
+            .get_ref()
+            .set_read_timeout(Some(PATIENCE))
+            .unwrap();
+        assert_eq!(first["id"], "first");
+        let mut ids: Vec<Value> = (0..101).map(|_| client.read()["id"].clone()).collect();
+        ids.retain(|id| id != "stuck");
+        assert_eq!(ids, (0..100).map(|id| json!(id)).collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn a_descriptor_reaches_the_command_it_came_with() {
+    on_both(|server| {
+        let mut client = Client::negotiated(&server.path());
+        let command =
+            |name: &str| json!({"execute": "getfd", "arguments": {"fdname": name}}).to_string();
+        let mut ends = Vec::new();
+        // With the command, and with a blank before it as the Python client does; pipelined.
+        for name in ["one", "two", "three", "four"] {
+            let (near, far) = UnixStream::pair().unwrap();
+            if name.len() == 3 {
+                client.send_with(&command(name), &[far.as_fd()]);
+            } else {
+                client.send_with(" ", &[far.as_fd()]);
+                client.send(&command(name));
+            }
+            ends.push((near, name));
+        }
+        for (mut near, name) in ends {
+            assert_eq!(client.read(), json!({"return": {}}));
+            let mut text = String::new();
+            near.set_read_timeout(Some(PATIENCE)).unwrap();
+            // Ends because the engine has closed what it got.
+            near.read_to_string(&mut text).unwrap();
+            assert_eq!(text, name);
+        }
+    });
+}
+
+#[test]
+fn a_command_without_its_descriptor_is_refused_and_strays_are_closed() {
+    on_both(|server| {
+        let mut client = Client::negotiated(&server.path());
+        let getfd = r#"{"execute": "getfd", "arguments": {"fdname": "x"}}"#;
+        client.send(getfd);
+        assert!(
+            client.read()["error"]["desc"]
+                .to_string()
+                .contains("SCM_RIGHTS")
+        );
+        let (mut near, far) = UnixStream::pair().unwrap();
+        client.send_with(r#"{"execute": "query-migrate"}"#, &[far.as_fd(); 3]);
+        drop(far);
+        for _ in 0..3 {
+            assert!(client.read()["return"].is_string());
+            client.send(r#"{"execute": "query-migrate"}"#);
+        }
+        assert!(client.read()["return"].is_string());
+        near.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(near.read(&mut [0; 1]).unwrap(), 0, "still open somewhere");
+        let (near, far) = UnixStream::pair().unwrap();
+        client.send_with(getfd, &[far.as_fd(); 30]);
+        let desc = client.read()["error"]["desc"].to_string();
+        assert!(desc.contains("could not be received"), "{desc}");
+        drop(near);
     });
 }

@@ -36,6 +36,8 @@ pub struct RoundWork {
     pub runs: Vec<PageRun>,
     /// Pages that are known not to exist. They are never read.
     pub holes: Vec<PageRun>,
+    /// Do not look for zero pages, send them as they are: for a guest that is known to have none.
+    pub zeros_as_data: bool,
 }
 
 impl RoundWork {
@@ -44,6 +46,7 @@ impl RoundWork {
         Self {
             runs: extents.data,
             holes: extents.holes,
+            zeros_as_data: false,
         }
     }
 }
@@ -58,6 +61,7 @@ pub(crate) struct Round {
     protector: Option<Arc<dyn WriteProtector>>,
     runs: RunSequence,
     holes: Vec<PageRun>,
+    zeros_as_data: bool,
     next_page: AtomicU64,
     next_hole: AtomicUsize,
     next_device: AtomicUsize,
@@ -88,6 +92,7 @@ impl Round {
             protector,
             runs,
             holes: work.holes.into_iter().flat_map(wire_sized).collect(),
+            zeros_as_data: work.zeros_as_data,
             next_page: AtomicU64::new(0),
             next_hole: AtomicUsize::new(0),
             next_device: AtomicUsize::new(0),
@@ -135,7 +140,7 @@ impl Round {
                 protector.protect(&claimed)?;
             }
             for run in claimed {
-                sorted.add(ram, run);
+                sorted.add(ram, run, self.zeros_as_data);
                 looked_at += run.count.0;
             }
         }
@@ -193,12 +198,12 @@ struct Sorted {
 }
 
 impl Sorted {
-    fn add(&mut self, ram: &GuestRam, run: PageRun) {
+    fn add(&mut self, ram: &GuestRam, run: PageRun, zeros_as_data: bool) {
         let block = ram.block(run.block);
         for index in (run.start.0..run.end().0).map(PageIndex) {
             let page = block.and_then(|block| GuestPage::of(block, index));
             let kind = match page {
-                Some(page) if page.is_zero() => RunKind::Zero,
+                Some(page) if !zeros_as_data && page.is_zero() => RunKind::Zero,
                 Some(_) => RunKind::Data,
                 None => panic!("{run:?} is outside of the RAM"),
             };

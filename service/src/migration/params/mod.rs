@@ -85,6 +85,8 @@ pub struct MigrationParameters {
     pub multifd_channels: u8,
     /// Which kind of migration.
     pub mode: MigrationMode,
+    /// Look for pages that are zero and send them without their content.
+    pub detect_zero_pages: bool,
 
     /// Throttle the guest when it dirties more than this share of what was sent meanwhile, in percent, 1 to 100.
     pub throttle_trigger_threshold_percent: u8,
@@ -121,6 +123,7 @@ impl Default for MigrationParameters {
             avail_switchover_bandwidth_bytes_per_sec: 0,
             multifd_channels: 2,
             mode: MigrationMode::Normal,
+            detect_zero_pages: true,
             throttle_trigger_threshold_percent: 50,
             cpu_throttle_initial_percent: 20,
             cpu_throttle_increment_percent: 10,
@@ -311,6 +314,10 @@ mod tests {
             (json!({"mode": "cpr-transfer"}), "`mode`: `cpr-transfer`"),
             (json!({"mode": "cpr-exec"}), "`mode`: `cpr-exec`"),
             (
+                json!({"zero-page-detection": "legacy"}),
+                "`zero-page-detection`: `legacy`",
+            ),
+            (
                 json!({"multifd-compression": "zstd"}),
                 "`multifd-compression`: `zstd`",
             ),
@@ -327,6 +334,19 @@ mod tests {
             assert!(error.contains(text), "{arguments}: {error}");
             assert!(error.ends_with("is not supported yet"), "{error}");
         }
+    }
+
+    #[test]
+    fn words_reach_their_field_and_come_back() {
+        let none = set(
+            MigrationParameters::default(),
+            json!({"zero-page-detection": "none", "mode": "normal"}),
+        );
+        assert!(!none.detect_zero_pages);
+        let json = serde_json::to_value(none).unwrap();
+        assert_eq!(json["zero-page-detection"], "none");
+        let back = set(none, json!({"zero-page-detection": "multifd"}));
+        assert_eq!(back, MigrationParameters::default());
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub(crate) enum Shape {
 enum Access {
     Integer(Get<u64>, Set<u64>),
     Boolean(Get<bool>, Set<bool>),
-    Mode,
+    Word(fn(&MigrationParameters) -> &'static str, SetWord),
     /// Not supported: always this integer.
     FixedInteger(u64),
     /// Not supported: always off.
@@ -67,13 +67,15 @@ enum Access {
 
 type Get<T> = fn(&MigrationParameters) -> T;
 type Set<T> = fn(&mut MigrationParameters, T);
+/// Says whether the word is supported; changes nothing if it is not.
+type SetWord = fn(&mut MigrationParameters, &str) -> bool;
 
 /// A value that was read and is in range.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Setting {
     Integer(u64),
     Boolean(bool),
-    Mode(MigrationMode),
+    Word(&'static str),
     /// The value it has anyway.
     Same,
 }
@@ -177,13 +179,28 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
     Parameter {
         name: "mode",
         shape: Shape::Choice(|| MigrationMode::ALL.map(MigrationMode::name).to_vec()),
-        access: Access::Mode,
+        access: Access::Word(
+            |p| p.mode.name(),
+            |p, word| {
+                p.mode = MigrationMode::Normal;
+                word == MigrationMode::Normal.name()
+            },
+        ),
     },
-    fixed(
-        "zero-page-detection",
-        Shape::Choice(|| vec!["none", "legacy", "multifd"]),
-        Access::FixedWord("multifd"),
-    ),
+    Parameter {
+        name: "zero-page-detection",
+        shape: Shape::Choice(|| vec!["none", "legacy", "multifd"]),
+        access: Access::Word(
+            |p| match p.detect_zero_pages {
+                true => "multifd",
+                false => "none",
+            },
+            |p, word| {
+                p.detect_zero_pages = word == "multifd";
+                word != "legacy"
+            },
+        ),
+    },
     fixed("direct-io", Shape::Boolean, Access::FixedOff),
     fixed("cpr-exec-command", Shape::Texts, Access::Unset),
     fixed_integer("x-rdma-chunk-size", 1 << 20..=1 << 30, 1 << 20),
@@ -246,7 +263,7 @@ impl Parameter {
     pub(super) fn is_supported(&self) -> bool {
         matches!(
             self.access,
-            Access::Integer(..) | Access::Boolean(..) | Access::Mode
+            Access::Integer(..) | Access::Boolean(..) | Access::Word(..)
         )
     }
 
@@ -255,7 +272,7 @@ impl Parameter {
         Some(match self.access {
             Access::Integer(get, _) => json!(get(parameters)),
             Access::Boolean(get, _) => json!(get(parameters)),
-            Access::Mode => json!(parameters.mode.name()),
+            Access::Word(get, _) => json!(get(parameters)),
             Access::FixedInteger(value) => json!(value),
             Access::FixedOff => json!(false),
             Access::FixedWord(word) => json!(word),
@@ -309,15 +326,18 @@ impl Parameter {
         match (self.access, setting) {
             (Access::Integer(_, set), Setting::Integer(value)) => set(parameters, value),
             (Access::Boolean(_, set), Setting::Boolean(value)) => set(parameters, value),
-            (Access::Mode, Setting::Mode(mode)) => parameters.mode = mode,
+            (Access::Word(_, set), Setting::Word(word)) => {
+                let supported = set(parameters, word);
+                debug_assert!(supported, "{} was checked", self.name);
+            }
             _ => debug_assert_eq!(setting, Setting::Same, "{}", self.name),
         }
     }
 
-    fn word(&self, word: &str) -> Result<Setting, SettingError> {
+    fn word(&self, word: &'static str) -> Result<Setting, SettingError> {
         match self.access {
-            Access::Mode if word == MigrationMode::Normal.name() => {
-                Ok(Setting::Mode(MigrationMode::Normal))
+            Access::Word(_, set) if set(&mut MigrationParameters::default(), word) => {
+                Ok(Setting::Word(word))
             }
             Access::FixedWord(only) if word == only => Ok(Setting::Same),
             _ => Err(SettingError::ValueNotSupported {

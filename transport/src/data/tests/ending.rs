@@ -80,7 +80,7 @@ fn nothing_holds_the_ram_or_the_sockets_afterwards() {
                 ferry.queue(
                     RoundWork {
                         runs: vec![run(0, 0, 100)],
-                        holes: Vec::new(),
+                        ..RoundWork::default()
                     },
                     false,
                 );
@@ -159,7 +159,7 @@ fn a_bandwidth_limit_holds_for_all_connections_together_until_the_guest_stops() 
         limit.set(1);
         let work = RoundWork {
             runs: vec![run(0, 0, 1000)],
-            holes: Vec::new(),
+            ..RoundWork::default()
         };
         ferry.round(work, true);
         ferry.finish();

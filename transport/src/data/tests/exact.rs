@@ -57,7 +57,7 @@ fn dirty_some(ram: &GuestRam, random: &mut Random) -> DirtyMap {
 fn work(dirty: &DirtyMap) -> RoundWork {
     RoundWork {
         runs: dirty.runs().collect(),
-        holes: Vec::new(),
+        ..RoundWork::default()
     }
 }
 
@@ -169,7 +169,7 @@ fn a_page_sent_in_many_rounds_over_several_sockets_ends_with_its_newest_content(
         ferry.first_round(false);
         let all = RoundWork {
             runs: (0..64).map(|index| run(0, index, 1)).collect(),
-            holes: Vec::new(),
+            ..RoundWork::default()
         };
         for burst in 0..60 {
             let rounds = 1 + burst % 4;
@@ -201,7 +201,7 @@ fn a_writer_during_the_rounds_is_caught_up_with_by_the_last() {
         ferry.first_round(false);
         let all = RoundWork {
             runs: vec![run(0, 0, 512)],
-            holes: Vec::new(),
+            ..RoundWork::default()
         };
         std::thread::scope(|scope| {
             let ram = ferry.source.clone();
@@ -279,7 +279,7 @@ fn progress_and_totals_add_up() {
     let second = ferry.round(
         RoundWork {
             runs: vec![run(0, 0, 100)],
-            holes: Vec::new(),
+            ..RoundWork::default()
         },
         true,
     );
@@ -342,4 +342,25 @@ fn zero_copy_with_many_messages_lent_delivers_every_page() {
     assert!(zero_copy.sends > 30, "{zero_copy:?}");
     let (source, target) = ferry.finish();
     assert_eq!(source.hash, target.hash);
+}
+
+#[test]
+fn zero_pages_leave_as_data_when_nobody_is_to_look_for_them() {
+    for (transport, backend) in EVERYWHERE {
+        let (source, target) = (memfd_ram(&[100]), memfd_ram(&[100]));
+        write_page(&source, 0, 7, 1);
+        // Stale content at the target must become zero all the same.
+        write_page(&target, 0, 50, 2);
+        let mut ferry = Ferry::new(transport, 2, sender_config(backend), source, target);
+        let work = RoundWork {
+            runs: vec![run(0, 0, 100)],
+            zeros_as_data: true,
+            ..RoundWork::default()
+        };
+        let stats = ferry.round(work, true);
+        assert_eq!((stats.counts.data_pages, stats.counts.zero_pages), (100, 0));
+        let hashes = [&ferry.source, &ferry.target].map(|ram| ram_hash(ram).unwrap().hash);
+        assert_eq!(hashes[0], hashes[1]);
+        ferry.finish();
+    }
 }
