@@ -1,4 +1,6 @@
-//! KVM with page tables of the hardware, as most hosts have it: whole migrations.
+//! KVM with page tables of the hardware, as most hosts have it: whole migrations, and the tests of our KVM code once more.
+
+use std::process::Command;
 
 use serde_json::json;
 
@@ -83,4 +85,29 @@ fn a_guest_stays_where_it_is_when_the_cable_is_pulled() {
     let mut target = machine.start_target(&address, hosts.launch(1));
     source.set(json!({ "max-bandwidth": 0 }));
     source.move_to(&mut target);
+}
+
+/// Runs unit tests that `tests/lab/run` has packed.
+fn unit_tests(program: &str, filter: &str, at_least: usize) {
+    load_kvm();
+    let output = Command::new(program)
+        .args([filter, "--test-threads=1", "--show-output"])
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    println!("{said}");
+    assert!(output.status.success());
+    assert!(!said.contains("SKIPPED"));
+    let passed = said.lines().filter(|line| line.ends_with("... ok")).count();
+    assert!(passed >= at_least, "only {passed} tests ran");
+}
+
+#[test]
+fn unit_tests_of_kvm_state_pass() {
+    unit_tests("/bin/unit-tests-vmferry_devices", "kvm::tests::", 10);
+}
+
+#[test]
+fn unit_tests_of_the_machine_pass() {
+    unit_tests("/bin/unit-tests-vmferry", "machine::kvm::tests::", 15);
 }

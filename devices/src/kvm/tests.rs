@@ -31,7 +31,7 @@ fn vm_with_vcpu(irqchip: bool) -> Option<(VmFd, KvmVcpu, VcpuProfile)> {
     let mut supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
     for leaf in supported.as_mut_slice() {
         // KVM has TSC deadlines wherever it has the local APIC, and leaves it to the VMM to say so.
-        if irqchip && leaf.function == 1 {
+        if leaf.function == 1 {
             leaf.ecx |= CPUID_1_ECX_TSC_DEADLINE;
         }
     }
