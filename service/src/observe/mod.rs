@@ -5,7 +5,7 @@
 //!                                              +--> figures::Board <- thread <- Prometheus
 //! ```
 //!
-//! The engine tells its [`Observer`] what happens and never waits for it: files are written and scrapers are answered by threads of
+//! The engine tells its `Observer` what happens and never waits for it: files are written and scrapers are answered by threads of
 //! their own, which get copies. An observer decides nothing about a migration.
 
 pub(crate) mod figures;

@@ -1,8 +1,8 @@
 //! The Prometheus endpoint: `GET /metrics` over HTTP/1.1, on a thread of its own.
 //!
-//! The names and what they mean are in [`text`], and in the README for operators. A client that is slow, silent or talks nonsense costs
+//! The names and what they mean are in `text.rs`, and in the README for operators. A client that is slow, silent or talks nonsense costs
 //! one of [`CLIENTS_MAX`] places for at most [`PATIENCE`]; when all are taken, new clients are told to come back later. The migration
-//! does not notice any of it: figures are taken from the [`Board`](super::figures::Board), see there.
+//! does not notice any of it: figures are taken from the board in `figures.rs`, see there.
 
 mod http;
 pub(crate) mod text;

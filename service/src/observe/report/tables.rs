@@ -80,7 +80,11 @@ pub(super) fn key_figures(
     page: &mut String,
 ) {
     let totals = &record.totals;
-    let limit = record.parameters.get("downtime-limit");
+    // The target's own limit has no say.
+    let limit = match record.side {
+        Side::Source => record.parameters.get("downtime-limit"),
+        Side::Target => None,
+    };
     let limit = limit.and_then(serde_json::Value::as_u64);
     let limit = limit.map(|ms| format!("limit {}", duration(ms.saturating_mul(1000))));
     let mean = match moving_us(record) {
