@@ -581,6 +581,34 @@ fn a_guest_that_is_here_cannot_be_taken_back() {
     }
 }
 
+/// An archive that is none, or one socket that ends: nobody else will come.
+#[test]
+fn a_target_whose_origin_has_nothing_to_give_fails_whatever_it_waits_for() {
+    let error = || TargetError::Local(AbortCode::Resources, "no archive".to_owned());
+    for mut target in [listening(), receiving()] {
+        actions(&mut target);
+        target.handle_origin_failed(NOW, error());
+        while target.status() != TargetStatus::Failed {
+            let todo = actions(&mut target);
+            assert!(!todo.is_empty(), "stuck as {:?}", target.status());
+            for action in todo {
+                match action.as_str() {
+                    "CloseLinks" => target.handle_links_closed(NOW),
+                    "NotifyFailed" => target.handle_notified(NOW),
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(target.error(), Some(&error()));
+        assert!(actions(&mut target).last().unwrap().contains("no archive"));
+    }
+    // What has failed already keeps its reason.
+    let mut target = receiving();
+    target.handle_cancel(NOW);
+    target.handle_origin_failed(NOW, error());
+    assert_ne!(target.error(), Some(&error()));
+}
+
 #[test]
 fn an_id_that_failed_is_not_accepted_again() {
     let mut target = receiving();
