@@ -59,7 +59,7 @@ pub enum Address {
     },
     /// `fd:NAME`.
     Fd {
-        /// Name of a descriptor that was passed to the process, or the number of one that it was started with.
+        /// Name of a descriptor that was passed to the process.
         name: String,
     },
     /// `exec:COMMAND`.
@@ -424,7 +424,6 @@ mod tests {
             "unix:relative.sock",
             "vsock:2:4294967295",
             "fd:migrate-1",
-            "fd:7",
             "exec:gzip -c > 'a b:c,d'",
             "file:/var/tmp/vm",
             "file:a,b:c,offset=4096",

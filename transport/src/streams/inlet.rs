@@ -42,20 +42,18 @@ impl Inlet {
     /// As [`file`](Self::file).
     pub fn of_file(name: &str, file: impl Into<File>, offset: u64) -> Result<Self, StreamError> {
         let mut file: File = file.into();
-        let mut begin = || -> io::Result<(bool, bool)> {
-            let regular = is_regular(&file)?;
+        let regular = is_regular(&file).map_err(|fault| fault.of(name))?;
+        let mut begin = || -> io::Result<()> {
             if regular || offset > 0 {
                 file.seek(SeekFrom::Start(offset))?;
             }
             if !regular {
                 rustix::io::ioctl_fionbio(&file, true)?;
             }
-            Ok((regular, file.metadata()?.is_dir()))
+            Ok(())
         };
-        match begin().map_err(|error| StreamFault::Open(error).of(name))? {
-            (_, true) => Err(StreamFault::Kind("this is a directory").of(name)),
-            (regular, false) => Self::new(name, file, regular, None),
-        }
+        begin().map_err(|error| StreamFault::Open(error).of(name))?;
+        Self::new(name, file, regular, None)
     }
 
     /// Takes the reading end of a pipe.

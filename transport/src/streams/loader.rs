@@ -30,7 +30,7 @@ pub(super) type Connect = Box<dyn Fn(OwnedFd) + Send>;
 /// Learns that there is nothing to load, and why. Called at most once, on a thread of the loader.
 pub(super) type Failed = Box<dyn FnOnce(StreamError) + Send>;
 
-/// Loads one VM. Dropping it gives up, unless the guest was handed over.
+/// Loads one VM. Dropping it gives up, unless the guest was handed over; see [`give_up`](Self::give_up).
 #[derive(Debug)]
 pub struct ArchiveLoader {
     interrupt: Interrupt,
@@ -62,7 +62,11 @@ impl ArchiveLoader {
     }
 
     /// Gives up, and waits until the file or command is left alone. Blocks, as long as a file system may.
-    pub fn give_up(mut self) {
+    pub fn give_up(self) {
+        drop(self);
+    }
+
+    fn end(&mut self) {
         self.interrupt.raise();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -74,7 +78,7 @@ impl ArchiveLoader {
 
 impl Drop for ArchiveLoader {
     fn drop(&mut self) {
-        self.interrupt.raise();
+        self.end();
     }
 }
 

@@ -29,6 +29,7 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 
 use rustix::fs::FileType;
@@ -121,8 +122,19 @@ pub fn fd_kind(fd: &OwnedFd) -> io::Result<FdKind> {
 }
 
 /// Whether writes and reads of it never wait for anybody but a disk.
-fn is_regular(file: &File) -> io::Result<bool> {
-    Ok(file.metadata()?.file_type().is_file())
+///
+/// # Errors
+/// What the kernel says, or for what cannot hold an archive: a block device has no end, so that the end of an archive in it would be
+/// lost among what was there before.
+fn is_regular(file: &File) -> Result<bool, StreamFault> {
+    let kind = file.metadata().map_err(StreamFault::Open)?.file_type();
+    if kind.is_dir() {
+        return Err(StreamFault::Kind("this is a directory"));
+    }
+    if kind.is_block_device() {
+        return Err(StreamFault::Kind("this is a block device; use a file"));
+    }
+    Ok(kind.is_file())
 }
 
 /// Two ends of a connection within this process: the first stays with a stand-in, the second goes to the engine.

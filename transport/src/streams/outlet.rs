@@ -65,8 +65,9 @@ impl Outlet {
     /// As [`file`](Self::file).
     pub fn of_file(name: &str, file: impl Into<File>, offset: u64) -> Result<Self, StreamError> {
         let mut file: File = file.into();
+        let regular = is_regular(&file).map_err(|fault| fault.of(name))?;
         let mut begin = || -> io::Result<Kind> {
-            if is_regular(&file)? {
+            if regular {
                 file.set_len(offset)?;
                 file.seek(SeekFrom::Start(offset))?;
                 return Ok(Kind::Regular {

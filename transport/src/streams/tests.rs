@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::mpsc;
 use std::thread;
@@ -226,19 +226,71 @@ fn a_wait_that_would_last_for_ever_is_interrupted() {
     blocked.join().unwrap();
 }
 
+/// A named pipe in a folder of its own.
+struct Fifo(std::path::PathBuf);
+
+impl Fifo {
+    fn new(name: &str) -> Self {
+        let folder = format!("vmferry-streams-{name}-{}", std::process::id());
+        let folder = std::env::temp_dir().join(folder);
+        std::fs::create_dir(&folder).unwrap();
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, folder.join("fifo"), mode).unwrap();
+        Self(folder)
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.0.join("fifo")
+    }
+}
+
+impl Drop for Fifo {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 #[test]
 fn a_command_and_its_children_end_with_their_outlet() {
-    let (mut reader, writer) = io::pipe().unwrap();
+    let fifo = Fifo::new("children");
     // It does not want to end, and its child holds the pipe.
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&writer.as_fd());
-    rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
-    let command = format!("trap '' TERM; echo begun >&{fd}; sleep 1000 & wait");
+    let path = fifo.path();
+    let open = format!("exec 3>'{}'", path.display());
+    let command = format!("{open}; trap '' TERM; echo begun >&3; sleep 1000 & wait");
     let outlet = Outlet::command("exec:x", &command).unwrap();
-    drop(writer);
+    let mut reader = File::open(&path).unwrap();
     let mut begun = [0; 6];
     reader.read_exact(&mut begun).unwrap();
     drop(outlet);
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"");
+}
+
+#[test]
+fn what_cannot_hold_an_archive_is_refused_by_its_kind() {
+    let error = Inlet::file("file:/", std::path::Path::new("/"), 0).unwrap_err();
+    assert_eq!(error.to_string(), "file:/: this is a directory");
+    let error = Outlet::file("file:/", std::path::Path::new("/"), 0).unwrap_err();
+    assert!(error.to_string().contains("cannot be opened"), "{error}");
+}
+
+#[test]
+fn a_pipe_with_a_name_is_waited_for() {
+    let fifo = Fifo::new("named");
+    let path = fifo.path();
+    // Nobody reads it: an error at once, and no wait for ever.
+    let error = Outlet::file("file:fifo", &path, 0).unwrap_err();
+    assert!(error.to_string().contains("cannot be opened"), "{error}");
+    let mut inlet = Inlet::file("file:fifo", &path, 0).unwrap();
+    let reading = thread::spawn(move || {
+        let mut all = Vec::new();
+        inlet.read_to_end(&mut all).unwrap();
+        all
+    });
+    let mut outlet = Outlet::file("file:fifo", &path, 0).unwrap();
+    outlet.put(b"archive").unwrap();
+    outlet.finish().unwrap();
+    drop(outlet);
+    assert_eq!(reading.join().unwrap(), b"archive");
 }
