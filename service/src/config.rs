@@ -41,7 +41,7 @@ pub struct RunConfig {
     pub disks: Vec<DiskConfig>,
     /// Servers that hear of its migrations.
     pub notify: Vec<NotifyConfig>,
-    /// Ids of stand-ins for passed-through network cards; see [`Primaries`](crate::machine::failover::Primaries).
+    /// Ids of stand-ins for passed-through network cards; see [`Primaries`].
     pub failover_primaries: Vec<String>,
     /// Path of the QMP socket.
     pub qmp: PathBuf,

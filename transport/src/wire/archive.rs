@@ -18,7 +18,7 @@
 //! | 12 | 4 | CRC32C of bytes 0 to 11 |
 //!
 //! Then come frames as on the wire: each with the [`FrameHeader`] whose checksum covers header and body, the bodies as in
-//! [`hello`](super::hello), [`ram`](super::ram) and [`frame`](super::frame). Beyond what is said there:
+//! [`hello`](super::hello), [`ram`] and [`frame`](super::frame). Beyond what is said there:
 //!
 //! - The hello announces one data connection. Its migration id names the archive.
 //! - Every RAM_RUNS frame has its payload checksummed. Rounds count up from 0; only the last says that it is the last.
