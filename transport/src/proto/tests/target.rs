@@ -602,11 +602,6 @@ fn a_target_whose_origin_has_nothing_to_give_fails_whatever_it_waits_for() {
         assert_eq!(target.error(), Some(&error()));
         assert!(actions(&mut target).last().unwrap().contains("no archive"));
     }
-    // What has failed already keeps its reason.
-    let mut target = receiving();
-    target.handle_cancel(NOW);
-    target.handle_origin_failed(NOW, error());
-    assert_ne!(target.error(), Some(&error()));
 }
 
 #[test]
