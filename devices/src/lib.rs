@@ -6,6 +6,7 @@
 //! - [`saved`]: rules for saved state, and its encoding
 //! - [`device`]: the trait of a part with state
 //! - [`notifier`]: the trait of a part that must know how a migration goes
+//! - [`vfio`]: migrates VFIO devices that a VMM owns
 //! - [`failover`], [`external`]: network cards that cannot move, and servers outside; both are such parts
 
 pub mod announce;
@@ -17,6 +18,7 @@ pub mod kvm;
 pub mod notifier;
 pub mod saved;
 pub mod soft;
+pub mod vfio;
 pub mod vmm_writes;
 
 pub use device::Device;

@@ -36,6 +36,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "userfaultfd and PAGEMAP_SCAN, which no crate covers",
     ),
     (
+        "devices/src/vfio/ioctl.rs",
+        "VFIO's migration ioctls for descriptors that a VMM owns, which no crate covers",
+    ),
+    (
         "service/src/machine/disk/lock.rs",
         "fcntl with a struct flock, which no crate here offers for locks of open file descriptions",
     ),
@@ -65,6 +69,7 @@ const CORES: &[&str] = &[
     "transport/src/proto/",
     "transport/src/units.rs",
     "transport/src/memory/bitmap.rs",
+    "devices/src/vfio/states.rs",
     "service/src/migration/",
     "service/src/observe/record/series.rs",
     "service/src/observe/watch.rs",
