@@ -102,7 +102,13 @@ impl Fault {
             (Outcome::Stays, Self::Corrupt(_, Way::ToSource)) => {
                 says("the target broke the protocol")
             }
-            (Outcome::Stays, Self::Corrupt(Line::Data(_), _)) if phase != Phase::Setup => {
+            // The connection may be about to say which one it is.
+            (Outcome::Stays, Self::Corrupt(Line::Data(_), _))
+                if matches!(phase, Phase::Setup | Phase::WaitUnplug) =>
+            {
+                says("data connection")
+            }
+            (Outcome::Stays, Self::Corrupt(Line::Data(_), _)) => {
                 says("the target refused: the source broke the protocol: data connection")
             }
             (Outcome::Stays, Self::Stall(..)) => says("within") || says("no sign of life"),
