@@ -198,7 +198,7 @@ impl Case {
             source.vm.assert_guest_stopped();
             return target;
         }
-        match target.vm.lives().then(|| target.vm.status()) {
+        match target.vm.status_if_it_lives() {
             // Nobody has spoken to it.
             Some(status) if status == "none" => {}
             _ => {

@@ -414,6 +414,15 @@ impl Vm {
         info["status"].as_str().unwrap_or("none").to_owned()
     }
 
+    /// The same of a VM that may end any moment; `None` if it has.
+    pub(crate) fn status_if_it_lives(&mut self) -> Option<String> {
+        match self.qmp.execute("query-migrate", json!({})) {
+            Ok(info) => Some(info["status"].as_str().unwrap_or("none").to_owned()),
+            Err(Failure::Gone) => None,
+            Err(Failure::Refused(reason)) => panic!("query-migrate: {reason}"),
+        }
+    }
+
     /// Waits for the end of the migration; the final record.
     pub(crate) fn wait_migration(&mut self) -> Value {
         until("the migration ends", || {

@@ -427,11 +427,7 @@ fn stays(
         return fresh;
     }
     // A target that has not been touched is as good as new.
-    let usable = target.vm.lives() && target.vm.status() == "none";
-    if !usable {
-        if target.vm.lives() {
-            target.vm.assert_guest_stopped();
-        }
+    if target.vm.status_if_it_lives().as_deref() != Some("none") {
         target = Side::target(accel);
     }
     again(source, target)
