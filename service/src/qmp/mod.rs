@@ -18,6 +18,8 @@ mod command;
 mod dispatch;
 mod error;
 mod event;
+#[cfg(any(test, feature = "testkit"))]
+pub mod fuzz;
 mod introspect;
 mod passed_fds;
 pub mod schema;

@@ -217,6 +217,8 @@ impl World {
                 }
             }
             SourceAction::NotifyFailed => {
+                let cleaned_up = !self.source.has_links() && !self.source.log_on;
+                assert!(cleaned_up, "I7: FAILED before everything else is undone");
                 self.source.watch = None;
                 self.start_source_job(SourceJob::NotifyFailed);
             }

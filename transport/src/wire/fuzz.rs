@@ -1,7 +1,7 @@
 //! Arbitrary bytes against the decoders: what must hold whatever a peer sends (I5).
 //!
-//! The fuzz targets in `transport/fuzz` call these functions, and so does the test below on every committed fixture, on each of them
-//! cut short, and on each of them with one bit flipped. A broken promise is a panic.
+//! The fuzz targets in `transport/fuzz` call these functions, and so do the tests below: on the corpora that the targets have collected,
+//! and on every committed fixture, on each of them cut short, and on each of them with one bit flipped. A broken promise is a panic.
 
 use bytes::Bytes;
 
@@ -269,6 +269,29 @@ mod tests {
             control_frame(&typed);
             data_frame(&typed);
             hello(body);
+        }
+    }
+
+    /// What the targets call, on what the fuzzer has found worth keeping for them.
+    #[test]
+    fn no_input_of_the_corpora_breaks_a_promise() {
+        let targets: [(&str, &[fn(&[u8])]); 4] = [
+            ("frames", &[control_stream, control_frame]),
+            ("ram_frames", &[data_frame]),
+            ("hello", &[hello]),
+            ("archive", &[archive, archive_frames]),
+        ];
+        for (name, promises) in targets {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("fuzz/corpus")
+                .join(name);
+            let mut inputs = 0;
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+                promises.iter().for_each(|promise| promise(&bytes));
+                inputs += 1;
+            }
+            assert!(inputs > 20, "only {inputs} inputs of {name} found");
         }
     }
 

@@ -3,7 +3,7 @@
 use vmferry_transport::limits::Deadlines;
 use vmferry_transport::proto::{
     FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction,
-    SourceConfig, SourceJob,
+    SourceConfig, SourceJob, SourceTuning,
 };
 use vmferry_transport::units::{Moment, PageCount};
 use vmferry_transport::wire::frame::{
@@ -15,7 +15,7 @@ use super::{Depth, STEPS, STEPS_TO_END, knowledge};
 use crate::sim::frames::{self, Knowledge};
 use crate::sim::guest::{ProofCount, SimProof};
 use crate::sim::rng::Rng;
-use crate::sim::setup::tuning;
+use crate::sim::setup::{THROTTLE, tuning};
 
 #[derive(Debug)]
 struct SourceUnderFire {
@@ -112,12 +112,22 @@ impl SourceUnderFire {
                 let waits = self.core.status() == MigrationStatus::PreSwitchover;
                 assert_eq!(self.core.handle_continue(now).is_ok(), waits);
             }
+            39 if self.rng.chance(100) => self.core.handle_unplug_failed(now, "no"),
             39 => self.core.handle_unplugged(now),
+            32 => self.tune(),
             36 | 37 => self.wait(),
             _ => {}
         }
         self.drive();
         self.check();
+    }
+
+    fn tune(&mut self) {
+        self.core.set_tuning(SourceTuning {
+            downtime_limit_us: self.rng.pick(&[0, 300_000, 1_000_000_000_000]),
+            switchover_bytes_per_sec: self.rng.pick(&[None, Some(1), Some(u64::MAX)]),
+            auto_converge: self.rng.pick(&[None, Some(THROTTLE)]),
+        });
     }
 
     fn wait(&mut self) {
