@@ -258,9 +258,14 @@ fn a_command_and_its_children_end_with_their_outlet() {
     let open = format!("exec 3>'{}'", path.display());
     let command = format!("{open}; trap '' TERM; echo begun >&3; sleep 1000 & wait");
     let outlet = Outlet::command("exec:x", &command).unwrap();
-    let mut reader = File::open(&path).unwrap();
-    let mut begun = [0; 6];
-    reader.read_exact(&mut begun).unwrap();
+    // A signal may interrupt the shell while it opens the pipe; it then opens it again, and a reader that was faster sees an end.
+    let mut reader = loop {
+        let mut reader = File::open(&path).unwrap();
+        let mut begun = [0; 6];
+        if reader.read_exact(&mut begun).is_ok() {
+            break reader;
+        }
+    };
     drop(outlet);
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).unwrap();
