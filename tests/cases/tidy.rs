@@ -73,8 +73,14 @@ const CORES: &[&str] = &[
     "service/src/migration/",
     "service/src/observe/record/series.rs",
     "service/src/observe/watch.rs",
+    "service/src/qmp/catalog.rs",
+    "service/src/qmp/channels.rs",
     "service/src/qmp/codec.rs",
+    "service/src/qmp/command.rs",
+    "service/src/qmp/dispatch.rs",
+    "service/src/qmp/introspect.rs",
     "service/src/qmp/session.rs",
+    "service/src/qmp/types.rs",
 ];
 
 /// What a core may not name.

@@ -8,6 +8,7 @@ Prints one line per case; the exit status is 0 only if all of them pass.
 import argparse
 import asyncio
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -256,6 +257,42 @@ async def several_clients_and_quit(case):
         assert await vm.ended() == 0, vm.said()
 
 
+async def introspection_out_of_band_and_descriptors(case):
+    async with case.source() as vm:
+        await running(vm)
+        schema = {entry["name"]: entry for entry in await vm.execute("query-qmp-schema")}
+        commands = {name for name, entry in schema.items() if entry["meta-type"] == "command"}
+        assert commands == {command["name"] for command in await vm.execute("query-commands")}
+
+        def members(kind):
+            return {member["name"]: schema[member["type"]] for member in schema[kind]["members"]}
+
+        # As a management tool looks for what it may use.
+        parameters = members(schema["migrate-set-parameters"]["arg-type"])
+        assert set(parameters) >= set(await vm.execute("query-migrate-parameters"))
+        assert parameters["multifd-channels"]["json-type"] == "int", parameters["multifd-channels"]
+        capability = members(members(schema["migrate-set-capabilities"]["arg-type"])["capabilities"]["element-type"])
+        listed = [entry["capability"] for entry in await vm.execute("query-migrate-capabilities")]
+        assert capability["capability"]["values"] == listed
+
+        # The library has enabled it, because the greeting offers it.
+        assert await vm.qmp.execute("query-yank", oob=True) == []
+        try:
+            await vm.qmp.execute("query-status", oob=True)
+            raise AssertionError("not refused")
+        except ExecuteError as error:
+            assert "out of band" in str(error), error
+
+        reading, writing = os.pipe()
+        vm.qmp.send_fd_scm(writing)
+        os.close(writing)
+        await vm.execute("getfd", fdname="pipe")
+        await vm.execute("migrate", uri="fd:pipe")
+        archive = await asyncio.get_running_loop().run_in_executor(None, open(reading, "rb").read)
+        await vm.until("query-migrate", lambda m: m.get("status") == "completed")
+        assert len(archive) > 12 << 20, len(archive)
+
+
 CASES = [
     greeting_and_queries,
     stop_and_cont,
@@ -265,6 +302,7 @@ CASES = [
     cancel_then_migrate,
     failure_is_told,
     several_clients_and_quit,
+    introspection_out_of_band_and_descriptors,
 ]
 
 

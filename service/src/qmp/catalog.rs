@@ -325,3 +325,138 @@ pub(super) const EVENTS: &[DeclaredEvent] = &[
         data: &[needs("desc", STR)],
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde::Serialize;
+    use serde_json::{Map, Value};
+
+    use super::super::command::YankInstance;
+    use super::super::schema::*;
+    use super::*;
+    use crate::fds::{AddedFd, FdSetInfo, FdSetMember};
+    use crate::migration::params::{MigrationCapabilities, MigrationParameters};
+
+    /// `answer` is of type `kind`; and if it is `whole`, it has every member that the type declares, down to the last.
+    fn assert_is(kind: Type, answer: impl Serialize, whole: bool) {
+        let answer = serde_json::to_value(answer).unwrap();
+        assert_eq!(kind.check("answer", &answer), Ok(()), "{answer}");
+        if whole {
+            assert_whole(kind, &answer);
+        }
+    }
+
+    fn assert_whole(kind: Type, answer: &Value) {
+        match (kind, answer) {
+            (Type::Object(object), Value::Object(members)) => {
+                let declared: Map<String, Value> = object
+                    .members()
+                    .iter()
+                    .map(|member| {
+                        let value = members.get(member.name);
+                        assert_whole(member.kind, value.unwrap_or(&Value::Null));
+                        (member.name.to_owned(), Value::Null)
+                    })
+                    .collect();
+                let names = |of: &Map<String, Value>| of.keys().cloned().collect::<BTreeSet<_>>();
+                assert!(names(members).is_superset(&names(&declared)), "{answer}");
+            }
+            (Type::List(kind), Value::Array(items)) => {
+                assert!(!items.is_empty());
+                items.iter().for_each(|item| assert_whole(*kind, item));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_answer_has_the_members_that_its_type_declares_and_no_others() {
+        let text = || "x".to_owned();
+        let whole = MigrationInfo {
+            status: Some(MigrationStatus::Active),
+            ram: Some(RamInfo::default()),
+            remaining: Some(1),
+            total_time: Some(u64::MAX),
+            setup_time: Some(1),
+            downtime: Some(1),
+            expected_downtime: Some(1),
+            cpu_throttle_percentage: Some(1),
+            error_desc: Some(text()),
+            blocked_reasons: Some(vec![text()]),
+            socket_address: Some(vec![SocketAddressInfo::Unix { path: text() }]),
+            x_blackout: Some(BlackoutInfo::default()),
+            x_guest_stall_us: Some(1),
+            x_round: Some(1),
+            x_predicted_blackout_us: Some(1),
+            x_populated_source: Some(1),
+            x_populated_target: Some(1),
+            x_connections: Some(1),
+            x_backend: Some(text()),
+            x_zero_copy_fallbacks: Some(1),
+            x_verification: Some(VerificationInfo::default()),
+        };
+        assert_is(MIGRATION_INFO, whole, true);
+        assert_is(MIGRATION_INFO, MigrationInfo::default(), false);
+        assert_is(
+            DIRTY_RATE_INFO,
+            DirtyRateInfo {
+                dirty_rate: Some(1),
+                x_error: Some(text()),
+                ..DirtyRateInfo::default()
+            },
+            true,
+        );
+        assert_is(WORKLOAD_INFO, WorkloadInfo::default(), false);
+        let error = WorkloadInfo {
+            first_error_gpa: Some(1),
+            ..WorkloadInfo::default()
+        };
+        assert_is(WORKLOAD_INFO, error, true);
+        assert_is(RAM_HASH_INFO, RamHashInfo::default(), true);
+        assert_is(VERSION_INFO, VersionInfo::ours(), true);
+        assert_is(NAME_INFO, NameInfo { name: Some(text()) }, true);
+        assert_is(UUID_INFO, UuidInfo { uuid: text() }, true);
+        assert_is(BLOCKER_INFO, BlockerInfo { id: 1 }, true);
+        assert_is(ADDED_FD, AddedFd { fdset_id: 1, fd: 2 }, true);
+        let member = FdSetMember {
+            fd: 1,
+            opaque: Some(text()),
+        };
+        let set = FdSetInfo {
+            fdset_id: 1,
+            fds: vec![member],
+        };
+        assert_is(FD_SET_INFO, set, true);
+    }
+
+    #[test]
+    fn settings_run_states_and_instances_are_of_the_types_declared() {
+        let parameters = MigrationParameters::default();
+        assert_is(Type::Object(&PARAMETERS), parameters, false);
+        let capabilities = MigrationCapabilities::default().list();
+        assert_is(Type::List(&CAPABILITY_STATUS), capabilities, true);
+        for status in [
+            RunState::Prelaunch,
+            RunState::Inmigrate,
+            RunState::Running,
+            RunState::Paused,
+            RunState::FinishMigrate,
+            RunState::Postmigrate,
+            RunState::Shutdown,
+            RunState::InternalError,
+        ] {
+            let running = status == RunState::Running;
+            assert_is(STATUS_INFO, StatusInfo { running, status }, true);
+        }
+        let text = || "x".to_owned();
+        for instance in [
+            YankInstance::Migration,
+            YankInstance::BlockNode { node_name: text() },
+            YankInstance::Chardev { id: text() },
+        ] {
+            assert_is(YANK_INSTANCE, instance, false);
+        }
+    }
+}

@@ -396,6 +396,18 @@ pub enum SocketAddressInfo {
         /// Path.
         path: String,
     },
+    /// Between VMs and their host.
+    Vsock {
+        /// Context id; a string in QMP.
+        cid: String,
+        /// Port; a string in QMP.
+        port: String,
+    },
+    /// A descriptor that was passed in.
+    Fd {
+        /// Its name.
+        str: String,
+    },
 }
 
 impl SocketAddressInfo {
@@ -409,6 +421,11 @@ impl SocketAddressInfo {
             Address::Unix { path } => Some(Self::Unix {
                 path: path.display().to_string(),
             }),
+            Address::Vsock { cid, port } => Some(Self::Vsock {
+                cid: cid.to_string(),
+                port: port.to_string(),
+            }),
+            Address::Fd { name } => Some(Self::Fd { str: name.clone() }),
             _ => None,
         }
     }
@@ -424,6 +441,8 @@ impl SocketAddressInfo {
             }
             Self::Inet { host, port } => format!("tcp:{host}:{port}").parse(),
             Self::Unix { path } => format!("unix:{path}").parse(),
+            Self::Vsock { cid, port } => format!("vsock:{cid}:{port}").parse(),
+            Self::Fd { str } => format!("fd:{str}").parse(),
         }
     }
 }
@@ -568,7 +587,13 @@ mod tests {
 
     #[test]
     fn addresses_survive_the_qmp_form() {
-        for text in ["tcp:127.0.0.1:5", "tcp:[::1]:5", "unix:/x"] {
+        for text in [
+            "tcp:127.0.0.1:5",
+            "tcp:[::1]:5",
+            "unix:/x",
+            "vsock:3:5",
+            "fd:name",
+        ] {
             let address: Address = text.parse().unwrap();
             let info = SocketAddressInfo::from_address(&address).unwrap();
             let json = serde_json::to_value(&info).unwrap();
