@@ -294,7 +294,13 @@ impl Shared {
                 false
             }
             Verdict::PassAndCut | Verdict::PassCutAndShut => {
-                // Fails only if the link is gone already.
+                // The sender is cut off first, or a quick answer would still reach it.
+                let from = match way {
+                    Way::ToTarget => &wire.source,
+                    Way::ToSource => &wire.target,
+                };
+                // Both fail only if the link is gone already.
+                let _ = from.shutdown(Shutdown::Both);
                 let _ = to.write_all(bytes);
                 self.cut();
                 false
