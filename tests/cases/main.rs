@@ -7,8 +7,8 @@
 
 mod archive_compat; // I5: the archive format stays what it is, corrupt archives are refused for the right reason
 mod operators; // I1, I3, I6, I7 and the disks: any command at any step
-mod qmp_client; // QEMU's own QMP client drives migrations
 mod qemu_table; // the table of which test covers which of QEMU's
+mod qmp_client; // QEMU's own QMP client drives migrations
 mod regressions; // runs that once broke an invariant
 mod simulation; // I1, I2, I3, I5, I6, I7: both cores in one world with every kind of fault
 mod tidy; // rules of the house that the compiler does not check

@@ -275,7 +275,8 @@ mod tests {
     /// What the targets call, on what the fuzzer has found worth keeping for them.
     #[test]
     fn no_input_of_the_corpora_breaks_a_promise() {
-        let targets: [(&str, &[fn(&[u8])]); 4] = [
+        type Promise = fn(&[u8]);
+        let targets: [(&str, &[Promise]); 4] = [
             ("frames", &[control_stream, control_frame]),
             ("ram_frames", &[data_frame]),
             ("hello", &[hello]),
