@@ -13,6 +13,7 @@ mod harness; // processes under test, and what can be asked of them
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod proc; // what the kernel says of a process
 #[path = "../e2e/qmp.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod qmp; // the control interface, events kept
 
 mod command; // programs of the lab
