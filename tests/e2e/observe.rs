@@ -359,8 +359,8 @@ fn a_full_disk_costs_the_record_and_nothing_else(accel: Accel) {
     let machine = Machine::small(accel);
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().to_str().unwrap();
-    // A disk of one page, seen by this process only.
-    let script = "mount -t tmpfs -o size=4k none \"$0\" && exec \"$@\"";
+    // A disk of one page, full already, seen by this process only.
+    let script = "mount -t tmpfs -o size=4k none \"$0\" && head -c 4096 /dev/zero >\"$0/full\" && exec \"$@\"";
     let wrapper = ["unshare", "--mount", "sh", "-c", script, folder];
     let probe = Command::new(wrapper[0])
         .args(&wrapper[1..])
