@@ -15,9 +15,10 @@ mod throttle;
 pub mod workload;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vmferry_devices::announce::Announce;
+use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -225,6 +226,14 @@ pub trait Machine: Send + Sync {
 
     /// What of this machine itself must hear of migrations, if anything must.
     fn notifier(&self) -> Option<Box<dyn Notifier>>;
+
+    /// The VFIO devices, shared with whoever leads migrations: it stops them after the vCPUs, streams their state beside RAM, and lets
+    /// them work before the vCPUs run. [`pause`](Self::pause), [`resume`](Self::resume), [`save`](Self::save) and [`load`](Self::load)
+    /// leave them alone.
+    fn vfio(&self) -> Arc<Mutex<VfioSet>> {
+        Arc::default()
+    }
+
     /// The network interfaces, which announce the guest after it has moved here. A machine without any has nothing to announce.
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {
         Vec::new()
