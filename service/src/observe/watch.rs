@@ -203,9 +203,13 @@ impl Watch {
         let at_us = glance.now.micros_since(self.beginning.now);
         // A round without pages has not been noticed as sent.
         if let Some(round) = self.rounds.last_mut()
-            && round.duration_us == 0
+            && round.bytes == 0
         {
-            round.duration_us = at_us.saturating_sub(round.began_us);
+            round.bytes = glance.bytes().saturating_sub(self.round_base);
+            self.round_base = glance.bytes();
+            if round.duration_us == 0 {
+                round.duration_us = at_us.saturating_sub(round.began_us);
+            }
         }
         self.rounds.push(Round {
             number: glance.round,
@@ -289,11 +293,13 @@ impl Watch {
         let end_us = now.micros_since(beginning.now);
         if let Some(round) = rounds.last_mut()
             && round.send_us.is_none()
-            && status != MigrationStatus::Completed
         {
-            round.unfinished = true;
-            round.bytes = seen.bytes().saturating_sub(round_base);
-            round.duration_us = end_us.saturating_sub(round.began_us);
+            // Cut short, or the last round of a guest that had written nothing: it has no pages, but frames that say so.
+            round.unfinished = status != MigrationStatus::Completed;
+            round.bytes += seen.bytes().saturating_sub(round_base);
+            if round.unfinished || round.duration_us == 0 {
+                round.duration_us = end_us.saturating_sub(round.began_us);
+            }
         }
         if !at_source {
             // The target counts what has arrived, and learns only at the end that nothing follows.
@@ -468,6 +474,23 @@ mod tests {
         assert_eq!((round.bytes, round.duration_us), (300, 1000));
         assert_eq!(record.outcome, Outcome::Cancelled);
         assert_eq!(record.samples.last().map(|sample| sample.bytes), Some(300));
+    }
+
+    #[test]
+    fn rounds_without_pages_keep_the_bytes_of_their_frames() {
+        let mut watch = watch(Side::Source);
+        watch.status(Moment(1_000), S::Active);
+        watch.look(&at_source(0, 1, 1, (90, 0), 0));
+        watch.look(&at_source(100, 1, 1, (90, 90), 900));
+        watch.look(&at_source(200, 2, 2, (0, 90), 900));
+        watch.status(Moment(1_300), S::Device);
+        watch.look(&at_source(300, 3, 3, (0, 90), 964));
+        watch.status(Moment(1_400), S::Completed);
+        watch.look(&at_source(400, 3, 3, (0, 90), 1028));
+        let record = watch.finish(Moment(1_500), Ending::default());
+        let bytes: Vec<_> = record.rounds.iter().map(|r| r.bytes).collect();
+        assert_eq!(bytes, [900, 64, 64]);
+        assert!(record.rounds.iter().all(|round| !round.unfinished));
     }
 
     #[test]
