@@ -338,6 +338,11 @@ impl VfioDevice {
             Ok(()) => None,
             Err(error) => Some(error),
         };
+        // A state that is not known may be STOP_COPY, from where nobody may ask for PRE_COPY.
+        let goal = match (&failed, goal) {
+            (Some(_), DeviceState::PreCopy) => DeviceState::Running,
+            _ => goal,
+        };
         // Twice: the first failure may have left the device half-way, and a reset costs the guest more.
         let mut first = failed;
         for _ in 0..2 {
@@ -377,6 +382,7 @@ impl VfioDevice {
     /// Moves the device to `to`; returns the stream if that opens one.
     fn set(&mut self, to: DeviceState) -> Result<Option<File>, DeviceError> {
         let from = self.state;
+        // Not left to the kernel: some never come back from looking for a way that does not exist.
         if states::path(self.support(), from, to).is_none() {
             return Err(DeviceError::Stuck {
                 device: self.name.clone(),

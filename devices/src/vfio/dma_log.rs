@@ -108,16 +108,17 @@ pub fn dirty_logs(
     container: Option<Arc<dyn ContainerFace>>,
     mapped: &[Mapped],
 ) -> io::Result<Vec<Box<dyn DirtyLog>>> {
-    let mut all_log = true;
+    let mut logs: Vec<Box<dyn DirtyLog>> = Vec::new();
     for device in set.devices() {
-        all_log &= device.face().logs_dma()?;
+        let face = Arc::clone(device.face());
+        let mut log = DeviceDmaLog::new(device.name(), face, mapped.to_vec());
+        if !log.works()? {
+            break;
+        }
+        logs.push(Box::new(log));
     }
-    if all_log {
-        let logs = set.devices().iter().map(|device| {
-            let face = Arc::clone(device.face());
-            Box::new(DeviceDmaLog::new(device.name(), face, mapped.to_vec())) as Box<dyn DirtyLog>
-        });
-        return Ok(logs.collect());
+    if logs.len() == set.devices().len() {
+        return Ok(logs);
     }
     if let Some(container) = container
         && let Some(tracking) = container.tracking()?
@@ -148,6 +149,37 @@ impl DeviceDmaLog {
             words: Vec::new(),
             started: false,
         }
+    }
+
+    /// Whether the device logs, by trying: a kernel may let a device start that it cannot ask afterwards.
+    ///
+    /// # Errors
+    /// When the kernel does not say whether it can.
+    fn works(&mut self) -> io::Result<bool> {
+        if !self.face.logs_dma()? {
+            return Ok(false);
+        }
+        let Some(first) = self.mapped.first().map(Mapped::range) else {
+            return Ok(true);
+        };
+        let page = Iova {
+            bytes: PAGE_SIZE,
+            ..first
+        };
+        let tried = self.start().and_then(|()| {
+            let reported = self.face.report_dma(page, PAGE_SIZE, &mut [0]);
+            let reported = reported.map_err(self.failed("reading"));
+            self.stop().and(reported)
+        });
+        if let Err(error) = &tried {
+            let error = error as &dyn std::error::Error;
+            tracing::warn!(
+                device = self.device,
+                error,
+                "device says that it logs its writes, and does not"
+            );
+        }
+        Ok(tried.is_ok())
     }
 
     fn start_ranges(&self) -> io::Result<u64> {

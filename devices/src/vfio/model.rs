@@ -21,12 +21,14 @@ pub(super) enum Fault {
     Refused,
     /// A transition fails after its first step.
     Halfway,
+    /// The request is done, and reported as failed.
+    After,
     /// A transition fails and leaves the device in ERROR.
     Broken,
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 3] = [Self::Refused, Self::Halfway, Self::Broken];
+    pub(super) const ALL: [Self; 4] = [Self::Refused, Self::Halfway, Self::After, Self::Broken];
 }
 
 /// All devices of a VM.
@@ -67,6 +69,8 @@ pub(super) struct ModelState {
 pub(super) struct Dma {
     /// Whether it can.
     pub(super) logs: bool,
+    /// Whether it can say what.
+    pub(super) reports: bool,
     /// Ranges it has room for.
     pub(super) ranges_max: usize,
     /// Its own page size, at least 4 KiB.
@@ -126,6 +130,7 @@ pub(super) fn vm(supports: &[Support]) -> (SharedWorld, VfioSet) {
             reinit: false,
             dma: Dma {
                 logs: false,
+                reports: true,
                 ranges_max: 256,
                 page_bytes: 4096,
                 logging: None,
@@ -284,6 +289,11 @@ impl VfioFace for Model {
     fn set_state(&self, to: DeviceState) -> io::Result<Option<File>> {
         let (mut world, fault) = self.request(&format!("the way to {to}"));
         let device = &mut world.devices[self.index];
+        let hangs = matches!(to, DeviceState::PreCopy | DeviceState::PreCopyP2p);
+        assert!(
+            !hangs || device.state != DeviceState::StopCopy,
+            "a real kernel would never answer"
+        );
         let Some(steps) = states::path(device.support, device.state, to) else {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         };
@@ -300,14 +310,17 @@ impl VfioFace for Model {
                 device.session = None;
                 return Err(refusal());
             }
-            None => {}
+            Some(Fault::After) | None => {}
         }
         let mut stream = None;
         for step in steps {
             stream = world.devices[self.index].step(step)?;
             world.check_lockstep(self.index);
         }
-        Ok(stream)
+        match fault {
+            Some(_) => Err(refusal()),
+            None => Ok(stream),
+        }
     }
 
     fn stop_copy_bytes(&self) -> io::Result<Option<u64>> {
@@ -384,6 +397,9 @@ impl VfioFace for Model {
         let dma = &mut world.devices[self.index].dma;
         if dma.logging.is_none() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if !dma.reports {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         for page in 0..range.bytes / page_bytes {
             let own = (range.start + page * page_bytes) / dma.page_bytes;

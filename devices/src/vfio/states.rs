@@ -1,16 +1,16 @@
 //! The states of a device under VFIO's migration protocol, version 2, and the ways between them. Arithmetic only.
 //!
 //! ```text
-//!                 PRE_COPY <-------> PRE_COPY_P2P ------> STOP_COPY
-//!                     ^                    ^                  ^
-//!                     v                    v                  v
-//!                 RUNNING <--------> RUNNING_P2P <--------> STOP <----> RESUMING
+//! RUNNING  <----> RUNNING_P2P  <----> STOP <----> RESUMING
+//!    ^                 ^               ^
+//!    v                 v               v
+//! PRE_COPY <----> PRE_COPY_P2P ---> STOP_COPY
 //! ```
 //!
-//! (The arrow between RUNNING_P2P and STOP_COPY is drawn for STOP: states in the upper row share a stream that is read, RESUMING has one
-//! that is written.) The kernel goes any other way as a combination of these arcs: the shortest, and never through a state with a
-//! stream, unless both ends are in the upper row and the stream stays the same. From STOP_COPY there is no way back to PRE_COPY. A
-//! device that lacks the P2P states, or PRE_COPY, goes the same ways and leaves them out. ERROR is left by a reset only.
+//! States in the lower row share a stream that is read; RESUMING has one that is written. The kernel goes any other way as a combination
+//! of these arcs: the shortest, and never through a state with a stream, unless both ends are in the lower row and the stream stays the
+//! same. From STOP_COPY there is no way back to PRE_COPY, and it must not be asked for: Linux 6.12 looks for it without end. A device
+//! that lacks the P2P states, or PRE_COPY, goes the same ways and leaves them out. ERROR is left by a reset only.
 //!
 //! Leaving RESUMING makes the device check what it was given. That is why a target must go RESUMING -> STOP before it says that it is
 //! ready: on the way RESUMING -> RUNNING the same check would come too late.

@@ -468,6 +468,24 @@ fn a_guest_can_be_paused_and_continued_during_a_migration() {
 }
 
 #[test]
+fn a_device_of_which_nobody_knows_where_it_is_is_not_asked_for_what_may_not_exist() {
+    let (world, mut set) = vm(&[FULL]);
+    set.begin().unwrap();
+    set.quiesce().unwrap();
+    {
+        let mut world = lock(&world);
+        world.mute = true;
+        world.fault = Some((world.requests + 1, Fault::After));
+    }
+    set.stop().unwrap_err();
+    assert_all_in(&world, DeviceState::StopCopy);
+    assert!(all_sound(&set.run().unwrap()));
+    assert_all_in(&world, DeviceState::Running);
+    set.roll_back();
+    assert_all_in(&world, DeviceState::Running);
+}
+
+#[test]
 fn whatever_request_of_a_pause_fails_all_devices_work_on() {
     for supports in movable() {
         with_each_request_failing(&supports, |world, set, _| {

@@ -216,11 +216,32 @@ fn a_device_that_refuses_is_named() {
     assert!(error.source.to_string().contains("vfio/0"), "{error:?}");
     log.stop().unwrap_err();
 
-    let (world, mut log) = device(0, 4096);
+    let (world, mut log) = device(256, 4096);
+    lock(&world).devices[0].dma.ranges_max = 0;
     let error = log.start().unwrap_err();
     assert!(error.source.to_string().contains("vfio/0"), "{error:?}");
     log.stop().unwrap();
     assert!(lock(&world).devices[0].dma.logging.is_none());
+}
+
+#[test]
+fn a_device_that_logs_but_cannot_be_asked_counts_as_one_that_does_not_log() {
+    let (world, set) = vm(&[SUPPORT]);
+    for (logs, reports, ranges_max, expected) in [
+        (true, true, 1, "vfio-dma"),
+        (true, false, 1, "vfio-mapped"),
+        (true, true, 0, "vfio-mapped"),
+        (false, true, 1, "vfio-mapped"),
+    ] {
+        {
+            let dma = &mut lock(&world).devices[0].dma;
+            (dma.logs, dma.reports, dma.ranges_max) = (logs, reports, ranges_max);
+        }
+        let found = dirty_logs(&set, None, &mapped()).unwrap();
+        assert_eq!(found[0].name(), expected);
+        let logging = lock(&world).devices[0].dma.logging.clone();
+        assert_eq!(logging, None, "nothing is left running");
+    }
 }
 
 /// A container that follows the kernel's rules.
