@@ -22,8 +22,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::{Kvm, VmFd};
+use vfio_ioctls::VfioDeviceFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
@@ -31,6 +32,7 @@ use vmferry_devices::kvm::{
     install_kick_handler, restore_clock, save_clock, tell_paused, vcpu_name,
 };
 use vmferry_devices::saved::{decode, encode};
+use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
@@ -38,6 +40,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::ram::MachineRam;
 use super::serial::SerialPort;
+use super::vfio::{VfioConfig, VfioDevices};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
@@ -122,10 +125,12 @@ impl KvmMachine {
                 .map_err(host("look at a vCPU's state"))?,
             None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
         };
+        let vfio = VfioDevices::open(&config.vfio, &ram, kvm_vfio(&vm, &config.vfio))?;
         let board = Arc::new(Board {
             control: Control::new(config.vcpus),
             vcpus,
             serial: Mutex::new(SerialPort::new(state::SERIAL, &config.serial)?),
+            vfio,
             events,
             threads: Mutex::new(Vec::new()),
         });
@@ -177,6 +182,7 @@ impl KvmMachine {
                 vcpus: self.config.vcpus,
                 tsc_khz,
                 exit_after_passes: options.exit_after_passes,
+                echoes: self.board.vfio.echoes(),
             },
         )?;
         for piece in pieces {
@@ -259,10 +265,12 @@ impl Machine for KvmMachine {
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
         let vmm_writes = VmmWriteLog::new(self.ram.regions().to_vec())
             .map_err(|error| host("make a dirty log")(io::Error::other(error)))?;
-        Ok(Box::new(UnitedLog::new(vec![
+        let mut logs: Vec<Box<dyn DirtyLog>> = vec![
             Box::new(KvmDirtyLog::new(self.slots.clone())),
             Box::new(vmm_writes),
-        ])))
+        ];
+        logs.extend(self.board.vfio.dirty_logs()?);
+        Ok(Box::new(UnitedLog::new(logs)))
     }
 
     fn pause(&self) -> Result<VcpusStopped, MachineError> {
@@ -355,6 +363,10 @@ impl Machine for KvmMachine {
         Some(Box::new(KvmNotifier::new(self.vm.clone(), false, false)))
     }
 
+    fn vfio(&self) -> Arc<Mutex<VfioSet>> {
+        self.board.vfio.set()
+    }
+
     fn workload_stats(&self) -> Option<WorkloadStats> {
         if !self.guest_loaded.load(Ordering::SeqCst) {
             return None;
@@ -386,6 +398,25 @@ impl Drop for KvmMachine {
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
             }
+        }
+    }
+}
+
+/// KVM's own view of VFIO: some drivers must know which VM uses their device. Most need none.
+fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<VfioDeviceFd> {
+    if devices.is_empty() {
+        return None;
+    }
+    let mut request = kvm_create_device {
+        type_: kvm_device_type_KVM_DEV_TYPE_VFIO,
+        ..Default::default()
+    };
+    match vm.create_device(&mut request) {
+        Ok(device) => Some(VfioDeviceFd::new_from_kvm(device)),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::info!(error, "KVM is not told of VFIO devices");
+            None
         }
     }
 }

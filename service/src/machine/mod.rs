@@ -12,6 +12,7 @@ pub mod read_back;
 pub mod serial;
 pub mod soft;
 mod throttle;
+pub mod vfio;
 pub mod workload;
 
 use std::fmt;
@@ -69,6 +70,8 @@ pub struct MachineConfig {
     pub workload: workload::WorkloadConfig,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// VFIO devices of the host, all with names of their own.
+    pub vfio: Vec<vfio::VfioConfig>,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
     pub incoming: bool,
 }

@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 use vm_memory::{Bytes, GuestAddress};
 use vmferry_devices::saved::{decode, encode, schema_of};
 use vmferry_devices::soft::PagemapLog;
+use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
@@ -30,6 +31,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
+use super::vfio::VfioDevices;
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
@@ -65,6 +67,7 @@ struct Shared {
     /// Registers of each vCPU. A thread holds its own while it is in the guest, everybody else may while it is parked.
     registers: Vec<Mutex<Registers>>,
     serial: Mutex<SerialPort>,
+    vfio: VfioDevices,
     events: EventSink,
 }
 
@@ -101,12 +104,18 @@ impl SoftMachine {
         if !incoming {
             load_workload(&config, &ram)?;
         }
+        let vfio = VfioDevices::open(&config.vfio, &ram, None)?;
+        if vfio.echoes() != 0 {
+            let text = "x-echo of a VFIO device needs KVM: vCPUs that are host threads do no I/O";
+            return Err(MachineError::Config(text.to_owned()));
+        }
         let shared = Arc::new(Shared {
             gate: Gate::new(config.vcpus),
             memory: VcpuMemory::new(&ram)?,
             mem_bytes: config.mem_bytes,
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
             serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
+            vfio,
             events,
         });
         let mut machine = Self {
@@ -183,10 +192,9 @@ impl Machine for SoftMachine {
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
         let by_vcpus = PagemapLog::new(self.shared.memory.blocks().clone()).map_err(no_log)?;
         let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;
-        Ok(Box::new(UnitedLog::new(vec![
-            Box::new(by_vcpus),
-            Box::new(by_vmm),
-        ])))
+        let mut logs: Vec<Box<dyn DirtyLog>> = vec![Box::new(by_vcpus), Box::new(by_vmm)];
+        logs.extend(self.shared.vfio.dirty_logs()?);
+        Ok(Box::new(UnitedLog::new(logs)))
     }
 
     fn pause(&self) -> Result<VcpusStopped, MachineError> {
@@ -255,6 +263,10 @@ impl Machine for SoftMachine {
 
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
         None
+    }
+
+    fn vfio(&self) -> Arc<Mutex<VfioSet>> {
+        self.shared.vfio.set()
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {
@@ -349,6 +361,7 @@ fn load_workload(config: &MachineConfig, ram: &MachineRam) -> Result<(), Machine
         vcpus: config.vcpus,
         tsc_khz: vcpu::TSC_KHZ,
         exit_after_passes: None,
+        echoes: 0,
     };
     for piece in loader::pieces(&config.workload, options)? {
         ram.memory()

@@ -30,6 +30,7 @@ fn config(vcpus: u32) -> MachineConfig {
             fill_bytes: 1 << 20,
         },
         serial: SerialSink::Null,
+        vfio: Vec::new(),
         incoming: false,
     }
 }
