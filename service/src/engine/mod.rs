@@ -28,6 +28,7 @@ mod observe;
 mod origin;
 mod outgoing;
 mod ownership;
+mod passthrough;
 mod route;
 mod run_control;
 mod settings;
@@ -54,7 +55,7 @@ use crate::machine::disk::Disks;
 use crate::machine::failover::Primaries;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::blockers::Blockers;
-use crate::migration::params::{MigrationCapabilities, MigrationParameters};
+use crate::migration::params::{MigrationCapabilities, MigrationMode, MigrationParameters};
 use crate::observe::record::Side;
 use crate::observe::{Observer, logging};
 use crate::qmp::schema::RunState;
@@ -223,6 +224,10 @@ impl Engine {
             .context("cannot take the proof that the guest is stopped")?;
         let (notifiers, primaries) = listeners::register(config, machine.as_ref(), &events)
             .context("cannot tell others of migrations")?;
+        let mut blockers = Blockers::default();
+        for reason in passthrough::blockers(machine.as_ref()) {
+            blockers.add(reason, vec![MigrationMode::Normal])?;
+        }
         Ok(Self {
             name: config.name.clone(),
             machine,
@@ -253,7 +258,7 @@ impl Engine {
             incoming: None,
             exit_on_error: true,
             listened: 0,
-            blockers: Blockers::default(),
+            blockers,
             announcing: Announcing::default(),
             dirty_rate: DirtyRate::default(),
             waiting: Vec::new(),
