@@ -7,6 +7,7 @@
 //! - [`device`]: the trait of a part with state
 //! - [`notifier`]: the trait of a part that must know how a migration goes
 //! - [`vfio`]: migrates VFIO devices that a VMM owns
+//! - [`vhost`]: owns back ends in the kernel and in other processes, and moves them
 //! - [`failover`], [`external`]: network cards that cannot move, and servers outside; both are such parts
 
 pub mod announce;
@@ -19,6 +20,7 @@ pub mod notifier;
 pub mod saved;
 pub mod soft;
 pub mod vfio;
+pub mod vhost;
 pub mod vmm_writes;
 
 pub use device::Device;

@@ -40,6 +40,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "VFIO's migration ioctls for descriptors that a VMM owns, which no crate covers",
     ),
     (
+        "devices/src/vhost/ioctl.rs",
+        "what crate vhost asks only of descriptors that it has opened itself",
+    ),
+    (
         "service/src/machine/disk/lock.rs",
         "fcntl with a struct flock, which no crate here offers for locks of open file descriptions",
     ),
@@ -140,6 +144,7 @@ const KEPT_TO: &[(&str, &[&str])] = &[
     ("kvm-bindings", &["vmferry-devices", "vmferry"]),
     ("vfio-ioctls", &["vmferry-devices", "vmferry"]),
     ("vfio-bindings", &["vmferry-devices", "vmferry"]),
+    ("vhost", &["vmferry-devices", "vmferry"]),
     ("memfd", &["vmferry-cpr"]),
     ("io-uring", &["vmferry-transport"]),
     ("tokio-uring", &["vmferry-transport", "vmferry"]),

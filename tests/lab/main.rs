@@ -24,4 +24,5 @@ mod vfio; // what a VFIO device says of itself
 
 mod kernel; // what the lab promises to everything else here
 mod kvm; // KVM with page tables of the hardware
+mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to

@@ -373,7 +373,7 @@ fn send(sockets: Vec<OwnedFd>, ram: &GuestRam, mode: Mode) -> Result<()> {
     };
     let (events, queue) = mpsc::channel();
     let events = Arc::new(move |event| drop(events.send(event)));
-    let sender = DataSender::start(sockets, ram.clone(), Vec::new(), config, events)?;
+    let sender = DataSender::start(sockets, ram.clone(), config, events)?;
     sender.send_round(RoundId(0), RoundWork::all(Extents::of(ram)?), true);
     match queue.recv()? {
         SenderEvent::RoundSent { .. } => {}

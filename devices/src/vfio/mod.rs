@@ -126,7 +126,7 @@ mod tests;
 pub use device::{DeviceSizes, SCHEMA, SCHEMA_VERSION, Standing, VfioDevice};
 pub use dma_log::{Mapped, dirty_logs};
 pub use face::{ContainerFace, FdContainer, FdFace, VfioFace};
-pub use ioctl::OfVfioIoctls;
+pub use ioctl::{DmaMapping, OfVfioIoctls};
 pub use notifier::VfioNotifier;
 pub use set::{Blocker, Stands, VfioSet};
 pub use states::{DeviceState, Support};

@@ -43,6 +43,7 @@ impl ImageArgs {
             vcpus: 1,
             tsc_khz,
             exit_after_passes: None,
+            echoes: 0,
         };
         let image = elf::pvh_elf(&self.guest.workload(self.mem), options)
             .context("no image can be made so")?;

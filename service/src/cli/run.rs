@@ -14,6 +14,7 @@ use vmferry_transport::units::Uuid;
 use crate::config::{AccelChoice, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::notify::NotifyConfig;
+use crate::machine::vfio::{VfioConfig, name_vfio};
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 use crate::observe::metrics;
@@ -43,6 +44,9 @@ pub(super) struct RunArgs {
     /// A raw image for the guest, locked while the guest is here; more than once for several. `ro`: read only
     #[arg(long = "disk", value_name = "PATH[,id=NAME][,ro]")]
     disks: Vec<DiskConfig>,
+    /// A VFIO device of the host for the guest, by its folder in sysfs, such as /sys/bus/mdev/devices/UUID. More than once for several
+    #[arg(long, value_name = "PATH[,id=NAME]")]
+    vfio: Vec<VfioConfig>,
     /// Tell a server on this socket how migrations go, in lines of JSON; it may veto. More than once for several
     #[arg(long, value_name = "unix:PATH[,id=NAME]")]
     notify: Vec<NotifyConfig>,
@@ -171,11 +175,13 @@ impl RunArgs {
 
     fn config(mut self) -> anyhow::Result<RunConfig> {
         name_disks(&mut self.disks)?;
+        name_vfio(&mut self.vfio)?;
         let machine = MachineConfig {
             mem_bytes: self.machine.mem.0,
             vcpus: self.machine.vcpus,
             workload: self.guest.workload(self.machine.mem),
             serial: self.serial,
+            vfio: self.vfio,
             incoming: self.incoming.is_some(),
         };
         let accel = match self.machine.accel {
@@ -270,11 +276,19 @@ mod tests {
             "--mem 2G --vcpus 2 --qmp q --accel soft --working-set 1M --dirty-rate max --fill 8M \
              --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro \
              --notify unix:/tmp/d,id=display --x-failover-primary net0 \
+             --vfio /sys/bus/mdev/devices/a,id=tty --vfio /b \
              --record /tmp/r --metrics tcp:0.0.0.0:9000 --metrics-public",
         )
         .unwrap();
         assert_eq!(config.notify[0].id, "display");
         assert_eq!(config.failover_primaries, ["net0"]);
+        let vfio: Vec<_> = config
+            .machine
+            .vfio
+            .iter()
+            .map(VfioConfig::device_name)
+            .collect();
+        assert_eq!(vfio, ["vfio/tty", "vfio/1"]);
         let disks: Vec<_> = config
             .disks
             .iter()
@@ -320,6 +334,8 @@ mod tests {
                 "not usable as an id",
             ),
             ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
+            ("--mem 1G --qmp q --vfio a,ro", "only id=NAME"),
+            ("--mem 1G --qmp q --vfio a --vfio a,id=b", "there twice"),
             ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
             (
                 "--mem 1G --qmp q --metrics tcp:0.0.0.0:1",

@@ -15,7 +15,7 @@ use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
-use super::{Ending, Engine, software};
+use super::{Ending, Engine, passthrough, software};
 use crate::machine::ResumeError;
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
@@ -34,7 +34,7 @@ impl Engine {
         self.listened += 1;
         let config = TargetConfig {
             blocks: self.block_infos(),
-            devices: self.machine.schemas(),
+            devices: passthrough::schemas(self.machine.as_ref()),
             software: software(),
             uuid: self.uuid,
             deadlines: self.deadlines,
@@ -118,6 +118,11 @@ impl Engine {
                         self.guest = guest;
                         incoming.refuse_job(TargetJob::Load, NOT_STOPPED);
                     }
+                }
+            }
+            IncomingAction::Prepare => {
+                if let Some(incoming) = &self.incoming {
+                    incoming.begin_load(&self.jobs);
                 }
             }
             IncomingAction::StartGuest { run } => self.take_over(run),

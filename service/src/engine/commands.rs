@@ -15,7 +15,7 @@ use super::guest::Guest;
 use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
-use super::{Engine, Reply, software};
+use super::{Engine, Reply, passthrough, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
 use crate::qmp::schema::{
@@ -150,7 +150,7 @@ impl Engine {
                 verify: self.parameters.x_verify,
                 software: software(),
                 blocks: self.block_infos(),
-                devices: self.machine.schemas(),
+                devices: passthrough::schemas(self.machine.as_ref()),
                 guest_runs: matches!(self.guest, Guest::Running),
                 uuid: self.uuid.filter(|_| self.capabilities.validate_uuid),
                 switchover_ack: self.capabilities.switchover_ack,

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 
-use super::Engine;
 use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::{Record, UNRESOLVED};
 use super::outgoing::{OutgoingAction, chain};
 use super::ownership::{start_guest, take_back};
+use super::{Engine, passthrough};
 use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
 
@@ -24,7 +24,8 @@ impl Engine {
             return;
         }
         match &event {
-            SourceEvent::Stopped(_) => {
+            // Unless the operator had stopped it before.
+            SourceEvent::Stopped(..) if self.runstate != RunState::FinishMigrate => {
                 self.set_runstate(RunState::FinishMigrate);
                 self.emit(QmpEvent::stop());
             }
@@ -89,26 +90,31 @@ impl Engine {
     pub(super) fn stop_for_switchover(&mut self) {
         match std::mem::replace(&mut self.guest, Guest::Away) {
             Guest::Stopped(stopped) => {
-                if let Some(outgoing) = &mut self.outgoing {
-                    outgoing.guest_stopped(stopped);
-                }
                 self.set_runstate(RunState::FinishMigrate);
+                self.stop_devices_to_leave(Some(stopped));
             }
             // The operator's stop or cont is under way; its end brings us back here.
             Guest::Away => self.switchover_waits = true,
-            Guest::Running => {
-                let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-                let attempt = self.attempts;
-                self.jobs.run(move || {
-                    let event = match machine.pause() {
-                        Ok(proof) => SourceEvent::Stopped(StoppedGuest::new(proof)),
-                        Err(error) => SourceEvent::JobFailed(SourceJob::StopGuest, chain(&error)),
-                    };
-                    // The engine ends only with the process.
-                    let _ = events.send(Event::Source(attempt, event));
-                });
-            }
+            Guest::Running => self.stop_devices_to_leave(None),
         }
+    }
+
+    /// Stops the vCPUs, unless they are, and then the devices.
+    fn stop_devices_to_leave(&self, stopped: Option<StoppedGuest>) {
+        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        let attempt = self.attempts;
+        self.jobs.run(move || {
+            let pause = || machine.pause().map(StoppedGuest::new);
+            let event = match stopped.map_or_else(pause, Ok) {
+                Ok(stopped) => {
+                    let devices = passthrough::stop_to_leave(machine.as_ref());
+                    SourceEvent::Stopped(stopped, devices.map_err(|error| chain(&error)))
+                }
+                Err(error) => SourceEvent::JobFailed(SourceJob::StopGuest, chain(&error)),
+            };
+            // The engine ends only with the process.
+            let _ = events.send(Event::Source(attempt, event));
+        });
     }
 
     fn finish_outgoing(&mut self, outcome: Outcome<StoppedGuest>) {

@@ -19,7 +19,9 @@ use super::guest::StoppedGuest;
 use super::link::LinkEvent;
 use super::notify::SetupTold;
 use super::outgoing::ArmedLog;
-use crate::machine::{MachineError, MachineEvent, ResumeError};
+use super::ownership::StopError;
+use super::passthrough::{Sinks, Sizes, Sources};
+use crate::machine::{MachineEvent, ResumeError};
 use crate::qmp::EngineRequest;
 
 /// The engine's queue.
@@ -56,7 +58,7 @@ pub(super) enum Event {
     /// The guest was asked to let go of the failover primary with this id.
     Unplugging(String),
     /// A stop that an operator asked for is done.
-    Stopped(Result<StoppedGuest, MachineError>),
+    Stopped(Result<StoppedGuest, StopError>),
     /// A resume that an operator asked for is done.
     Resumed(Result<(), ResumeError>),
     /// A measurement of the dirty rate has got on.
@@ -81,9 +83,11 @@ pub(super) enum SourceEvent {
     SetupTold(SetupTold, Result<Option<String>, String>),
     /// Notifiers were told FAILED or DONE.
     Notified(SourceJob),
-    LogStarted(ArmedLog, RoundWork, FirstRound),
-    Synced(ArmedLog, DirtyMap, u64),
-    Stopped(StoppedGuest),
+    /// The dirty log runs, and devices have begun to give their state.
+    LogStarted(ArmedLog, RoundWork, FirstRound, Sources),
+    Synced(ArmedLog, DirtyMap, u64, Sizes),
+    /// The vCPUs are stopped, and the devices, if none refused.
+    Stopped(StoppedGuest, Result<(), String>),
     Saved(SavedState),
     LinksClosed,
     LogStopped,
@@ -110,6 +114,8 @@ pub(super) enum TargetEvent {
     SocketEnded(OriginId, String),
     /// The same, and what came before has been seen.
     SocketGone(OriginId, String),
+    /// Devices wait for their streams.
+    LoadBegun(Result<Sinks, DeviceError>),
     /// What a failed attempt had put into guest memory is gone.
     Emptied(std::io::Result<()>),
     /// The job is over; the engine takes the proof back before the core learns the result.

@@ -30,6 +30,7 @@ use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::origin::{Origin, StandIn};
 use super::outgoing::{YANKED, chain};
 use super::ownership::start_arrived_guest;
+use super::passthrough::{self, Sinks};
 use crate::machine::disk::Disks;
 use crate::machine::read_back::state_differences;
 use crate::machine::{Machine, VcpusStopped};
@@ -49,6 +50,8 @@ pub(super) enum IncomingAction {
     },
     /// Tell the notifiers INCOMING_FAILED.
     NotifyFailed(MigrationId),
+    /// Have the devices wait for their streams; the result goes to [`Incoming::handle`].
+    Prepare,
     Failed {
         error: TargetError,
         linger: bool,
@@ -285,6 +288,13 @@ impl Incoming {
             TargetEvent::Loaded(..) | TargetEvent::Started(_) => {
                 unreachable!("the engine takes the proof out first")
             }
+            TargetEvent::LoadBegun(Ok(devices)) => self.prepare(devices),
+            TargetEvent::LoadBegun(Err(error)) => self.core.handle_job_failed(
+                now,
+                TargetJob::Prepare,
+                AbortCode::Device,
+                &chain(&error),
+            ),
             TargetEvent::LoadedInto(Ok(loaded)) => self.core.handle_loaded(now, loaded),
             TargetEvent::LoadedInto(Err(error)) => {
                 self.core.handle_job_failed(
@@ -378,7 +388,7 @@ impl Incoming {
                     }
                 }
                 TargetAction::AdoptData { connection, index } => self.adopt(connection, index),
-                TargetAction::Prepare => self.prepare(),
+                TargetAction::Prepare => return Some(IncomingAction::Prepare),
                 TargetAction::CloseLinks => self.close_links(),
             }
         }
@@ -420,7 +430,21 @@ impl Incoming {
         }
     }
 
-    fn prepare(&mut self) {
+    /// Queues the job that readies the devices for their streams.
+    pub(super) fn begin_load(&self, jobs: &JobThread) {
+        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        jobs.run(move || {
+            let begun = passthrough::begin_load(machine.as_ref());
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(TargetEvent::LoadBegun(begun)));
+        });
+    }
+
+    fn prepare(&mut self, devices: Sinks) {
+        if self.core.is_failing() {
+            // The links have gone or go; all that is left to do is to end the job.
+            return self.core.handle_prepared(self.clock.now());
+        }
         let sockets: Option<Vec<OwnedFd>> = std::mem::take(&mut self.data).into_iter().collect();
         let events = self.events.clone();
         let config = ReceiverConfig {
@@ -437,13 +461,7 @@ impl Incoming {
                 .handle_job_failed(now, TargetJob::Prepare, AbortCode::Resources, text);
             return;
         };
-        match DataReceiver::start(
-            sockets,
-            self.machine.ram().clone(),
-            Vec::new(),
-            config,
-            report,
-        ) {
+        match DataReceiver::start(sockets, self.machine.ram().clone(), devices, config, report) {
             Ok(receiver) => {
                 self.receiver = Some(receiver);
                 self.core.handle_prepared(now);
@@ -567,6 +585,8 @@ fn load(
         source,
     };
     let began = Instant::now();
+    // First: what a device refuses must not have changed anything else.
+    passthrough::finish_load(machine)?;
     machine.load(stopped, sections)?;
     let load_us = micros(began.elapsed());
     let verification = if verify {
@@ -599,6 +619,7 @@ fn data_error(connection: usize, error: &DataError) -> TargetError {
             TargetError::Protocol(format!("data connection {connection}: {fault}"))
         }
         DataError::Memory { .. } => TargetError::Local(AbortCode::Resources, text),
+        DataError::Device { .. } => TargetError::Local(AbortCode::Device, chain(error)),
         _ => TargetError::Link(text),
     }
 }

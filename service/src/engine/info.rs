@@ -10,7 +10,7 @@ use super::arrival::qmp_status;
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use crate::qmp::schema::{
-    BlackoutInfo, MigrationInfo, RamInfo, SocketAddressInfo, VerificationInfo,
+    BlackoutInfo, MigrationInfo, RamInfo, SocketAddressInfo, VerificationInfo, VfioInfo,
 };
 
 /// What an operator has to know whose migration is in doubt.
@@ -77,6 +77,9 @@ impl Record {
         let expected_ms = stats.predicted_blackout_us.map_or(limit_ms, |us| us / 1000);
         MigrationInfo {
             ram: Some(ram),
+            vfio: (progress.device_bytes > 0).then_some(VfioInfo {
+                transferred: progress.device_bytes,
+            }),
             remaining: (!over).then_some(ram.remaining),
             total_time: Some(until.micros_since(stats.began) / 1000),
             setup_time: stats

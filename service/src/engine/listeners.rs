@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use vmferry_devices::DeviceError;
 use vmferry_devices::notifier::{Mode, Modes, Notifiers, Priority};
+use vmferry_devices::vfio::VfioNotifier;
 
 use super::Engine;
 use super::event::{Event, Events};
@@ -27,6 +28,11 @@ pub(super) fn register(
     for server in &config.notify {
         notifiers.register(Modes::ALL, Priority::SERVER, server.notifier()?);
     }
+    notifiers.register(
+        Mode::Normal,
+        Priority::DEVICE,
+        Box::new(VfioNotifier::new(machine.vfio())),
+    );
     let primaries = Primaries::new(&config.failover_primaries, config.incoming.is_some())?;
     let events = events.clone();
     let unplugging = move |id: &str| {

@@ -28,6 +28,7 @@ mod observe;
 mod origin;
 mod outgoing;
 mod ownership;
+mod passthrough;
 mod route;
 mod run_control;
 mod settings;
@@ -54,7 +55,7 @@ use crate::machine::disk::Disks;
 use crate::machine::failover::Primaries;
 use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::blockers::Blockers;
-use crate::migration::params::{MigrationCapabilities, MigrationParameters};
+use crate::migration::params::{MigrationCapabilities, MigrationMode, MigrationParameters};
 use crate::observe::record::Side;
 use crate::observe::{Observer, logging};
 use crate::qmp::schema::RunState;
@@ -94,10 +95,9 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
         // The engine ends only with the process.
         let _ = machine_events.send(Event::Machine(event));
     });
+    let machine =
+        machine::build(&config.machine, config.accel, tell).context("cannot build the machine")?;
     let disks = Disks::open(&config.disks).context("cannot open the disks")?;
-    let devices = machine::virtio::backends(&disks);
-    let machine = machine::build(&config.machine, devices, config.accel, tell)
-        .context("cannot build the machine")?;
     if config.incoming.is_none() {
         // An incoming guest's disks belong to the source until the guest starts here.
         disks.activate().context("cannot use the disks")?;
@@ -224,6 +224,10 @@ impl Engine {
             .context("cannot take the proof that the guest is stopped")?;
         let (notifiers, primaries) = listeners::register(config, machine.as_ref(), &events)
             .context("cannot tell others of migrations")?;
+        let mut blockers = Blockers::default();
+        for reason in passthrough::blockers(machine.as_ref()) {
+            blockers.add(reason, vec![MigrationMode::Normal])?;
+        }
         Ok(Self {
             name: config.name.clone(),
             machine,
@@ -254,7 +258,7 @@ impl Engine {
             incoming: None,
             exit_on_error: true,
             listened: 0,
-            blockers: Blockers::default(),
+            blockers,
             announcing: Announcing::default(),
             dirty_rate: DirtyRate::default(),
             waiting: Vec::new(),

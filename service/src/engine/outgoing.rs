@@ -9,8 +9,8 @@ use std::time::Instant;
 use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Stream, runtime};
 use vmferry_transport::data::{
-    Backend, BackendChoice, BandwidthLimit, DataSender, RoundWork, SenderConfig, SenderEvent,
-    SenderProgress, ZeroCopy,
+    Backend, BackendChoice, BandwidthLimit, DataError, DataSender, RoundWork, SenderConfig,
+    SenderEvent, SenderProgress, ZeroCopy,
 };
 use vmferry_transport::memory::extents::Extents;
 use vmferry_transport::memory::{DirtyLog, DirtyMap, hash};
@@ -28,6 +28,7 @@ use super::guest::StoppedGuest;
 use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
+use super::passthrough::{self, Sizes, Sources};
 use super::route::Route;
 use crate::machine::Machine;
 use crate::machine::disk::Disks;
@@ -80,6 +81,8 @@ pub(super) struct Outgoing {
     unplugging: bool,
     log: Option<ArmedLog>,
     work: RoundWork,
+    /// Streams that the data threads have not been given yet.
+    devices: Option<Sources>,
     dirty: DirtyMap,
     detect_zero_pages: bool,
     /// It ran when the attempt began.
@@ -159,6 +162,7 @@ impl Outgoing {
             unplugging: false,
             log: None,
             work: RoundWork::default(),
+            devices: None,
             dirty,
             detect_zero_pages,
             guest_ran,
@@ -243,9 +247,15 @@ impl Outgoing {
     }
 
     /// The guest is stopped; the job that saves its state will look at the proof.
-    pub(super) fn guest_stopped(&mut self, stopped: StoppedGuest) {
-        self.lent = Some(stopped.lend());
-        self.core.handle_guest_stopped(self.clock.now(), stopped);
+    fn guest_stopped(&mut self, stopped: StoppedGuest, devices: Result<(), String>) {
+        let now = self.clock.now();
+        match devices {
+            Ok(()) => {
+                self.lent = Some(stopped.lend());
+                self.core.handle_guest_stopped(now, stopped);
+            }
+            Err(error) => self.core.handle_devices_not_stopped(now, stopped, &error),
+        }
     }
 
     /// The operator shuts all connections down: a failure before COMMIT, after it a question.
@@ -297,6 +307,11 @@ impl Outgoing {
                 };
                 self.core.handle_round_sent(now, sent);
             }
+            // No link is to blame, and no target has anything to say about it.
+            SourceEvent::Data(SenderEvent::Failed {
+                error: error @ DataError::Device { .. },
+                ..
+            }) => self.core.handle_device_failed(now, &chain(&error)),
             SourceEvent::Data(SenderEvent::Failed { connection, error }) => {
                 let text = format!("data connection {connection}: {}", chain(&error));
                 let report = self.reporter();
@@ -324,18 +339,21 @@ impl Outgoing {
                 }
             }
             SourceEvent::Notified(job) => self.core.handle_notified(now, job),
-            SourceEvent::LogStarted(log, work, found) => {
+            SourceEvent::LogStarted(log, work, found, devices) => {
                 self.log = Some(log);
                 self.work = work;
+                self.devices = Some(devices);
                 self.core.handle_log_started(now, found);
             }
-            SourceEvent::Synced(log, dirty, took_us) => {
+            SourceEvent::Synced(log, dirty, took_us, sizes) => {
                 self.log = Some(log);
                 let count = dirty.count();
                 self.dirty = dirty;
+                self.core
+                    .handle_device_sizes(sizes.stop_copy, sizes.initial);
                 self.core.handle_synced(now, count, took_us);
             }
-            SourceEvent::Stopped(stopped) => self.guest_stopped(stopped),
+            SourceEvent::Stopped(stopped, devices) => self.guest_stopped(stopped, devices),
             SourceEvent::Saved(saved) => self.core.handle_state_saved(now, saved),
             SourceEvent::LinksClosed => {
                 self.closing = false;
@@ -401,6 +419,9 @@ impl Outgoing {
                     self.dirty.clear();
                     match &self.sender {
                         Some(sender) => {
+                            if let Some(devices) = self.devices.take() {
+                                sender.set_devices(devices);
+                            }
                             sender.set_protector(
                                 self.log.as_ref().and_then(|armed| armed.log.protector()),
                             );
@@ -493,7 +514,6 @@ impl Outgoing {
             let started = DataSender::start(
                 sockets,
                 ram,
-                Vec::new(),
                 config,
                 Arc::new(move |event| tell(SourceEvent::Data(event))),
             );
@@ -519,7 +539,9 @@ impl Outgoing {
         let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
         jobs.run(move || {
             report(match arm(machine.as_ref()) {
-                Ok((log, work, found)) => SourceEvent::LogStarted(log, work, found),
+                Ok((log, work, found, devices)) => {
+                    SourceEvent::LogStarted(log, work, found, devices)
+                }
                 Err(error) => SourceEvent::JobFailed(SourceJob::StartLog, error),
             });
         });
@@ -529,6 +551,9 @@ impl Outgoing {
         let report = self.reporter();
         let empty = DirtyMap::default();
         let (log, mut dirty) = (self.log.take(), std::mem::replace(&mut self.dirty, empty));
+        let machine = Arc::clone(&self.machine);
+        // A device that is stopped has nothing left to be predicted.
+        let stopped = self.lent.is_some();
         jobs.run(move || {
             let Some(mut armed) = log else {
                 return report(SourceEvent::JobFailed(
@@ -537,13 +562,24 @@ impl Outgoing {
                 ));
             };
             let began = Instant::now();
-            match armed.log.fetch(&mut dirty) {
-                Ok(()) => report(SourceEvent::Synced(armed, dirty, micros(began.elapsed()))),
-                Err(error) => {
-                    stop_armed(armed);
-                    report(SourceEvent::JobFailed(SourceJob::Sync, chain(&error)));
+            let failed = match armed.log.fetch(&mut dirty) {
+                Ok(()) => {
+                    let took_us = micros(began.elapsed());
+                    let sizes = match stopped {
+                        true => Ok(Sizes::default()),
+                        false => passthrough::sizes(machine.as_ref()),
+                    };
+                    match sizes {
+                        Ok(sizes) => {
+                            return report(SourceEvent::Synced(armed, dirty, took_us, sizes));
+                        }
+                        Err(error) => chain(&error),
+                    }
                 }
-            }
+                Err(error) => chain(&error),
+            };
+            stop_armed(armed);
+            report(SourceEvent::JobFailed(SourceJob::Sync, failed));
         });
     }
 
@@ -629,9 +665,21 @@ async fn dial(route: Route, hello: DataHello) -> Result<OwnedFd, String> {
         .map_err(|error| format!("data connection {}: {error}", hello.index))
 }
 
+/// Starts the logs, has devices begin to give their state, and finds what the first round sends.
+fn arm(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound, Sources), String> {
+    let (armed, work, found) = arm_log(machine)?;
+    match passthrough::begin(machine) {
+        Ok(devices) => Ok((armed, work, found, devices)),
+        Err(error) => {
+            stop_armed(armed);
+            Err(chain(&error))
+        }
+    }
+}
+
 /// Starts the log first and looks which pages exist second: a page that comes into being in between is in the log. A log that has looked
 /// itself, before it was ready, saves looking at everything: only what were holes then may have changed.
-fn arm(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound), String> {
+fn arm_log(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound), String> {
     let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
     log.start().map_err(|error| chain(&error))?;
     let looked = log.take_extents();

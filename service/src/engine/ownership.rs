@@ -5,8 +5,9 @@ use crate::machine::disk::Disks;
 use crate::machine::{Machine, MachineError, ResumeError};
 
 use super::guest::StoppedGuest;
+use super::passthrough;
 
-/// Activates the disks and, only if that worked, lets the guest run. The one way to start a guest: at the start of the process, on
+/// Activates the disks and, only if that worked, lets the devices work and the vCPUs run. The one way to start a guest: at the start of the process, on
 /// `cont`, after a migration that failed, and on arrival at a target. Blocks.
 ///
 /// # Errors
@@ -21,7 +22,51 @@ pub(super) fn start_guest(
         let source = MachineError::Disk(error);
         return Err(ResumeError { proof, source });
     }
-    machine.resume(proof)
+    if let Err(error) = passthrough::run(machine) {
+        let source = MachineError::Device(error);
+        return Err(ResumeError { proof, source });
+    }
+    machine.resume(proof).inspect_err(|_| {
+        if let Err(error) = passthrough::pause(machine) {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, "a device of the stopped guest works on");
+        }
+    })
+}
+
+/// Stops the guest: its vCPUs, then its devices. Blocks.
+///
+/// # Errors
+/// The guest runs as before, or as [`StopError`] says.
+pub(super) fn stop_guest(machine: &dyn Machine) -> Result<StoppedGuest, StopError> {
+    let proof = machine.pause().map_err(|source| StopError {
+        source,
+        stopped: None,
+    })?;
+    let Err(error) = passthrough::pause(machine) else {
+        return Ok(StoppedGuest::new(proof));
+    };
+    let stopped = machine.resume(proof).err().map(|error| {
+        let source = &error.source as &dyn std::error::Error;
+        tracing::error!(
+            error = source,
+            "the vCPUs stay stopped although a device works on"
+        );
+        StoppedGuest::new(error.proof)
+    });
+    let source = MachineError::Device(error);
+    Err(StopError { source, stopped })
+}
+
+/// The guest could not be stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest could not be stopped")]
+pub(super) struct StopError {
+    /// Why.
+    #[source]
+    pub(super) source: MachineError,
+    /// A device would not stop, and the vCPUs would not run again.
+    pub(super) stopped: Option<StoppedGuest>,
 }
 
 /// The same at a target. If the guest cannot run, the disks go back: the source is about to hear that it still owns them.

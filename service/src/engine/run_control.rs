@@ -9,9 +9,9 @@ use super::event::Event;
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::Incoming;
 use super::outgoing::chain;
-use super::ownership::start_guest;
+use super::ownership::{StopError, start_guest, stop_guest};
 use super::{Engine, Reply};
-use crate::machine::{MachineError, ResumeError};
+use crate::machine::ResumeError;
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
 
@@ -30,7 +30,7 @@ impl Engine {
                 let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
                 self.jobs.run(move || {
                     // The engine ends only with the process.
-                    let _ = events.send(Event::Stopped(machine.pause().map(StoppedGuest::new)));
+                    let _ = events.send(Event::Stopped(stop_guest(machine.as_ref())));
                 });
                 self.waiting.push(reply);
             }
@@ -89,7 +89,7 @@ impl Engine {
     }
 
     /// A stop that the operator asked for is done.
-    pub(super) fn stopped(&mut self, result: Result<StoppedGuest, MachineError>) {
+    pub(super) fn stopped(&mut self, result: Result<StoppedGuest, StopError>) {
         let outcome = match result {
             Ok(stopped) => {
                 self.guest = Guest::Stopped(stopped);
@@ -98,9 +98,17 @@ impl Engine {
                 self.tell_migration(false);
                 Ok(json!({}))
             }
-            Err(error) => {
-                self.guest = Guest::Running;
-                Err(QmpError::generic(chain(&error)))
+            Err(StopError { source, stopped }) => {
+                self.guest = match stopped {
+                    None => Guest::Running,
+                    Some(stopped) => {
+                        self.set_runstate(RunState::Paused);
+                        self.emit(QmpEvent::stop());
+                        Guest::Stopped(stopped)
+                    }
+                };
+                self.tell_migration(matches!(self.guest, Guest::Running));
+                Err(QmpError::generic(chain(&source)))
             }
         };
         self.answer_waiting(&outcome);

@@ -15,7 +15,6 @@ mod boot;
 mod control;
 mod state;
 mod vcpu_thread;
-mod wires;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,8 +22,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::{Kvm, VmFd};
+use vfio_ioctls::VfioDeviceFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
@@ -32,6 +32,7 @@ use vmferry_devices::kvm::{
     install_kick_handler, restore_clock, save_clock, tell_paused, vcpu_name,
 };
 use vmferry_devices::saved::{decode, encode};
+use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
@@ -39,7 +40,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::ram::MachineRam;
 use super::serial::SerialPort;
-use super::virtio::{Backend, Bus};
+use super::vfio::{VfioConfig, VfioDevices};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
@@ -100,20 +101,6 @@ impl KvmMachine {
         options: &KvmOptions,
         events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
     ) -> Result<Self, MachineError> {
-        Self::with_devices(config, ram, options, Vec::new(), events)
-    }
-
-    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn with_devices(
-        config: &MachineConfig,
-        ram: MachineRam,
-        options: &KvmOptions,
-        backends: Vec<Box<dyn Backend>>,
-        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
-    ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
         if ram.blocks().pages().to_bytes() != config.mem_bytes {
             return Err(MachineError::Config(format!(
@@ -138,11 +125,12 @@ impl KvmMachine {
                 .map_err(host("look at a vCPU's state"))?,
             None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
         };
+        let vfio = VfioDevices::open(&config.vfio, &ram, kvm_vfio(&vm, &config.vfio))?;
         let board = Arc::new(Board {
             control: Control::new(config.vcpus),
             vcpus,
             serial: Mutex::new(SerialPort::new(state::SERIAL, &config.serial)?),
-            bus: wires::connect(Bus::new(backends, &ram)?, &vm)?,
+            vfio,
             events,
             threads: Mutex::new(Vec::new()),
         });
@@ -194,6 +182,7 @@ impl KvmMachine {
                 vcpus: self.config.vcpus,
                 tsc_khz,
                 exit_after_passes: options.exit_after_passes,
+                echoes: self.board.vfio.echoes(),
             },
         )?;
         for piece in pieces {
@@ -270,9 +259,7 @@ impl Machine for KvmMachine {
     }
 
     fn schemas(&self) -> Vec<DeviceSchema> {
-        let mut schemas = state::schemas(self.config.vcpus);
-        schemas.extend(self.board.bus.schemas());
-        schemas
+        state::schemas(self.config.vcpus)
     }
 
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
@@ -282,37 +269,27 @@ impl Machine for KvmMachine {
             Box::new(KvmDirtyLog::new(self.slots.clone())),
             Box::new(vmm_writes),
         ];
-        logs.extend(self.board.bus.dirty_logs()?);
+        logs.extend(self.board.vfio.dirty_logs()?);
         Ok(Box::new(UnitedLog::new(logs)))
     }
 
     fn pause(&self) -> Result<VcpusStopped, MachineError> {
-        let stopped = self
+        if self
             .board
             .control
-            .stop_all(|| self.board.kick_all(), PAUSE_MAX);
-        let error = if stopped {
-            // The vCPUs first: they are who gives the devices work.
-            let Err(error) = self.board.bus.stop() else {
-                return Ok(VcpusStopped::assert_all_parked());
-            };
-            error
-        } else {
-            MachineError::Host {
-                op: "stop the vCPUs".to_owned(),
-                source: io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("not all had left the guest after {PAUSE_MAX:?}"),
-                ),
-            }
-        };
-        if let Err(error) = self.board.bus.start() {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "a device does not work any more");
+            .stop_all(|| self.board.kick_all(), PAUSE_MAX)
+        {
+            return Ok(VcpusStopped::assert_all_parked());
         }
         // Whoever has parked goes on; a guest that has ended stays where it is.
         let _ = self.board.control.run_all();
-        Err(error)
+        Err(MachineError::Host {
+            op: "stop the vCPUs".to_owned(),
+            source: io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("not all had left the guest after {PAUSE_MAX:?}"),
+            ),
+        })
     }
 
     fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
@@ -326,15 +303,9 @@ impl Machine for KvmMachine {
                 tracing::warn!(error, "the guest may take the pause for a hang");
             }
         }
-        if let Err(source) = self.board.bus.start() {
-            return Err(ResumeError { proof, source });
-        }
-        self.board.control.run_all().map_err(|why| {
-            let source = match self.board.bus.stop() {
-                Ok(()) => MachineError::Ended(why),
-                Err(error) => error,
-            };
-            ResumeError { proof, source }
+        self.board.control.run_all().map_err(|why| ResumeError {
+            proof,
+            source: MachineError::Ended(why),
         })
     }
 
@@ -360,22 +331,16 @@ impl Machine for KvmMachine {
                 .unwrap_or_else(PoisonError::into_inner)
                 .save()?,
         );
-        sections.extend(self.board.bus.save()?);
         Ok(sections)
     }
 
     fn load(&self, _stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError> {
         let schemas = self.schemas();
         let ordered = state::in_order(&schemas, sections)?;
-        let missing = || DeviceError::Missing {
-            device: state::MACHINE.to_owned(),
-        };
-        let [machine, clock, rest @ ..] = ordered.as_slice() else {
-            return Err(missing());
-        };
-        let Some((vcpus, [serial, virtio @ ..])) = rest.split_at_checked(self.board.vcpus.len())
-        else {
-            return Err(missing());
+        let [machine, clock, vcpus @ .., serial] = ordered.as_slice() else {
+            return Err(DeviceError::Missing {
+                device: state::MACHINE.to_owned(),
+            });
         };
         // A half-loaded guest must not run.
         self.guest_loaded.store(false, Ordering::SeqCst);
@@ -389,7 +354,6 @@ impl Machine for KvmMachine {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .restore(serial)?;
-        self.board.bus.load(virtio)?;
         self.guest_is(workload);
         Ok(())
     }
@@ -397,6 +361,10 @@ impl Machine for KvmMachine {
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
         // It has a clock and no interrupt controllers: the guest polls.
         Some(Box::new(KvmNotifier::new(self.vm.clone(), false, false)))
+    }
+
+    fn vfio(&self) -> Arc<Mutex<VfioSet>> {
+        self.board.vfio.set()
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {
@@ -430,6 +398,25 @@ impl Drop for KvmMachine {
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
             }
+        }
+    }
+}
+
+/// KVM's own view of VFIO: some drivers must know which VM uses their device. Most need none.
+fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<VfioDeviceFd> {
+    if devices.is_empty() {
+        return None;
+    }
+    let mut request = kvm_create_device {
+        type_: kvm_device_type_KVM_DEV_TYPE_VFIO,
+        ..Default::default()
+    };
+    match vm.create_device(&mut request) {
+        Ok(device) => Some(VfioDeviceFd::new_from_kvm(device)),
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::info!(error, "KVM is not told of VFIO devices");
+            None
         }
     }
 }

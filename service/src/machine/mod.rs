@@ -12,7 +12,7 @@ pub mod read_back;
 pub mod serial;
 pub mod soft;
 mod throttle;
-pub mod virtio;
+pub mod vfio;
 pub mod workload;
 
 use std::fmt;
@@ -24,8 +24,6 @@ use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
-use ram::MachineRam;
-use virtio::Backend;
 use workload::WorkloadStats;
 
 /// What runs the guest.
@@ -72,6 +70,8 @@ pub struct MachineConfig {
     pub workload: workload::WorkloadConfig,
     /// Where the serial port's output goes.
     pub serial: SerialSink,
+    /// VFIO devices of the host, all with names of their own.
+    pub vfio: Vec<vfio::VfioConfig>,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
     pub incoming: bool,
 }
@@ -150,14 +150,12 @@ pub struct ResumeError {
     pub source: MachineError,
 }
 
-/// Builds the kind of machine that `choice` asks for, with a virtio device for each of `backends`; for [`AccelChoice::Auto`], KVM
-/// wherever this process may open /dev/kvm.
+/// Builds the kind of machine that `choice` asks for; for [`AccelChoice::Auto`], KVM wherever this process may open /dev/kvm.
 ///
 /// # Errors
 /// When the configuration makes no machine, or the host lacks what was asked for.
 pub fn build(
     config: &MachineConfig,
-    backends: Vec<Box<dyn Backend>>,
     choice: AccelChoice,
     events: EventSink,
 ) -> Result<Arc<dyn Machine>, MachineError> {
@@ -172,17 +170,10 @@ pub fn build(
             }
         },
     };
-    let ram = MachineRam::create(config.mem_bytes)?;
     Ok(if soft {
-        let config = config.clone();
-        Arc::new(soft::SoftMachine::with_devices(
-            config, ram, backends, events,
-        )?)
+        Arc::new(soft::SoftMachine::new(config.clone(), events)?)
     } else {
-        let options = kvm::KvmOptions::default();
-        Arc::new(kvm::KvmMachine::with_devices(
-            config, ram, &options, backends, events,
-        )?)
+        Arc::new(kvm::KvmMachine::new(config, events)?)
     })
 }
 

@@ -103,6 +103,7 @@ pub(super) const STATUS_INFO: Type = Type::Object(&object(&[
 pub(super) const MIGRATION_INFO: Type = Type::Object(&object(&[
     may("status", STATUS),
     may("ram", RAM),
+    may("vfio", VFIO),
     may("remaining", INT),
     may("total-time", INT),
     may("setup-time", INT),
@@ -123,6 +124,7 @@ pub(super) const MIGRATION_INFO: Type = Type::Object(&object(&[
     may("x-zero-copy-fallbacks", INT),
     may("x-verification", VERIFICATION),
 ]));
+const VFIO: Type = Type::Object(&object(&[needs("transferred", INT)]));
 const RAM: Type = Type::Object(&object(&[
     needs("transferred", INT),
     needs("remaining", INT),
@@ -377,6 +379,7 @@ mod tests {
         let whole = MigrationInfo {
             status: Some(MigrationStatus::Active),
             ram: Some(RamInfo::default()),
+            vfio: Some(VfioInfo::default()),
             remaining: Some(1),
             total_time: Some(u64::MAX),
             setup_time: Some(1),

@@ -203,6 +203,14 @@ pub struct KvmInfo {
     pub present: bool,
 }
 
+/// `vfio` of `query-migrate`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct VfioInfo {
+    /// Bytes of device state on their way or there; counted when a round is.
+    pub transferred: u64,
+}
+
 /// `query-migrate`. Sides and states fill what they know; everything else is left out.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default, rename_all = "kebab-case")]
@@ -213,6 +221,9 @@ pub struct MigrationInfo {
     /// Memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ram: Option<RamInfo>,
+    /// VFIO devices, once they have given anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vfio: Option<VfioInfo>,
     /// Bytes still to send, of everything.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remaining: Option<u64>,

@@ -263,7 +263,7 @@ impl World {
             }
             SourceAction::ResumeGuest(proof) => self.resume_guest(proof),
             SourceAction::Unresolved => {
-                let delay = self.rng.below(100_000_000);
+                let delay = self.rng.below(300_000_000);
                 self.schedule(delay, Event::Operator);
             }
             SourceAction::Finished(outcome) => self.source_finished(outcome),
@@ -442,6 +442,13 @@ impl World {
                     self.source.core.handle_setup_told(now, device);
                 }
             }
+            SourceJob::StopGuest if fails && self.rng.chance(500) => {
+                self.see("a device does not stop");
+                let proof = self.pause_guest();
+                self.source
+                    .core
+                    .handle_devices_not_stopped(now, proof, "the device writes on");
+            }
             job if fails => {
                 if job == SourceJob::StopGuest {
                     self.source.guest = Guest::Running;
@@ -464,6 +471,10 @@ impl World {
                 self.source.log.clear();
                 let dirty = self.source.unsent.count();
                 let took_us = self.rng.below(300);
+                // A device with a little to give; now and then it begins anew.
+                let initial = self.rng.below(5).saturating_sub(3);
+                let stop_copy = self.rng.below(4096);
+                self.source.core.handle_device_sizes(stop_copy, initial);
                 self.source.core.handle_synced(now, dirty, took_us);
             }
             SourceJob::StopGuest => {

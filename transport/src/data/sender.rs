@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use super::DataError;
@@ -59,6 +59,8 @@ pub struct SenderProgress {
     pub round_pages_done: u64,
     /// Pages of this round in all. Holes are not counted.
     pub round_pages: u64,
+    /// Bytes of device streams, in complete rounds of each connection.
+    pub device_bytes: u64,
     /// Zero-copy sends, and those for which it was in vain.
     pub zero_copy: ZeroCopyCounts,
 }
@@ -100,7 +102,8 @@ pub struct DataSender {
 pub(super) struct Shared {
     pub(super) sockets: Sockets,
     pub(super) ram: GuestRam,
-    pub(super) devices: Streams<dyn DeviceSource>,
+    /// Set before the first round or not at all.
+    devices: OnceLock<Streams<dyn DeviceSource>>,
     pub(super) config: SenderConfig,
     pub(super) events: Arc<dyn Fn(SenderEvent) + Send + Sync>,
     pub(super) progress: Counters,
@@ -125,15 +128,13 @@ pub(super) enum Command {
 }
 
 impl DataSender {
-    /// Starts one thread per socket. The sockets must be connected and past their hello; the first round must be 0. `devices` are read in
-    /// every round.
+    /// Starts one thread per socket. The sockets must be connected and past their hello; the first round must be 0.
     ///
     /// # Errors
     /// When there is no socket, a socket cannot be set up, or a thread cannot be started.
     pub fn start(
         sockets: Vec<OwnedFd>,
         ram: GuestRam,
-        devices: Vec<StreamedDevice<dyn DeviceSource>>,
         config: SenderConfig,
         events: Arc<dyn Fn(SenderEvent) + Send + Sync>,
     ) -> io::Result<Self> {
@@ -141,7 +142,7 @@ impl DataSender {
             shared: Arc::new(Shared {
                 sockets: Sockets::new(sockets)?,
                 ram,
-                devices: Streams::new(devices),
+                devices: OnceLock::new(),
                 config,
                 events,
                 progress: Counters::default(),
@@ -161,6 +162,13 @@ impl DataSender {
             sender.threads.push(thread);
         }
         Ok(sender)
+    }
+
+    /// These devices are read in every round. Counts before the first round, and once: they have no stream before the dirty log runs,
+    /// which may be later than the connections.
+    pub fn set_devices(&self, devices: Vec<StreamedDevice<dyn DeviceSource>>) {
+        let unset = self.shared.devices.set(Streams::new(devices));
+        debug_assert!(unset.is_ok(), "devices are set once");
     }
 
     /// From now on pages are protected with `protector` just before they are read, see
@@ -207,6 +215,7 @@ impl DataSender {
             round: newest.map(|round| round.id).unwrap_or_default(),
             round_pages_done: newest.map_or(0, |round| round.pages_done.load(Ordering::Relaxed)),
             round_pages: newest.map_or(0, |round| round.pages().0),
+            device_bytes: self.shared.progress.device_bytes.load(Ordering::Relaxed),
             zero_copy: self.shared.progress.zero_copy(),
         }
     }
@@ -266,6 +275,11 @@ impl std::fmt::Debug for DataSender {
 }
 
 impl Shared {
+    /// The device streams, if there are any.
+    pub(super) fn devices(&self) -> Option<&Streams<dyn DeviceSource>> {
+        self.devices.get()
+    }
+
     /// A connection failed: ends all, and tells the engine if nobody did before.
     pub(super) fn fail(&self, connection: usize, error: DataError) {
         if self.sockets.stop() {

@@ -156,11 +156,14 @@ impl<'a> Worker<'a> {
     /// An empty message: a used one if there is, else a new one.
     fn message(&mut self) -> LentMessage {
         let mut message = self.spare.take().unwrap_or_else(|| {
-            let payload_bytes = match (self.shared.config.checksum, self.shared.devices.is_empty())
-            {
+            let devices = self
+                .shared
+                .devices()
+                .is_some_and(|streams| !streams.is_empty());
+            let payload_bytes = match (self.shared.config.checksum, devices) {
                 (true, _) => PAYLOAD_BYTES_MAX,
-                (false, false) => DEVICE_PAYLOAD_BYTES_MAX,
-                (false, true) => 0,
+                (false, true) => DEVICE_PAYLOAD_BYTES_MAX,
+                (false, false) => 0,
             } as usize;
             LentMessage::new(self.shared.ram.clone(), PAYLOAD_AT + payload_bytes)
         });
@@ -180,7 +183,7 @@ impl<'a> Worker<'a> {
                 None => round.claim_device(),
             };
             let shared = self.shared;
-            let Some(mut stream) = shared.devices.get(at) else {
+            let Some(mut stream) = shared.devices().and_then(|streams| streams.get(at)) else {
                 self.device = None;
                 return Ok(None);
             };

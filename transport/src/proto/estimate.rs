@@ -31,6 +31,8 @@ pub struct Estimate {
     round_trip_us: Option<u64>,
     sync_us: u64,
     dirty_pages_per_sec: u64,
+    /// What devices besides RAM have to give once they are stopped.
+    device_bytes: u64,
     /// Rounds since the remainder fits the limit, those of them in a row that were in vain, and the smallest remainder.
     polished: u32,
     vain: u32,
@@ -95,12 +97,20 @@ impl Estimate {
         self.sync_us = sync_us;
     }
 
+    /// Devices would have this much to give if they were stopped now, in bytes. It leaves beside the last pages, and no further round makes
+    /// it less.
+    pub fn note_device_bytes(&mut self, bytes: u64) {
+        self.device_bytes = bytes;
+    }
+
     /// How long the guest would stand still if it were stopped now with `dirty` pages to send, in microseconds.
     pub fn blackout_us(&self, dirty: PageCount) -> u64 {
         let fixed = FIXED_US
             .saturating_add(ROUND_TRIPS.saturating_mul(self.round_trip_us.unwrap_or(0)))
             .saturating_add(self.sync_us);
-        fixed.saturating_add(self.sending_us(dirty))
+        fixed
+            .saturating_add(self.sending_us(dirty))
+            .saturating_add(self.bytes_us(self.device_bytes))
     }
 
     /// Decides on `dirty` pages, found by the fetch that was noted last.
@@ -129,9 +139,13 @@ impl Estimate {
     }
 
     fn sending_us(&self, dirty: PageCount) -> u64 {
+        self.bytes_us(dirty.to_bytes())
+    }
+
+    fn bytes_us(&self, bytes: u64) -> u64 {
         match self.switchover_bytes_per_sec.or(self.bytes_per_sec) {
-            Some(rate) => saturating(u128::from(dirty.to_bytes()) * 1_000_000 / u128::from(rate)),
-            None if dirty.0 == 0 => 0,
+            Some(rate) => saturating(u128::from(bytes) * 1_000_000 / u128::from(rate)),
+            None if bytes == 0 => 0,
             None => u64::MAX,
         }
     }
@@ -193,6 +207,23 @@ mod tests {
         }
         assert_eq!(
             estimate.decide(PageCount(45_000), LIMIT_US),
+            Decision::SwitchOver
+        );
+    }
+
+    #[test]
+    fn what_devices_have_to_give_counts_but_no_round_is_spent_on_it() {
+        let mut estimate = estimate(0);
+        // A third of a second, and more than the limit.
+        estimate.note_device_bytes(400 << 20);
+        assert!(estimate.blackout_us(PageCount(0)) > LIMIT_US);
+        assert_eq!(
+            estimate.decide(PageCount(0), LIMIT_US),
+            Decision::AnotherRound
+        );
+        estimate.note_device_bytes(200 << 20);
+        assert_eq!(
+            estimate.decide(PageCount(0), LIMIT_US),
             Decision::SwitchOver
         );
     }

@@ -15,7 +15,7 @@ use super::control::{Control, Woken};
 use crate::machine::MachineEvent;
 use crate::machine::serial::SerialPort;
 use crate::machine::throttle::{self, SLICE};
-use crate::machine::virtio::Bus;
+use crate::machine::vfio::VfioDevices;
 use crate::machine::workload::layout::port;
 
 /// Wakes late by no more than about this, in nanoseconds, so that a rate-limited guest keeps its schedule.
@@ -31,7 +31,7 @@ pub(super) struct Board {
     pub(super) control: Control,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) serial: Mutex<SerialPort>,
-    pub(super) bus: Bus,
+    pub(super) vfio: VfioDevices,
     pub(super) events: EventSink,
     /// The threads, to be kicked and, at the end, joined. Filled while all of them are still parked.
     pub(super) threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
@@ -192,13 +192,13 @@ fn serve(board: &Board, exit: VcpuExit<'_>, number: usize) -> After {
     match exit {
         VcpuExit::IoOut(at, data) => return write_port(board, at, data),
         VcpuExit::IoIn(at, data) => read_port(board, at, data),
-        VcpuExit::MmioRead(gpa, data) => {
-            if !board.bus.read(gpa, data) {
+        VcpuExit::MmioRead(at, data) => {
+            if !board.vfio.read(at, data) {
                 data.fill(UNASSIGNED);
             }
         }
-        VcpuExit::MmioWrite(gpa, data) => {
-            let _somebody_is_there = board.bus.write(gpa, data);
+        VcpuExit::MmioWrite(at, data) => {
+            board.vfio.write(at, data);
         }
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         // Nothing can wake it: there are no interrupts. It stays until somebody pauses the machine.

@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 use vm_memory::{Bytes, GuestAddress};
 use vmferry_devices::saved::{decode, encode, schema_of};
 use vmferry_devices::soft::PagemapLog;
+use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
@@ -30,7 +31,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
-use super::virtio::{Backend, Bus};
+use super::vfio::VfioDevices;
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
@@ -66,7 +67,7 @@ struct Shared {
     /// Registers of each vCPU. A thread holds its own while it is in the guest, everybody else may while it is parked.
     registers: Vec<Mutex<Registers>>,
     serial: Mutex<SerialPort>,
-    bus: Bus,
+    vfio: VfioDevices,
     events: EventSink,
 }
 
@@ -91,19 +92,6 @@ impl SoftMachine {
         ram: MachineRam,
         events: EventSink,
     ) -> Result<Self, MachineError> {
-        Self::with_devices(config, ram, Vec::new(), events)
-    }
-
-    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn with_devices(
-        config: MachineConfig,
-        ram: MachineRam,
-        backends: Vec<Box<dyn Backend>>,
-        events: EventSink,
-    ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
         let incoming = config.incoming;
         if ram.blocks().pages().to_bytes() != config.mem_bytes {
@@ -116,13 +104,18 @@ impl SoftMachine {
         if !incoming {
             load_workload(&config, &ram)?;
         }
+        let vfio = VfioDevices::open(&config.vfio, &ram, None)?;
+        if vfio.echoes() != 0 {
+            let text = "x-echo of a VFIO device needs KVM: vCPUs that are host threads do no I/O";
+            return Err(MachineError::Config(text.to_owned()));
+        }
         let shared = Arc::new(Shared {
             gate: Gate::new(config.vcpus),
             memory: VcpuMemory::new(&ram)?,
             mem_bytes: config.mem_bytes,
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
             serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
-            bus: Bus::new(backends, &ram)?,
+            vfio,
             events,
         });
         let mut machine = Self {
@@ -149,16 +142,6 @@ impl SoftMachine {
         self.guest_loaded
             .load(Ordering::Acquire)
             .then(|| self.ram.memory())
-    }
-
-    /// A pause has failed half-way.
-    fn run_again(&self) {
-        if let Err(error) = self.shared.bus.start() {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "a device does not work any more");
-        }
-        // A guest that has ended stays where it is.
-        let _ = self.shared.gate.resume();
     }
 
     fn save_machine(&self) -> SoftMachineV1 {
@@ -203,7 +186,6 @@ impl Machine for SoftMachine {
         let mut schemas = vec![schema_of::<SoftMachineV1>(MACHINE), serial];
         schemas
             .extend((0..self.config.vcpus).map(|vcpu| schema_of::<SoftVcpuV1>(&vcpu_name(vcpu))));
-        schemas.extend(self.shared.bus.schemas());
         schemas
     }
 
@@ -211,7 +193,7 @@ impl Machine for SoftMachine {
         let by_vcpus = PagemapLog::new(self.shared.memory.blocks().clone()).map_err(no_log)?;
         let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;
         let mut logs: Vec<Box<dyn DirtyLog>> = vec![Box::new(by_vcpus), Box::new(by_vmm)];
-        logs.extend(self.shared.bus.dirty_logs()?);
+        logs.extend(self.shared.vfio.dirty_logs()?);
         Ok(Box::new(UnitedLog::new(logs)))
     }
 
@@ -222,10 +204,6 @@ impl Machine for SoftMachine {
                 io::ErrorKind::TimedOut.into(),
             )
         })?;
-        if let Err(error) = self.shared.bus.stop() {
-            self.run_again();
-            return Err(error);
-        }
         Ok(VcpusStopped::assert_all_parked())
     }
 
@@ -234,15 +212,9 @@ impl Machine for SoftMachine {
             let source = MachineError::Config("no guest has been loaded yet".to_owned());
             return Err(ResumeError { proof, source });
         }
-        if let Err(source) = self.shared.bus.start() {
-            return Err(ResumeError { proof, source });
-        }
-        self.shared.gate.resume().map_err(|ended| {
-            let source = match self.shared.bus.stop() {
-                Ok(()) => MachineError::Ended(ended.0),
-                Err(error) => error,
-            };
-            ResumeError { proof, source }
+        self.shared.gate.resume().map_err(|ended| ResumeError {
+            proof,
+            source: MachineError::Ended(ended.0),
         })
     }
 
@@ -258,7 +230,6 @@ impl Machine for SoftMachine {
             let saved = save_registers(parked(&name, registers)?.clone());
             sections.push(encode(&name, &saved)?);
         }
-        sections.extend(self.shared.bus.save()?);
         Ok(sections)
     }
 
@@ -275,18 +246,14 @@ impl Machine for SoftMachine {
             .map(|schema| schema.name)
             .collect();
         let sections = in_order(&names, sections)?;
-        let [_machine, serial, rest @ ..] = &sections[..] else {
+        let [_machine, serial, vcpus @ ..] = &sections[..] else {
             return Err(missing(SERIAL));
-        };
-        let Some((vcpus, virtio)) = rest.split_at_checked(self.shared.registers.len()) else {
-            return Err(missing("vcpu"));
         };
         let registers = vcpus
             .iter()
             .map(|section| load_registers(section, same_clock))
             .collect::<Result<Vec<_>, _>>()?;
         lock(&self.shared.serial).restore(serial)?;
-        self.shared.bus.load(virtio)?;
         for ((slot, section), registers) in self.shared.registers.iter().zip(vcpus).zip(registers) {
             *parked(&section.name, slot)? = registers;
         }
@@ -296,6 +263,10 @@ impl Machine for SoftMachine {
 
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
         None
+    }
+
+    fn vfio(&self) -> Arc<Mutex<VfioSet>> {
+        self.shared.vfio.set()
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {
@@ -390,6 +361,7 @@ fn load_workload(config: &MachineConfig, ram: &MachineRam) -> Result<(), Machine
         vcpus: config.vcpus,
         tsc_khz: vcpu::TSC_KHZ,
         exit_after_passes: None,
+        echoes: 0,
     };
     for piece in loader::pieces(&config.workload, options)? {
         ram.memory()

@@ -4,6 +4,7 @@
 //! ```text
 //! entry64 (rdi = vCPU): greet -> write fill -> passes over the slice, for ever
 //! page:   verify the last pass's stamps -> write this pass's -> heartbeat -> now and then check a fill page -> wait if early
+//! pass:   send to serial ports that echo, and check what comes back
 //! ```
 //!
 //! Registers that live throughout: r15 parameters, r14 mailbox, r13 pass (from 1), r12 data page index, r11 TSC at which the current
@@ -23,6 +24,7 @@ use super::layout::{
 };
 use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, TSS, USER_CODE64, USER_DATA};
 use super::pattern;
+use crate::machine::vfio::window;
 
 /// Bits that RFLAGS has when the program starts: the one that is always set, and IOPL 3. Interrupts stay off.
 pub const RFLAGS: u64 = 0x3002;
@@ -213,7 +215,31 @@ vmferry_workload_entry64:
     cmp r12, [r14 + {SLICE_END}]
     jb 41b
 
-    // End of a pass.
+    // End of a pass. vCPU 0 sends its number to each serial port that echoes: that of some passes ago comes back.
+    test r14, {VCPU_NOT_0}
+    jnz 52f
+    mov rsi, [r15 + {ECHOES}]
+    mov ebx, {WINDOWS}
+50: test rsi, rsi
+    jz 52f
+    test esi, 1
+    jz 51f
+    mov eax, r13d
+    mov [rbx], al
+    mov r8, r13
+    sub r8, {ECHO_DEPTH}
+    jbe 51f
+    movzx r8d, r8b
+    xor edx, edx
+    mov dl, [rbx]
+    cmp rdx, r8
+    je 51f
+    mov r9, rbx
+    call 63f
+51: add rbx, {DEVICE_BYTES}
+    shr rsi, 1
+    jmp 50b
+52:
     mov [r14 + {PASSES}], r13
     inc r13
     mov qword ptr [r14 + {PHASE}], {PHASE_STEADY}
@@ -386,6 +412,10 @@ vmferry_workload_end:
     TSC_KHZ = const params::TSC_KHZ,
     FILL_CHECK_EVERY = const params::FILL_CHECK_EVERY,
     EXIT_AFTER_PASSES = const params::EXIT_AFTER_PASSES,
+    ECHOES = const params::ECHOES,
+    ECHO_DEPTH = const params::ECHO_DEPTH,
+    WINDOWS = const window::WINDOWS_GPA,
+    DEVICE_BYTES = const window::DEVICE_BYTES,
     PHASE = const mailbox::PHASE,
     PHASE_FILL = const mailbox::PHASE_FILL,
     PHASE_FIRST_PASS = const mailbox::PHASE_FIRST_PASS,

@@ -70,6 +70,10 @@ pub mod params {
     pub const FILL_CHECK_EVERY: u64 = 0x50;
     /// Passes after which vCPU 0 writes the exit port; 0 for never.
     pub const EXIT_AFTER_PASSES: u64 = 0x58;
+    /// One bit for each VFIO device: its first region is a 16550 that echoes. In each pass vCPU 0 sends the pass's number there.
+    pub const ECHOES: u64 = 0x60;
+    /// After so many passes the number must come back; so many bytes are always in the device.
+    pub const ECHO_DEPTH: u64 = 8;
     /// Value of [`MAGIC_AT`]: "VMFWORK1".
     pub const MAGIC: u64 = u64::from_le_bytes(*b"VMFWORK1");
 }
@@ -82,7 +86,7 @@ pub mod mailbox {
     pub const PASSES: u64 = 0x08;
     /// Page writes, fill not included.
     pub const PAGES_WRITTEN: u64 = 0x10;
-    /// Pages found wrong, in the working set or the fill. A page counts once per look.
+    /// Pages found wrong, in the working set or the fill, and bytes that a device gave back wrong. A page counts once per look.
     pub const ERRORS: u64 = 0x18;
     /// Address of the first wrong word; 0 if there is none.
     pub const FIRST_ERROR_GPA: u64 = 0x20;

@@ -8,6 +8,7 @@ use super::layout::{
 };
 use super::{WorkloadConfig, image};
 use crate::machine::MachineError;
+use crate::machine::vfio::window::{WINDOWS_END, WINDOWS_GPA};
 
 /// Selector of the flat 32-bit code segment.
 pub const CODE32: u16 = 0x08;
@@ -40,6 +41,7 @@ const TABLE_ENTRY: u64 = 0x27;
 const LARGE_PAGE_ENTRY: u64 = 0xe7;
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 const DIRECTORY_BYTES: u64 = 1 << 30;
+const ENTRIES: u64 = 512;
 /// Without a rate limit one page of the fill is checked per so many page writes.
 const FILL_CHECK_EVERY_UNLIMITED: u64 = 64;
 /// With a rate limit.
@@ -67,6 +69,8 @@ pub struct LoadOptions {
     pub tsc_khz: u32,
     /// Passes after which the guest writes the exit port; `None` for never.
     pub exit_after_passes: Option<u64>,
+    /// Which VFIO devices are serial ports that echo, one bit each; see [`params::ECHOES`].
+    pub echoes: u16,
 }
 
 /// All pieces, in ascending order of address and without overlap.
@@ -89,7 +93,7 @@ pub fn pieces(config: &WorkloadConfig, options: LoadOptions) -> Result<Vec<Piece
         descriptor_tables(),
     ];
     pieces.extend((0..options.vcpus).map(|vcpu| mailbox_page(config, options.vcpus, vcpu)));
-    pieces.push(page_tables(options.mem_bytes));
+    pieces.push(page_tables(options.mem_bytes, options.echoes != 0));
     Ok(pieces)
 }
 
@@ -139,6 +143,7 @@ fn parameters(config: &WorkloadConfig, options: LoadOptions) -> Piece {
         params::EXIT_AFTER_PASSES,
         options.exit_after_passes.unwrap_or(0),
     );
+    page.set(params::ECHOES, options.echoes.into());
     Piece {
         gpa: PARAMS_GPA,
         bytes: page.0,
@@ -203,8 +208,9 @@ fn descriptor_tables() -> Piece {
     }
 }
 
-/// Identity mapping of all RAM in 2 MiB pages, for the user; the device hole stays unmapped.
-fn page_tables(mem_bytes: u64) -> Piece {
+/// Identity mapping of all RAM in 2 MiB pages, for the user. The device hole stays unmapped, but for the windows of VFIO devices if
+/// the program uses them.
+fn page_tables(mem_bytes: u64, windows: bool) -> Piece {
     let low = layout::low_bytes(mem_bytes);
     let high = mem_bytes - low;
     let ranges = [(0, low), (HIGH_RAM_GPA, high)];
@@ -212,7 +218,7 @@ fn page_tables(mem_bytes: u64) -> Piece {
         .iter()
         .map(|(_, len)| len.div_ceil(DIRECTORY_BYTES))
         .sum();
-    let mut tables = Fields::new((2 + directories) * PAGE_BYTES);
+    let mut tables = Fields::new((2 + directories + u64::from(windows)) * PAGE_BYTES);
     tables.set(0, (PAGE_TABLES_GPA + PAGE_BYTES) | TABLE_ENTRY);
     let mut directory_at = 2 * PAGE_BYTES;
     for (start, len) in ranges {
@@ -232,6 +238,19 @@ fn page_tables(mem_bytes: u64) -> Piece {
             directory_at += PAGE_BYTES;
         }
     }
+    if windows {
+        tables.set(
+            PAGE_BYTES + WINDOWS_GPA / DIRECTORY_BYTES * 8,
+            (PAGE_TABLES_GPA + directory_at) | TABLE_ENTRY,
+        );
+        let pages = WINDOWS_GPA / LARGE_PAGE_BYTES..WINDOWS_END / LARGE_PAGE_BYTES;
+        for page in pages {
+            tables.set(
+                directory_at + page % ENTRIES * 8,
+                (page * LARGE_PAGE_BYTES) | LARGE_PAGE_ENTRY,
+            );
+        }
+    }
     Piece {
         gpa: PAGE_TABLES_GPA,
         bytes: tables.0,
@@ -240,10 +259,17 @@ fn page_tables(mem_bytes: u64) -> Piece {
 
 // The directories of the largest RAM end below the data.
 const _: () = assert!(
-    PAGE_TABLES_GPA + (2 + layout::RAM_MAX / DIRECTORY_BYTES) * PAGE_BYTES
+    PAGE_TABLES_GPA + (3 + layout::RAM_MAX / DIRECTORY_BYTES) * PAGE_BYTES
         <= layout::WORKING_SET_GPA
 );
 const _: () = assert!(LOW_RAM_END.is_multiple_of(DIRECTORY_BYTES));
+// The windows have a directory to themselves, in whole pages.
+const _: () = assert!(
+    WINDOWS_GPA / DIRECTORY_BYTES == LOW_RAM_END / DIRECTORY_BYTES
+        && (WINDOWS_END - 1) / DIRECTORY_BYTES == WINDOWS_GPA / DIRECTORY_BYTES
+        && WINDOWS_GPA.is_multiple_of(LARGE_PAGE_BYTES)
+        && WINDOWS_END.is_multiple_of(LARGE_PAGE_BYTES)
+);
 
 #[cfg(test)]
 mod tests {
@@ -255,6 +281,7 @@ mod tests {
             vcpus,
             tsc_khz: 2_000_000,
             exit_after_passes: None,
+            echoes: 0,
         }
     }
 
@@ -284,9 +311,15 @@ mod tests {
     }
 
     #[test]
-    fn page_tables_map_all_ram_and_not_the_hole() {
+    fn page_tables_map_all_ram_and_of_the_hole_only_windows_that_are_used() {
         let mem = (4 << 30) + (4 << 20);
-        let tables = page_tables(mem);
+        for windows in [false, true] {
+            check_page_tables(mem, windows);
+        }
+    }
+
+    fn check_page_tables(mem: u64, windows: bool) {
+        let tables = page_tables(mem, windows);
         let word = |gpa: u64| {
             let at = usize::try_from(gpa - PAGE_TABLES_GPA).unwrap();
             u64::from_le_bytes(tables.bytes[at..at + 8].try_into().unwrap())
@@ -311,10 +344,15 @@ mod tests {
         }
         for hole in [
             LOW_RAM_END,
+            WINDOWS_GPA - 1,
+            WINDOWS_END,
             HIGH_RAM_GPA - 1,
             HIGH_RAM_GPA + (1 << 30) + (4 << 20),
         ] {
             assert_eq!(translate(hole), None, "{hole:#x}");
+        }
+        for window in [WINDOWS_GPA, WINDOWS_END - 1] {
+            assert_eq!(translate(window), windows.then_some(window));
         }
     }
 

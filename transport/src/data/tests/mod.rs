@@ -75,7 +75,8 @@ fn start_sender(
 ) -> (DataSender, mpsc::Receiver<SenderEvent>) {
     let (events, queue) = mpsc::channel();
     let events = Arc::new(move |event| drop(events.send(event)));
-    let sender = DataSender::start(sockets, ram.clone(), devices, config, events).unwrap();
+    let sender = DataSender::start(sockets, ram.clone(), config, events).unwrap();
+    sender.set_devices(devices);
     (sender, queue)
 }
 

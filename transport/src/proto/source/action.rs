@@ -109,8 +109,10 @@ pub enum SourceAction<P> {
     },
     /// Job [`SourceJob::Sync`]: add the dirty logs to what the next round sends. Reports [`Source::handle_synced`](super::Source::handle_synced).
     Sync,
-    /// Job [`SourceJob::StopGuest`]: reports [`Source::handle_guest_stopped`](super::Source::handle_guest_stopped). If it fails, the
-    /// guest runs on as if nothing had been asked.
+    /// Job [`SourceJob::StopGuest`]: the vCPUs, then the devices that write memory by themselves. Reports
+    /// [`Source::handle_guest_stopped`](super::Source::handle_guest_stopped), or
+    /// [`Source::handle_devices_not_stopped`](super::Source::handle_devices_not_stopped). If it fails, the guest runs on as if nothing had
+    /// been asked.
     StopGuest,
     /// Keep the vCPUs from running for this share of the time, in percent; 0 lets them run freely.
     Throttle(u8),

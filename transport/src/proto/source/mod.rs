@@ -81,6 +81,8 @@ pub struct Source<P> {
     notified: bool,
     /// The target's devices are ready for a switchover.
     acked: bool,
+    /// Devices here have still to give what they give once, before they are stopped.
+    devices_begin: bool,
     throttle: Throttle,
 }
 
@@ -109,6 +111,7 @@ impl<P: fmt::Debug> Source<P> {
             log_started: false,
             notified: false,
             acked: false,
+            devices_begin: false,
             throttle: Throttle::default(),
         }
     }
@@ -364,7 +367,7 @@ impl<P: fmt::Debug> Source<P> {
                     "dirty log fetched"
                 );
                 match self.estimate.decide(dirty, self.tuning.downtime_limit_us) {
-                    Decision::SwitchOver if self.acked || !self.config.switchover_ack => {
+                    Decision::SwitchOver if self.is_acknowledged() => {
                         self.stop_guest(now);
                     }
                     Decision::SwitchOver | Decision::AnotherRound => {
@@ -397,6 +400,43 @@ impl<P: fmt::Debug> Source<P> {
                 self.state = other;
                 self.pay_debts(now);
             }
+        }
+    }
+
+    /// What devices beside RAM have to give, asked together with the dirty logs: `stop_copy_bytes` in the blackout if they were stopped
+    /// now, and before that `initial_bytes` once, for which a switchover that is to be acknowledged waits. A round that was placed has
+    /// brought the target all of what was left before it.
+    pub fn handle_device_sizes(&mut self, stop_copy_bytes: u64, initial_bytes: u64) {
+        self.estimate.note_device_bytes(stop_copy_bytes);
+        self.devices_begin = initial_bytes > 0;
+    }
+
+    fn is_acknowledged(&self) -> bool {
+        !self.config.switchover_ack || (self.acked && !self.devices_begin)
+    }
+
+    /// Every vCPU has left the guest, but a device would not stop: the attempt fails, and the guest is resumed with the proof.
+    pub fn handle_devices_not_stopped(&mut self, now: Moment, proof: P, error: &str) {
+        assert!(
+            self.jobs.end(SourceJob::StopGuest),
+            "a guest that nobody stopped"
+        );
+        match &mut self.state {
+            State::Stopping => {
+                self.begin_failing(now, Some(proof), Reason::Local(error.to_owned()));
+            }
+            State::Failing { stopped, .. } => {
+                *stopped = Some(proof);
+                self.pay_debts(now);
+            }
+            other => unreachable!("the guest stopped while {}", other.name()),
+        }
+    }
+
+    /// A device of this host does not give its state: before COMMIT that ends the attempt, and no link is to blame.
+    pub fn handle_device_failed(&mut self, now: Moment, error: &str) {
+        if !self.state.in_doubt() {
+            self.fail(now, Reason::Local(error.to_owned()));
         }
     }
 

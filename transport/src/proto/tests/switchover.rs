@@ -220,3 +220,58 @@ fn auto_converge_that_is_switched_off_lets_the_guest_run_freely() {
     source.handle_synced(now, PageCount(100), 1);
     assert!(asks_for(&actions(&mut source), "Throttle(0)"));
 }
+
+#[test]
+fn the_guest_is_not_stopped_before_its_own_devices_have_given_their_beginning() {
+    let config = SourceConfig {
+        switchover_ack: true,
+        ..config()
+    };
+    for (ack, stops) in [(true, false), (false, true)] {
+        let config = SourceConfig {
+            switchover_ack: ack,
+            ..config.clone()
+        };
+        let mut source = source_at(config, At::Syncing);
+        if ack {
+            source.handle_frame(NOW, TargetFrame::SwitchoverAck);
+        }
+        source.handle_device_sizes(0, 1);
+        source.handle_synced(NOW, PageCount(0), 1);
+        assert_eq!(asks_for(&actions(&mut source), "StopGuest"), stops);
+        if stops {
+            continue;
+        }
+        source.handle_round_sent(NOW, RoundSent::default());
+        source.handle_frame(NOW, TargetFrame::RoundPlaced(RoundId(1)));
+        source.handle_device_sizes(0, 0);
+        source.handle_synced(NOW, PageCount(0), 1);
+        assert!(asks_for(&actions(&mut source), "StopGuest"));
+    }
+}
+
+#[test]
+fn a_device_that_does_not_stop_fails_the_attempt_and_the_guest_is_resumed() {
+    for pause_before_switchover in [false, true] {
+        let config = SourceConfig {
+            pause_before_switchover,
+            ..config()
+        };
+        let mut source = source_at(config, At::Stopping);
+        source.handle_devices_not_stopped(NOW, Proof, "vfio/0 writes on");
+        assert_eq!(source.status(), MigrationStatus::Failing);
+        let (resumed, end) = clean_up(&mut source);
+        assert!(resumed && end.contains("vfio/0 writes on"), "{end}");
+    }
+}
+
+#[test]
+fn a_device_that_gives_nothing_is_a_local_failure_until_the_commit() {
+    let mut source = source_at(config(), At::Sending);
+    source.handle_device_failed(NOW, "vfio/0: reading");
+    let reason = Reason::Local("vfio/0: reading".to_owned());
+    assert_eq!(source.failure(), Some(&reason));
+    let mut source = source_at(config(), At::Committed);
+    source.handle_device_failed(NOW, "vfio/0: reading");
+    assert!(source.in_doubt());
+}

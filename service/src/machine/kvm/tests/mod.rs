@@ -35,6 +35,7 @@ fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
             fill_bytes: 0,
         },
         serial: SerialSink::Null,
+        vfio: Vec::new(),
         incoming: false,
     }
 }

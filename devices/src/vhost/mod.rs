@@ -1,0 +1,111 @@
+//! Back ends of virtio devices outside of the VMM: in the kernel (vhost: net, vsock, vDPA), and in other processes (vhost-user).
+//!
+//! - [`VhostDevice`] owns a back end in the kernel: it sets it up, starts and stops it, and moves its position in the rings.
+//! - [`VhostLog`] is the dirty log of what back ends write.
+//! - [`VhostNotifier`] gives a back end away for an in-place upgrade, and takes it back when that fails.
+//!
+//! # In a VMM
+//!
+//! ```no_run
+//! use std::fs::File;
+//! use std::sync::{Arc, Mutex};
+//!
+//! use vmferry_devices::notifier::{Modes, Notifiers, Priority};
+//! use vmferry_devices::vhost::{Queue, Ring, VhostDevice, VhostMemory, VhostNotifier, dirty_logs};
+//! use vmferry_devices::{Device, DeviceError};
+//! use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam};
+//! use vmferry_transport::wire::Section;
+//!
+//! type Shared = Arc<Mutex<VhostDevice>>;
+//!
+//! /// When the VM is built. The queues have the events that KVM knows as ioeventfd and irqfd.
+//! fn build(
+//!     vhost: File,
+//!     tap: File,
+//!     memory: VhostMemory,
+//!     queues: [Queue; 2],
+//!     notifiers: &Notifiers,
+//! ) -> Result<Shared, DeviceError> {
+//!     let device = Arc::new(Mutex::new(VhostDevice::net("net/0", vhost, tap, memory, queues)?));
+//!     let notifier = Box::new(VhostNotifier::new(Arc::clone(&device)));
+//!     notifiers.register(Modes::ALL, Priority::DEVICE, notifier);
+//!     Ok(device)
+//! }
+//!
+//! /// When the guest's driver is ready (DRIVER_OK).
+//! fn driver_ready(device: &mut VhostDevice, features: u64, rings: [Ring; 2]) -> Result<(), DeviceError> {
+//!     device.set_features(features)?;
+//!     device.set_rings(&rings.map(Some))?;
+//!     device.start()
+//! }
+//!
+//! /// United with the logs of KVM and of the VMM itself.
+//! fn logs(
+//!     device: Shared,
+//!     memory: VhostMemory,
+//!     ram: &GuestRam,
+//! ) -> Result<Vec<Box<dyn DirtyLog>>, DirtyLogError> {
+//!     dirty_logs(&[device], memory, ram)
+//! }
+//!
+//! /// Source: when the vCPUs have stopped, before the last fetch. `start` is the way back.
+//! fn last(device: &mut VhostDevice) -> Result<Section, DeviceError> {
+//!     device.stop()?;
+//!     device.save()
+//! }
+//!
+//! /// Target: `load` before READY, `run` after COMMIT.
+//! fn load(device: &mut VhostDevice, section: &Section) -> Result<(), DeviceError> {
+//!     device.restore(section)
+//! }
+//! fn run(device: &mut VhostDevice) -> Result<(), DeviceError> {
+//!     device.start()
+//! }
+//! # fn main() {}
+//! ```
+//!
+//! # What is not there
+//!
+//! VHOST_SET_LOG_FD is not used: it would signal every write to a log that is only looked at once per round. Packed rings are not
+//! offered to drivers. vDPA devices keep no log, so they block a migration of a running guest; one that is stopped can be saved.
+
+mod ioctl;
+mod kernel;
+mod log;
+mod memory;
+mod notifier;
+mod ring;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam};
+
+pub use kernel::{F_LOG_ALL, VhostDevice};
+pub use log::{LogPages, Logs, VhostLog};
+pub use memory::{Memory, Region, VhostMemory};
+pub use notifier::VhostNotifier;
+pub use ring::{Queue, RING_SIZE_MAX, Ring, RingV1, VhostV1};
+
+use crate::soft::PagemapLog;
+
+/// The dirty logs that together see what `devices` write to `memory`, which is `ram`: their own, and where that has not all, that of
+/// this process's page tables, through which the kernel writes too. The latter costs each written page a fault per round.
+///
+/// # Errors
+/// When the host lacks an interface.
+pub fn dirty_logs(
+    devices: &[Arc<Mutex<VhostDevice>>],
+    memory: VhostMemory,
+    ram: &GuestRam,
+) -> Result<Vec<Box<dyn DirtyLog>>, DirtyLogError> {
+    let all = devices.iter().all(|device| {
+        let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        device.logs_all_writes()
+    });
+    let shared = devices.iter().map(|device| Arc::clone(device) as _);
+    let mut logs: Vec<Box<dyn DirtyLog>> = vec![Box::new(VhostLog::new(memory, shared.collect()))];
+    if !all {
+        logs.push(Box::new(PagemapLog::new(ram.clone())?));
+    }
+    Ok(logs)
+}
