@@ -69,6 +69,11 @@ const LINES_MAX: usize = 700;
 
 /// Sans-I/O modules: decisions and formats without clock, socket, thread, randomness or guest bytes.
 const CORES: &[&str] = &[
+    "cpr/src/give.rs",
+    "cpr/src/manifest.rs",
+    "cpr/src/message.rs",
+    "cpr/src/table.rs",
+    "cpr/src/take.rs",
     "transport/src/wire/",
     "transport/src/proto/",
     "transport/src/units.rs",
