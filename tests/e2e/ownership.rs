@@ -398,7 +398,9 @@ fn a_target_hands_back_what_it_took_over_before_the_source_hears_of_the_failure(
         let info = qmp.execute("query-migrate", json!({})).unwrap();
         seen.lock().unwrap().push(info["status"].clone());
     }));
-    let mut source = machine.source();
+    // A disk that is alike, so that only the target's cannot be had.
+    let alike = Image::new();
+    let mut source = source_with(&machine, alike.launch());
     *path.lock().unwrap() = source.qmp_path();
     let image = Image::new();
     let third_party = image.third_party();

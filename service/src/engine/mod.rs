@@ -95,9 +95,10 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
         // The engine ends only with the process.
         let _ = machine_events.send(Event::Machine(event));
     });
-    let machine =
-        machine::build(&config.machine, config.accel, tell).context("cannot build the machine")?;
     let disks = Disks::open(&config.disks).context("cannot open the disks")?;
+    let devices = machine::virtio::backends(&disks);
+    let machine = machine::build(&config.machine, devices, config.accel, tell)
+        .context("cannot build the machine")?;
     if config.incoming.is_none() {
         // An incoming guest's disks belong to the source until the guest starts here.
         disks.activate().context("cannot use the disks")?;

@@ -15,6 +15,7 @@ mod boot;
 mod control;
 mod state;
 mod vcpu_thread;
+mod wires;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +42,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use super::ram::MachineRam;
 use super::serial::SerialPort;
 use super::vfio::{VfioConfig, VfioDevices};
+use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
@@ -101,6 +103,20 @@ impl KvmMachine {
         options: &KvmOptions,
         events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
     ) -> Result<Self, MachineError> {
+        Self::with_devices(config, ram, options, Vec::new(), events)
+    }
+
+    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_devices(
+        config: &MachineConfig,
+        ram: MachineRam,
+        options: &KvmOptions,
+        backends: Vec<Box<dyn Backend>>,
+        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
+    ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
         if ram.blocks().pages().to_bytes() != config.mem_bytes {
             return Err(MachineError::Config(format!(
@@ -131,6 +147,7 @@ impl KvmMachine {
             vcpus,
             serial: Mutex::new(SerialPort::new(state::SERIAL, &config.serial)?),
             vfio,
+            bus: wires::connect(Bus::new(backends, &ram)?, &vm)?,
             events,
             threads: Mutex::new(Vec::new()),
         });
@@ -259,7 +276,9 @@ impl Machine for KvmMachine {
     }
 
     fn schemas(&self) -> Vec<DeviceSchema> {
-        state::schemas(self.config.vcpus)
+        let mut schemas = state::schemas(self.config.vcpus);
+        schemas.extend(self.board.bus.schemas());
+        schemas
     }
 
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
@@ -270,26 +289,37 @@ impl Machine for KvmMachine {
             Box::new(vmm_writes),
         ];
         logs.extend(self.board.vfio.dirty_logs()?);
+        logs.extend(self.board.bus.dirty_logs()?);
         Ok(Box::new(UnitedLog::new(logs)))
     }
 
     fn pause(&self) -> Result<VcpusStopped, MachineError> {
-        if self
+        let stopped = self
             .board
             .control
-            .stop_all(|| self.board.kick_all(), PAUSE_MAX)
-        {
-            return Ok(VcpusStopped::assert_all_parked());
+            .stop_all(|| self.board.kick_all(), PAUSE_MAX);
+        let error = if stopped {
+            // The vCPUs first: they are who gives the devices work.
+            let Err(error) = self.board.bus.stop() else {
+                return Ok(VcpusStopped::assert_all_parked());
+            };
+            error
+        } else {
+            MachineError::Host {
+                op: "stop the vCPUs".to_owned(),
+                source: io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("not all had left the guest after {PAUSE_MAX:?}"),
+                ),
+            }
+        };
+        if let Err(error) = self.board.bus.start() {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, "a device does not work any more");
         }
         // Whoever has parked goes on; a guest that has ended stays where it is.
         let _ = self.board.control.run_all();
-        Err(MachineError::Host {
-            op: "stop the vCPUs".to_owned(),
-            source: io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("not all had left the guest after {PAUSE_MAX:?}"),
-            ),
-        })
+        Err(error)
     }
 
     fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
@@ -303,9 +333,15 @@ impl Machine for KvmMachine {
                 tracing::warn!(error, "the guest may take the pause for a hang");
             }
         }
-        self.board.control.run_all().map_err(|why| ResumeError {
-            proof,
-            source: MachineError::Ended(why),
+        if let Err(source) = self.board.bus.start() {
+            return Err(ResumeError { proof, source });
+        }
+        self.board.control.run_all().map_err(|why| {
+            let source = match self.board.bus.stop() {
+                Ok(()) => MachineError::Ended(why),
+                Err(error) => error,
+            };
+            ResumeError { proof, source }
         })
     }
 
@@ -331,16 +367,22 @@ impl Machine for KvmMachine {
                 .unwrap_or_else(PoisonError::into_inner)
                 .save()?,
         );
+        sections.extend(self.board.bus.save()?);
         Ok(sections)
     }
 
     fn load(&self, _stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError> {
         let schemas = self.schemas();
         let ordered = state::in_order(&schemas, sections)?;
-        let [machine, clock, vcpus @ .., serial] = ordered.as_slice() else {
-            return Err(DeviceError::Missing {
-                device: state::MACHINE.to_owned(),
-            });
+        let missing = || DeviceError::Missing {
+            device: state::MACHINE.to_owned(),
+        };
+        let [machine, clock, rest @ ..] = ordered.as_slice() else {
+            return Err(missing());
+        };
+        let Some((vcpus, [serial, virtio @ ..])) = rest.split_at_checked(self.board.vcpus.len())
+        else {
+            return Err(missing());
         };
         // A half-loaded guest must not run.
         self.guest_loaded.store(false, Ordering::SeqCst);
@@ -354,6 +396,7 @@ impl Machine for KvmMachine {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .restore(serial)?;
+        self.board.bus.load(virtio)?;
         self.guest_is(workload);
         Ok(())
     }

@@ -13,6 +13,7 @@ pub mod serial;
 pub mod soft;
 mod throttle;
 pub mod vfio;
+pub mod virtio;
 pub mod workload;
 
 use std::fmt;
@@ -24,6 +25,8 @@ use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use ram::MachineRam;
+use virtio::Backend;
 use workload::WorkloadStats;
 
 /// What runs the guest.
@@ -150,12 +153,14 @@ pub struct ResumeError {
     pub source: MachineError,
 }
 
-/// Builds the kind of machine that `choice` asks for; for [`AccelChoice::Auto`], KVM wherever this process may open /dev/kvm.
+/// Builds the kind of machine that `choice` asks for, with a virtio device for each of `backends`; for [`AccelChoice::Auto`], KVM
+/// wherever this process may open /dev/kvm.
 ///
 /// # Errors
 /// When the configuration makes no machine, or the host lacks what was asked for.
 pub fn build(
     config: &MachineConfig,
+    backends: Vec<Box<dyn Backend>>,
     choice: AccelChoice,
     events: EventSink,
 ) -> Result<Arc<dyn Machine>, MachineError> {
@@ -170,10 +175,17 @@ pub fn build(
             }
         },
     };
+    let ram = MachineRam::create(config.mem_bytes)?;
     Ok(if soft {
-        Arc::new(soft::SoftMachine::new(config.clone(), events)?)
+        let config = config.clone();
+        Arc::new(soft::SoftMachine::with_devices(
+            config, ram, backends, events,
+        )?)
     } else {
-        Arc::new(kvm::KvmMachine::new(config, events)?)
+        let options = kvm::KvmOptions::default();
+        Arc::new(kvm::KvmMachine::with_devices(
+            config, ram, &options, backends, events,
+        )?)
     })
 }
 

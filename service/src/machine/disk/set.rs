@@ -79,6 +79,11 @@ impl Disks {
             .try_for_each(|disk| disk.inactivate().map(|_| ()))
     }
 
+    /// The disks, in the order of their configuration.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Disk>> {
+        self.0.iter()
+    }
+
     /// The disk with this id.
     pub fn get(&self, id: &str) -> Option<&Arc<Disk>> {
         self.0.iter().find(|disk| disk.config.id == id)

@@ -16,6 +16,7 @@ use crate::machine::MachineEvent;
 use crate::machine::serial::SerialPort;
 use crate::machine::throttle::{self, SLICE};
 use crate::machine::vfio::VfioDevices;
+use crate::machine::virtio::Bus;
 use crate::machine::workload::layout::port;
 
 /// Wakes late by no more than about this, in nanoseconds, so that a rate-limited guest keeps its schedule.
@@ -32,6 +33,7 @@ pub(super) struct Board {
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) serial: Mutex<SerialPort>,
     pub(super) vfio: VfioDevices,
+    pub(super) bus: Bus,
     pub(super) events: EventSink,
     /// The threads, to be kicked and, at the end, joined. Filled while all of them are still parked.
     pub(super) threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
@@ -193,12 +195,12 @@ fn serve(board: &Board, exit: VcpuExit<'_>, number: usize) -> After {
         VcpuExit::IoOut(at, data) => return write_port(board, at, data),
         VcpuExit::IoIn(at, data) => read_port(board, at, data),
         VcpuExit::MmioRead(at, data) => {
-            if !board.vfio.read(at, data) {
+            if !board.bus.read(at, data) && !board.vfio.read(at, data) {
                 data.fill(UNASSIGNED);
             }
         }
         VcpuExit::MmioWrite(at, data) => {
-            board.vfio.write(at, data);
+            let _somebody_is_there = board.bus.write(at, data) || board.vfio.write(at, data);
         }
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
         // Nothing can wake it: there are no interrupts. It stays until somebody pauses the machine.

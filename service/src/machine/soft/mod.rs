@@ -32,6 +32,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
 use super::vfio::VfioDevices;
+use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
@@ -68,6 +69,7 @@ struct Shared {
     registers: Vec<Mutex<Registers>>,
     serial: Mutex<SerialPort>,
     vfio: VfioDevices,
+    bus: Bus,
     events: EventSink,
 }
 
@@ -90,6 +92,19 @@ impl SoftMachine {
     pub fn with_ram(
         config: MachineConfig,
         ram: MachineRam,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
+        Self::with_devices(config, ram, Vec::new(), events)
+    }
+
+    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_devices(
+        config: MachineConfig,
+        ram: MachineRam,
+        backends: Vec<Box<dyn Backend>>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
@@ -116,6 +131,7 @@ impl SoftMachine {
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
             serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
             vfio,
+            bus: Bus::new(backends, &ram)?,
             events,
         });
         let mut machine = Self {
@@ -142,6 +158,16 @@ impl SoftMachine {
         self.guest_loaded
             .load(Ordering::Acquire)
             .then(|| self.ram.memory())
+    }
+
+    /// A pause has failed half-way.
+    fn run_again(&self) {
+        if let Err(error) = self.shared.bus.start() {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, "a device does not work any more");
+        }
+        // A guest that has ended stays where it is.
+        let _ = self.shared.gate.resume();
     }
 
     fn save_machine(&self) -> SoftMachineV1 {
@@ -186,6 +212,7 @@ impl Machine for SoftMachine {
         let mut schemas = vec![schema_of::<SoftMachineV1>(MACHINE), serial];
         schemas
             .extend((0..self.config.vcpus).map(|vcpu| schema_of::<SoftVcpuV1>(&vcpu_name(vcpu))));
+        schemas.extend(self.shared.bus.schemas());
         schemas
     }
 
@@ -194,6 +221,7 @@ impl Machine for SoftMachine {
         let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;
         let mut logs: Vec<Box<dyn DirtyLog>> = vec![Box::new(by_vcpus), Box::new(by_vmm)];
         logs.extend(self.shared.vfio.dirty_logs()?);
+        logs.extend(self.shared.bus.dirty_logs()?);
         Ok(Box::new(UnitedLog::new(logs)))
     }
 
@@ -204,6 +232,10 @@ impl Machine for SoftMachine {
                 io::ErrorKind::TimedOut.into(),
             )
         })?;
+        if let Err(error) = self.shared.bus.stop() {
+            self.run_again();
+            return Err(error);
+        }
         Ok(VcpusStopped::assert_all_parked())
     }
 
@@ -212,9 +244,15 @@ impl Machine for SoftMachine {
             let source = MachineError::Config("no guest has been loaded yet".to_owned());
             return Err(ResumeError { proof, source });
         }
-        self.shared.gate.resume().map_err(|ended| ResumeError {
-            proof,
-            source: MachineError::Ended(ended.0),
+        if let Err(source) = self.shared.bus.start() {
+            return Err(ResumeError { proof, source });
+        }
+        self.shared.gate.resume().map_err(|ended| {
+            let source = match self.shared.bus.stop() {
+                Ok(()) => MachineError::Ended(ended.0),
+                Err(error) => error,
+            };
+            ResumeError { proof, source }
         })
     }
 
@@ -230,6 +268,7 @@ impl Machine for SoftMachine {
             let saved = save_registers(parked(&name, registers)?.clone());
             sections.push(encode(&name, &saved)?);
         }
+        sections.extend(self.shared.bus.save()?);
         Ok(sections)
     }
 
@@ -246,14 +285,18 @@ impl Machine for SoftMachine {
             .map(|schema| schema.name)
             .collect();
         let sections = in_order(&names, sections)?;
-        let [_machine, serial, vcpus @ ..] = &sections[..] else {
+        let [_machine, serial, rest @ ..] = &sections[..] else {
             return Err(missing(SERIAL));
+        };
+        let Some((vcpus, virtio)) = rest.split_at_checked(self.shared.registers.len()) else {
+            return Err(missing("vcpu"));
         };
         let registers = vcpus
             .iter()
             .map(|section| load_registers(section, same_clock))
             .collect::<Result<Vec<_>, _>>()?;
         lock(&self.shared.serial).restore(serial)?;
+        self.shared.bus.load(virtio)?;
         for ((slot, section), registers) in self.shared.registers.iter().zip(vcpus).zip(registers) {
             *parked(&section.name, slot)? = registers;
         }

@@ -1,0 +1,219 @@
+//! All virtio devices of a machine.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmferry_devices::{DeviceError, Notifier};
+use vmferry_transport::memory::DirtyLog;
+use vmferry_transport::wire::{DeviceSchema, Section};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::transport::Transport;
+use super::{Backend, DEVICES_MAX, GSI_FIRST, Interrupt, WINDOW_BYTES, WINDOWS_GPA};
+use crate::machine::MachineError;
+use crate::machine::ram::MachineRam;
+
+/// All virtio devices of a machine, each behind its window. The default has none.
+#[derive(Debug, Default)]
+pub struct Bus {
+    devices: Vec<Mutex<Transport>>,
+}
+
+/// Where a device is, and how it is told and tells.
+#[derive(Clone, Debug)]
+pub struct Window {
+    /// Guest-physical address of its first register.
+    pub gpa: u64,
+    /// Its interrupt line.
+    pub gsi: u32,
+    /// Device type.
+    pub device_type: u32,
+    /// What is offered to the driver.
+    pub features: u64,
+    /// Kicks, by queue.
+    pub kicks: Vec<Arc<EventFd>>,
+    /// The eventfd behind the line.
+    pub interrupt: Interrupt,
+}
+
+impl Bus {
+    /// The devices of `backends` behind the first windows, in their order, which must be the same on both sides of a migration.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] for too many devices or two of one name, [`MachineError::Host`] when the host refuses.
+    pub fn new(backends: Vec<Box<dyn Backend>>, ram: &MachineRam) -> Result<Self, MachineError> {
+        if backends.len() > DEVICES_MAX {
+            return Err(MachineError::Config(format!(
+                "{} virtio devices, disks included: at most {DEVICES_MAX}",
+                backends.len()
+            )));
+        }
+        for (number, backend) in backends.iter().enumerate() {
+            if backends[..number]
+                .iter()
+                .any(|other| other.name() == backend.name())
+            {
+                return Err(MachineError::Config(format!(
+                    "two devices are called {}",
+                    backend.name()
+                )));
+            }
+        }
+        let devices = (0..)
+            .zip(backends)
+            .map(|(slot, backend)| {
+                let op = format!("make {}", backend.name());
+                Transport::new(slot, backend, ram)
+                    .map(Mutex::new)
+                    .map_err(|source| MachineError::Host { op, source })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { devices })
+    }
+
+    /// Every device's place, in order.
+    pub fn windows(&self) -> Vec<Window> {
+        (0..)
+            .zip(&self.devices)
+            .map(|(slot, device)| {
+                let device = lock(device);
+                Window {
+                    gpa: WINDOWS_GPA + u64::from(slot) * WINDOW_BYTES,
+                    gsi: GSI_FIRST + slot,
+                    device_type: device.backend().device_type(),
+                    features: device.backend().features(),
+                    kicks: device.kicks().to_vec(),
+                    interrupt: device.interrupt().clone(),
+                }
+            })
+            .collect()
+    }
+
+    /// A vCPU reads; false, and nothing done, if no device is there.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        let Some((device, offset)) = self.at(gpa) else {
+            return false;
+        };
+        lock(device).read(offset, data);
+        true
+    }
+
+    /// A vCPU writes; false, and nothing done, if no device is there.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
+        let Some((device, offset)) = self.at(gpa) else {
+            return false;
+        };
+        lock(device).write(offset, data);
+        true
+    }
+
+    fn at(&self, gpa: u64) -> Option<(&Mutex<Transport>, u64)> {
+        let offset = gpa.checked_sub(WINDOWS_GPA)?;
+        let slot = usize::try_from(offset / WINDOW_BYTES).ok()?;
+        Some((self.devices.get(slot)?, offset % WINDOW_BYTES))
+    }
+
+    /// Lets all devices work whose drivers are ready. To be called before the vCPUs run, with all disks active.
+    ///
+    /// # Errors
+    /// The device that does not. None works then.
+    pub fn start(&self) -> Result<(), MachineError> {
+        for device in &self.devices {
+            let mut device = lock(device);
+            if let Err(source) = device.start() {
+                let op = format!("let {} work", device.backend().name());
+                drop(device);
+                if let Err(error) = self.stop() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "a device works while the guest is stopped");
+                }
+                return Err(MachineError::Host { op, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops all devices. To be called after the vCPUs were stopped; on return no device writes memory or storage.
+    ///
+    /// # Errors
+    /// The device that goes on. Those before it are stopped; [`start`](Self::start) lets all work again.
+    pub fn stop(&self) -> Result<(), MachineError> {
+        for device in &self.devices {
+            let mut device = lock(device);
+            if let Err(source) = device.stop() {
+                let op = format!("stop {}", device.backend().name());
+                return Err(MachineError::Host { op, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// What all devices save and load, in order.
+    pub fn schemas(&self) -> Vec<DeviceSchema> {
+        let schemas = self.devices.iter().map(|device| lock(device).schemas());
+        schemas.flatten().collect()
+    }
+
+    /// The state of all devices, in the order of [`schemas`](Self::schemas). Only while stopped.
+    ///
+    /// # Errors
+    /// The device that cannot be saved.
+    pub fn save(&self) -> Result<Vec<Section>, DeviceError> {
+        let mut sections = Vec::new();
+        for device in &self.devices {
+            sections.extend(lock(device).save_all()?);
+        }
+        Ok(sections)
+    }
+
+    /// Loads `sections`, which are those of [`schemas`](Self::schemas) in that order. Only while stopped.
+    ///
+    /// # Errors
+    /// The device that refuses. The guest must not run then.
+    pub fn load(&self, sections: &[&Section]) -> Result<(), DeviceError> {
+        let mut rest = sections;
+        for device in &self.devices {
+            let mut device = lock(device);
+            let count = device.schemas().len();
+            let Some((own, others)) = rest.split_at_checked(count) else {
+                return Err(DeviceError::Missing {
+                    device: device.backend().name().to_owned(),
+                });
+            };
+            device.load_all(own)?;
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// Fresh dirty logs of what back ends write past vm-memory.
+    ///
+    /// # Errors
+    /// The back end whose writes cannot be seen.
+    pub fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>, MachineError> {
+        let mut logs = Vec::new();
+        for device in &self.devices {
+            let device = lock(device);
+            let log = device.backend().dirty_log().map_err(|source: io::Error| {
+                let op = format!("make a dirty log of {}", device.backend().name());
+                MachineError::Host { op, source }
+            })?;
+            logs.extend(log);
+        }
+        Ok(logs)
+    }
+
+    /// What of the devices must hear of migrations.
+    pub fn notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        let notifiers = self
+            .devices
+            .iter()
+            .map(|device| lock(device).backend().notifier());
+        notifiers.flatten().collect()
+    }
+}
+
+/// A panic in a back end leaves registers behind that the guest may have written itself.
+fn lock(device: &Mutex<Transport>) -> MutexGuard<'_, Transport> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
