@@ -14,11 +14,11 @@ use vmferry_transport::proto::{
 };
 use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 
+use super::armed_log::ArmedLog;
 use super::dirty_rate::Measured;
 use super::guest::StoppedGuest;
 use super::link::LinkEvent;
 use super::notify::SetupTold;
-use super::outgoing::ArmedLog;
 use super::ownership::StopError;
 use super::passthrough::{Sinks, Sizes, Sources};
 use crate::machine::{MachineEvent, ResumeError};

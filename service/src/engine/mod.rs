@@ -11,6 +11,7 @@
 
 mod acceptor;
 mod announcing;
+mod armed_log;
 mod arrival;
 mod clock;
 mod commands;

@@ -12,37 +12,26 @@ use vmferry_transport::data::{
     Backend, BackendChoice, BandwidthLimit, DataError, DataSender, RoundWork, SenderConfig,
     SenderEvent, SenderProgress, ZeroCopy,
 };
-use vmferry_transport::memory::extents::Extents;
-use vmferry_transport::memory::{DirtyLog, DirtyMap, hash};
+use vmferry_transport::memory::{DirtyMap, hash};
 use vmferry_transport::proto::{
-    FirstRound, MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction,
-    SourceConfig, SourceJob, SourceTuning,
+    MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction, SourceConfig, SourceJob,
+    SourceTuning,
 };
 use vmferry_transport::units::{Moment, PageCount};
 use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame};
 use vmferry_transport::wire::hello::DataHello;
 
+use super::armed_log::{ArmedLog, arm, fetch, stop_armed};
 use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
 use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
-use super::passthrough::{self, Sizes, Sources};
+use super::passthrough::Sources;
 use super::route::Route;
 use crate::machine::Machine;
 use crate::machine::disk::Disks;
-
-/// A dirty log that runs, with the pages it has reported and no round has sent.
-pub(super) struct ArmedLog {
-    log: Box<dyn DirtyLog>,
-}
-
-impl fmt::Debug for ArmedLog {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("ArmedLog").field(&self.log.name()).finish()
-    }
-}
 
 /// What the engine must do for the attempt, because it concerns more than the attempt.
 #[derive(Debug)]
@@ -422,9 +411,7 @@ impl Outgoing {
                             if let Some(devices) = self.devices.take() {
                                 sender.set_devices(devices);
                             }
-                            sender.set_protector(
-                                self.log.as_ref().and_then(|armed| armed.log.protector()),
-                            );
+                            sender.set_protector(self.log.as_ref().and_then(ArmedLog::protector));
                             sender.send_round(round, work, last);
                         }
                         // The links are being closed, which ends the job.
@@ -550,36 +537,21 @@ impl Outgoing {
     fn sync(&mut self, jobs: &JobThread) {
         let report = self.reporter();
         let empty = DirtyMap::default();
-        let (log, mut dirty) = (self.log.take(), std::mem::replace(&mut self.dirty, empty));
+        let (log, dirty) = (self.log.take(), std::mem::replace(&mut self.dirty, empty));
         let machine = Arc::clone(&self.machine);
         // A device that is stopped has nothing left to be predicted.
         let stopped = self.lent.is_some();
         jobs.run(move || {
-            let Some(mut armed) = log else {
-                return report(SourceEvent::JobFailed(
-                    SourceJob::Sync,
-                    "the dirty log is not running".into(),
-                ));
+            let fetched = match log {
+                Some(armed) => fetch(armed, dirty, machine.as_ref(), stopped),
+                None => Err("the dirty log is not running".to_owned()),
             };
-            let began = Instant::now();
-            let failed = match armed.log.fetch(&mut dirty) {
-                Ok(()) => {
-                    let took_us = micros(began.elapsed());
-                    let sizes = match stopped {
-                        true => Ok(Sizes::default()),
-                        false => passthrough::sizes(machine.as_ref()),
-                    };
-                    match sizes {
-                        Ok(sizes) => {
-                            return report(SourceEvent::Synced(armed, dirty, took_us, sizes));
-                        }
-                        Err(error) => chain(&error),
-                    }
+            report(match fetched {
+                Ok((armed, dirty, took_us, sizes)) => {
+                    SourceEvent::Synced(armed, dirty, took_us, sizes)
                 }
-                Err(error) => chain(&error),
-            };
-            stop_armed(armed);
-            report(SourceEvent::JobFailed(SourceJob::Sync, failed));
+                Err(error) => SourceEvent::JobFailed(SourceJob::Sync, error),
+            });
         });
     }
 
@@ -663,54 +635,6 @@ async fn dial(route: Route, hello: DataHello) -> Result<OwnedFd, String> {
     stream
         .into_socket()
         .map_err(|error| format!("data connection {}: {error}", hello.index))
-}
-
-/// Starts the logs, has devices begin to give their state, and finds what the first round sends.
-fn arm(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound, Sources), String> {
-    let (armed, work, found) = arm_log(machine)?;
-    match passthrough::begin(machine) {
-        Ok(devices) => Ok((armed, work, found, devices)),
-        Err(error) => {
-            stop_armed(armed);
-            Err(chain(&error))
-        }
-    }
-}
-
-/// Starts the log first and looks which pages exist second: a page that comes into being in between is in the log. A log that has looked
-/// itself, before it was ready, saves looking at everything: only what were holes then may have changed.
-fn arm_log(machine: &dyn Machine) -> Result<(ArmedLog, RoundWork, FirstRound), String> {
-    let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
-    log.start().map_err(|error| chain(&error))?;
-    let looked = log.take_extents();
-    let armed = ArmedLog { log };
-    let extents = match looked {
-        Some(mut extents) => extents.look_again(machine.ram()).map(|()| extents),
-        None => Extents::of(machine.ram()),
-    };
-    match extents {
-        Ok(extents) => {
-            let holes = PageCount(extents.holes.iter().map(|run| run.count.0).sum());
-            let found = FirstRound {
-                present: extents.data_pages(),
-                holes,
-            };
-            Ok((armed, RoundWork::all(extents), found))
-        }
-        Err(error) => {
-            stop_armed(armed);
-            Err(chain(&error))
-        }
-    }
-}
-
-fn stop_armed(mut armed: ArmedLog) {
-    if let Err(error) = armed.log.stop() {
-        tracing::warn!(
-            error = &error as &dyn Error,
-            "dirty log left running, the guest may be slow"
-        );
-    }
 }
 
 fn end_sender(sender: DataSender, joined: Option<tokio::sync::oneshot::Sender<()>>) {
