@@ -1,3 +1,4 @@
 //! Deterministic simulation of two hosts, and what the integration tests share.
 
 pub mod sim;
+pub mod virtqueue;

@@ -300,7 +300,8 @@ impl VhostDevice {
         Ok(())
     }
 
-    /// Sets the back end up and lets it work on the rings, from their bases on. Harmless if it does.
+    /// Sets the back end up and lets it work on the rings, from their bases on. Harmless if it does. Both sides of each ring are woken:
+    /// events do not move, and one that was under way is lost.
     ///
     /// # Errors
     /// The kernel's answer, or what is wrong with the rings. The device stands then.
@@ -309,7 +310,10 @@ impl VhostDevice {
             return Ok(());
         }
         self.own()?;
-        let started = self.set_up().and_then(|()| self.go());
+        let started = self.set_up().and_then(|()| self.go()).and_then(|()| {
+            let woken = self.queues.iter().try_for_each(Queue::wake);
+            self.answered("waking it", woken)
+        });
         if started.is_err()
             && let Err(error) = self.halt()
         {

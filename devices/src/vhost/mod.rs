@@ -1,6 +1,7 @@
 //! Back ends of virtio devices outside of the VMM: in the kernel (vhost: net, vsock, vDPA), and in other processes (vhost-user).
 //!
 //! - [`VhostDevice`] owns a back end in the kernel: it sets it up, starts and stops it, and moves its position in the rings.
+//! - [`user`] is the same for back ends in other processes.
 //! - [`VhostLog`] is the dirty log of what back ends write.
 //! - [`VhostNotifier`] gives a back end away for an in-place upgrade, and takes it back when that fails.
 //!
@@ -75,6 +76,7 @@ mod log;
 mod memory;
 mod notifier;
 mod ring;
+pub mod user;
 
 use std::sync::{Arc, Mutex, PoisonError};
 

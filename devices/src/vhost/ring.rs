@@ -130,6 +130,18 @@ impl Queue {
             ring: None,
         }
     }
+
+    /// Wakes both sides: what one told the other before the ring was taken up may have been lost.
+    ///
+    /// # Errors
+    /// When an event cannot be signalled.
+    pub(super) fn wake(&self) -> io::Result<()> {
+        if self.ring.is_some() {
+            self.kick.write(1)?;
+            self.call.write(1)?;
+        }
+        Ok(())
+    }
 }
 
 /// State of a vhost device, as it is saved. Version 1, not yet released.
@@ -242,5 +254,80 @@ impl VhostV1 {
             }
         }
         Ok((features, rings))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost::memory::tests::anonymous;
+
+    const RING: Ring = Ring {
+        size: 256,
+        desc: 0x1000,
+        avail: 0x2000,
+        used: 0x3000,
+        base: 7,
+    };
+
+    type Damage = fn(&mut VhostV1);
+
+    fn saved(ring: Ring) -> VhostV1 {
+        VhostV1 {
+            features: 1 << 32,
+            rings: vec![Some(ring.into()), None],
+        }
+    }
+
+    #[test]
+    fn saved_state_is_taken_over_as_it_is() {
+        let memory = anonymous(&[(0, 5)]);
+        let (features, rings) = saved(RING).check("net/0", 3 << 32, 2, &memory).unwrap();
+        assert_eq!(features, 1 << 32);
+        assert_eq!(rings, [Some(RING), None]);
+    }
+
+    #[test]
+    fn saved_state_that_the_device_cannot_have_is_refused_with_the_reason() {
+        let memory = anonymous(&[(0, 5)]);
+        let damage: [(&str, Damage); 8] = [
+            ("features 0x4", |state| state.features |= 4),
+            ("3 queues", |state| state.rings.push(None)),
+            ("a ring of 0", |state| first(state).size = 0),
+            ("a ring of 255", |state| first(state).size = 255),
+            ("used ring", |state| first(state).used = 0x4fff - 3),
+            ("available ring", |state| first(state).avail = u64::MAX - 1),
+            ("descriptor table", |state| first(state).desc = 0x1008),
+            ("used ring", |state| first(state).size = 1024),
+        ];
+        for (reason, damage) in damage {
+            let mut state = saved(RING);
+            damage(&mut state);
+            let error = state.check("net/0", 1 << 32, 2, &memory).unwrap_err();
+            let error = error.to_string();
+            assert!(error.contains(reason) && error.contains("net/0"), "{error}");
+        }
+    }
+
+    fn first(state: &mut VhostV1) -> &mut RingV1 {
+        state.rings[0].as_mut().unwrap()
+    }
+
+    #[test]
+    fn a_driver_that_is_further_than_its_ring_is_long_is_noticed() {
+        let memory = anonymous(&[(0, 5)]);
+        let index = |value: u16| {
+            memory
+                .memory()
+                .write_obj(value, GuestAddress(RING.avail + 2))
+                .unwrap();
+        };
+        index(7);
+        assert_eq!(RING.waiting(&memory).unwrap(), 0);
+        index(7 + 256);
+        assert_eq!(RING.waiting(&memory).unwrap(), 256);
+        index(6);
+        let error = RING.waiting(&memory).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 }
