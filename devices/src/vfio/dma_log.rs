@@ -173,7 +173,7 @@ impl DeviceDmaLog {
         });
         if let Err(error) = &tried {
             let error = error as &dyn std::error::Error;
-            tracing::warn!(
+            tracing::info!(
                 device = self.device,
                 error,
                 "device says that it logs its writes, and does not"

@@ -383,6 +383,8 @@ pub(super) fn get_dirty_pages(
 ///
 /// A device with an IOMMU of its own needs all of it present and pinned, which the kernel does here: memory that was never touched is
 /// allocated, and counts against RLIMIT_MEMLOCK. Drivers of mediated devices pin what they use.
+///
+/// To be dropped before the last device of the container: with that the kernel forgets all mappings by itself.
 pub struct DmaMapping {
     container: Arc<VfioContainer>,
     iova: u64,

@@ -35,6 +35,7 @@ impl Engine {
         let config = TargetConfig {
             blocks: self.block_infos(),
             devices: passthrough::schemas(self.machine.as_ref()),
+            streamed: passthrough::streamed(self.machine.as_ref()),
             software: software(),
             uuid: self.uuid,
             deadlines: self.deadlines,

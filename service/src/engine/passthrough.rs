@@ -29,6 +29,12 @@ pub(super) fn schemas(machine: &dyn Machine) -> Vec<DeviceSchema> {
     schemas_of(machine, &lock(&machine.vfio()))
 }
 
+/// Names of the devices that have a stream.
+pub(super) fn streamed(machine: &dyn Machine) -> Vec<String> {
+    let schemas = lock(&machine.vfio()).schemas();
+    schemas.into_iter().map(|schema| schema.name).collect()
+}
+
 /// Why devices keep the machine from being migrated.
 pub(super) fn blockers(machine: &dyn Machine) -> Vec<String> {
     let blockers = lock(&machine.vfio()).blockers();

@@ -336,6 +336,7 @@ impl Machine for KvmMachine {
         if let Err(source) = self.board.bus.start() {
             return Err(ResumeError { proof, source });
         }
+        tracing::debug!("vCPUs are let go");
         self.board.control.run_all().map_err(|why| {
             let source = match self.board.bus.stop() {
                 Ok(()) => MachineError::Ended(why),

@@ -101,6 +101,7 @@ pub(super) fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetC
     TargetConfig {
         blocks: block_infos(blocks),
         devices: devices.to_vec(),
+        streamed: Vec::new(),
         software: "simulated target".to_owned(),
         uuid: Some(Uuid([7; 16])),
         deadlines: Deadlines::default(),

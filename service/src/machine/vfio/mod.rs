@@ -34,11 +34,12 @@ type OpenDevice = OfVfioIoctls<vfio_ioctls::VfioDevice>;
 /// The VFIO devices of a machine.
 #[derive(Debug, Default)]
 pub struct VfioDevices {
+    // Goes before the devices: with the last of them the kernel has forgotten all mappings.
+    reach: Option<Reach>,
     set: Arc<Mutex<VfioSet>>,
     doors: Vec<Door>,
     /// Which devices the workload uses as serial ports that echo.
     echoes: u16,
-    reach: Option<Reach>,
 }
 
 /// What the guest sees of a device.

@@ -46,6 +46,7 @@ pub fn fuzz_target(seed: u64) -> Depth {
     let config = TargetConfig {
         blocks: knows.blocks.clone(),
         devices: knows.devices.clone(),
+        streamed: Vec::new(),
         software: "victim".to_owned(),
         uuid: None,
         deadlines: Deadlines::default(),

@@ -17,6 +17,8 @@ pub struct TargetConfig {
     pub blocks: Vec<BlockInfo>,
     /// Devices and the versions they load.
     pub devices: Vec<DeviceSchema>,
+    /// Names of those devices whose state comes as a stream on the data connections, and not as a section.
+    pub streamed: Vec<String>,
     /// Name and version of this software.
     pub software: String,
     /// The VM's UUID, if a source that sends one is to have the same.

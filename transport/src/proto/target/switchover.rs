@@ -30,6 +30,10 @@ impl Target {
             ))
         } else if attempt.sections.iter().any(|other| other.name == *name) {
             Some(format!("state of device {name:?} comes twice"))
+        } else if self.config.streamed.contains(name) {
+            Some(format!(
+                "device {name:?} has a stream, and its state comes as a section"
+            ))
         } else if let Err(fault) = fits(&section, &self.config.devices) {
             Some(fault)
         } else if attempt.section_bytes + section.bytes.len() as u64 > SECTIONS_BYTES_MAX {
@@ -52,11 +56,11 @@ impl Target {
         let Some(attempt) = &mut self.attempt else {
             return;
         };
+        let streamed = &self.config.streamed;
         let missing = self.config.devices.iter().find(|device| {
-            !attempt
-                .sections
-                .iter()
-                .any(|section| section.name == device.name)
+            let named = |name: &String| *name == device.name;
+            let mut sections = attempt.sections.iter();
+            !streamed.iter().any(named) && !sections.any(|section| named(&section.name))
         });
         let fault = if attempt.announced != Some(end.last_round) || attempt.end.is_some() {
             Some("the end of the device state contradicts the switchover".to_owned())

@@ -30,9 +30,14 @@ fn data_hello(index: u16) -> DataHello {
 }
 
 fn listening() -> Target {
+    listening_for_streams(&[])
+}
+
+fn listening_for_streams(streamed: &[&str]) -> Target {
     Target::new(TargetConfig {
         blocks: blocks(),
         devices: devices(),
+        streamed: streamed.iter().map(|name| (*name).to_owned()).collect(),
         software: "t".to_owned(),
         uuid: None,
         deadlines: Deadlines::default(),
@@ -61,14 +66,20 @@ fn publish(target: &mut Target) -> TargetStatus {
 }
 
 fn awaiting_data() -> Target {
-    let mut target = listening();
+    after_hello(listening())
+}
+
+fn after_hello(mut target: Target) -> Target {
     target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello()));
     actions(&mut target);
     target
 }
 
 fn preparing() -> Target {
-    let mut target = awaiting_data();
+    after_data_hellos(awaiting_data())
+}
+
+fn after_data_hellos(mut target: Target) -> Target {
     for index in 0..2 {
         let connection = Connection(2 + u64::from(index));
         target.handle_first_frame(NOW, connection, SourceFrame::DataHello(data_hello(index)));
@@ -342,6 +353,34 @@ fn device_state_that_does_not_fit_is_refused_by_name() {
         assert_eq!(publish(&mut target), TargetStatus::Failing, "{text}");
         let error = target.error().unwrap().to_string();
         assert!(error.contains(text), "{error}");
+    }
+}
+
+#[test]
+fn a_device_with_a_stream_has_no_section() {
+    for (sections, expected) in [
+        (&["vcpu/0"][..], "Load"),
+        (&["vcpu/0", "serial/0"], "\"serial/0\" has a stream"),
+        (&[], "no state came for device \"vcpu/0\""),
+    ] {
+        let mut target = after_data_hellos(after_hello(listening_for_streams(&["serial/0"])));
+        target.handle_prepared(NOW);
+        target.handle_round_placed(NOW, RoundId(3), true);
+        let state = sections.iter().copied().map(section);
+        let end = StateEnd {
+            sections: u16::try_from(sections.len()).unwrap(),
+            ..state_end()
+        };
+        target.handle_frame(NOW, CONTROL, SourceFrame::Switchover(RoundId(3)));
+        for frame in state.map(SourceFrame::Section) {
+            target.handle_frame(NOW, CONTROL, frame);
+        }
+        target.handle_frame(NOW, CONTROL, SourceFrame::StateEnd(end));
+        let said = match target.error() {
+            Some(error) => error.to_string(),
+            None => actions(&mut target).concat(),
+        };
+        assert!(said.contains(expected), "{said}");
     }
 }
 
@@ -669,6 +708,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
     let mut target = Target::new(TargetConfig {
         blocks: blocks(),
         devices: devices(),
+        streamed: Vec::new(),
         software: "t".to_owned(),
         uuid: Some(Uuid([1; 16])),
         deadlines: Deadlines::default(),
@@ -686,6 +726,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
         let mut target = Target::new(TargetConfig {
             blocks: blocks(),
             devices: devices(),
+            streamed: Vec::new(),
             software: "t".to_owned(),
             uuid: Some(Uuid([1; 16])),
             deadlines: Deadlines::default(),
