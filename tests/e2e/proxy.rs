@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use vmferry_transport::wire::device_data::{DEVICE_DATA, DeviceData};
 use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
 use vmferry_transport::wire::header::{FrameHeader, HEADER_BYTES};
 use vmferry_transport::wire::ram::{self, FLAG_PAYLOAD_CHECKSUM};
@@ -42,7 +43,13 @@ pub(crate) struct DataFrame<'a> {
 impl DataFrame<'_> {
     /// Whether it carries pages with content.
     pub(crate) fn has_pages(&self) -> bool {
-        !self.payload.is_empty()
+        self.header.kind == ram::RAM_RUNS && !self.payload.is_empty()
+    }
+
+    /// What it says, if it carries a piece of a device's stream.
+    pub(crate) fn device_data(&self) -> Option<DeviceData> {
+        (self.header.kind == DEVICE_DATA)
+            .then(|| DeviceData::decode(&self.header, self.body).unwrap())
     }
 
     /// Whether it carries nothing else: no zeros, no holes.
@@ -419,16 +426,23 @@ fn pages(shared: &Shared, wire: &Wire) {
         if from.read_exact(&mut bytes[HEADER_BYTES..]).is_err() {
             return;
         }
-        if header.kind == ram::RAM_RUNS {
-            let payload = bytes[HEADER_BYTES + 4..HEADER_BYTES + 8]
-                .try_into()
-                .unwrap();
+        // Where the body says how long the payload is.
+        let length_at = match header.kind {
+            ram::RAM_RUNS => {
+                assert_eq!(header.flags & !FLAG_PAYLOAD_CHECKSUM, 0);
+                Some(4)
+            }
+            DEVICE_DATA => Some(16),
+            _ => None,
+        };
+        if let Some(at) = length_at {
+            let at = HEADER_BYTES + at;
+            let payload = bytes[at..at + 4].try_into().unwrap();
             let payload_bytes = usize::try_from(u32::from_le_bytes(payload)).unwrap();
             bytes.resize(body_end + payload_bytes, 0);
             if from.read_exact(&mut bytes[body_end..]).is_err() {
                 return;
             }
-            assert_eq!(header.flags & !FLAG_PAYLOAD_CHECKSUM, 0);
         }
         let frame = Passing::Data(DataFrame {
             header,

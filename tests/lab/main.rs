@@ -9,9 +9,15 @@
 #[path = "../e2e/harness.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod harness; // processes under test, and what can be asked of them
+#[path = "../e2e/peer.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod peer; // either side of the protocol, spoken by hand
 #[path = "../e2e/proc.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod proc; // what the kernel says of a process
+#[path = "../e2e/proxy.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod proxy; // a link that changes, drops and cuts what passes
 #[path = "../e2e/qmp.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod qmp; // the control interface, events kept
