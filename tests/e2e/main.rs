@@ -46,6 +46,7 @@ mod cli_qemu; // the same against QEMU
 mod cli_watch; // following at a terminal, and Ctrl-C
 mod control; // I3, I6: yank, blockers, dirty rates, settings under way, a second incoming migration, descriptors
 mod corrupt; // I2, I5: pages and state that were changed on the way
+mod disk; // I2, I3: what the guest has on its disk
 mod doubt; // I1: the link is lost at the commit
 mod faults; // I1, I3, I6, I7: every fault in every phase
 mod flow; // the main job over every transport

@@ -44,6 +44,7 @@ impl ImageArgs {
             tsc_khz,
             exit_after_passes: None,
             echoes: 0,
+            disk_window: None,
         };
         let image = elf::pvh_elf(&self.guest.workload(self.mem), options)
             .context("no image can be made so")?;

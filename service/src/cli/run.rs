@@ -47,6 +47,9 @@ pub(super) struct RunArgs {
     /// A VFIO device of the host for the guest, by its folder in sysfs, such as /sys/bus/mdev/devices/UUID. More than once for several
     #[arg(long, value_name = "PATH[,id=NAME]")]
     vfio: Vec<VfioConfig>,
+    /// Let the program overwrite its first disk, over and over, and check what it reads back: all that is there is lost
+    #[arg(long)]
+    workload_disk: bool,
     /// Tell a server on this socket how migrations go, in lines of JSON; it may veto. More than once for several
     #[arg(long, value_name = "unix:PATH[,id=NAME]")]
     notify: Vec<NotifyConfig>,
@@ -182,6 +185,7 @@ impl RunArgs {
             workload: self.guest.workload(self.machine.mem),
             serial: self.serial,
             vfio: self.vfio,
+            workload_disk: self.workload_disk,
             incoming: self.incoming.is_some(),
         };
         let accel = match self.machine.accel {

@@ -160,6 +160,12 @@ fn workload_line(workload: &WorkloadInfo) -> String {
         let percent = workload.filled_pages * 100 / workload.fill_pages;
         line.push_str(&format!(", {percent}% filled"));
     }
+    if workload.disk_blocks_written > 0 {
+        line.push_str(&format!(
+            ", {} blocks written to disk, {} checked",
+            workload.disk_blocks_written, workload.disk_blocks_checked
+        ));
+    }
     line
 }
 

@@ -25,6 +25,9 @@ pub(super) fn register(
     if let Some(notifier) = machine.notifier() {
         notifiers.register(Modes::ALL, Priority::CHECK, notifier);
     }
+    for notifier in machine.device_notifiers() {
+        notifiers.register(Modes::ALL, Priority::DEVICE, notifier);
+    }
     for server in &config.notify {
         notifiers.register(Modes::ALL, Priority::SERVER, server.notifier()?);
     }

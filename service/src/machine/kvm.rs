@@ -200,6 +200,7 @@ impl KvmMachine {
                 tsc_khz,
                 exit_after_passes: options.exit_after_passes,
                 echoes: self.board.vfio.echoes(),
+                disk_window: self.board.bus.workload_disk(&self.config)?,
             },
         )?;
         for piece in pieces {
@@ -405,6 +406,10 @@ impl Machine for KvmMachine {
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
         // It has a clock and no interrupt controllers: the guest polls.
         Some(Box::new(KvmNotifier::new(self.vm.clone(), false, false)))
+    }
+
+    fn device_notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        self.board.bus.notifiers()
     }
 
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {

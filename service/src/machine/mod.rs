@@ -75,6 +75,8 @@ pub struct MachineConfig {
     pub serial: SerialSink,
     /// VFIO devices of the host, all with names of their own.
     pub vfio: Vec<vfio::VfioConfig>,
+    /// The workload overwrites its first disk, over and over, and checks what it reads back.
+    pub workload_disk: bool,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
     pub incoming: bool,
 }
@@ -241,6 +243,9 @@ pub trait Machine: Send + Sync {
 
     /// What of this machine itself must hear of migrations, if anything must.
     fn notifier(&self) -> Option<Box<dyn Notifier>>;
+
+    /// What of its virtio devices must hear of migrations.
+    fn device_notifiers(&self) -> Vec<Box<dyn Notifier>>;
 
     /// The VFIO devices, shared with whoever leads migrations: it stops them after the vCPUs, streams their state beside RAM, and lets
     /// them work before the vCPUs run. [`pause`](Self::pause), [`resume`](Self::resume), [`save`](Self::save) and [`load`](Self::load)

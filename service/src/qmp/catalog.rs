@@ -203,6 +203,9 @@ pub(super) const WORKLOAD_INFO: Type = Type::Object(&object(&[
     needs("pages-written", INT),
     needs("filled-pages", INT),
     needs("fill-pages", INT),
+    needs("disk-blocks-written", INT),
+    needs("disk-blocks-checked", INT),
+    needs("disk-errors", INT),
 ]));
 pub(super) const RAM_HASH_INFO: Type = Type::Object(&object(&[needs("hash", STR)]));
 

@@ -514,6 +514,12 @@ pub struct WorkloadInfo {
     pub filled_pages: u64,
     /// Pages of the fill.
     pub fill_pages: u64,
+    /// Blocks of 4 KiB written to its disk.
+    pub disk_blocks_written: u64,
+    /// Blocks read back from its disk and compared with what was written there last.
+    pub disk_blocks_checked: u64,
+    /// Blocks that were wrong, and requests that failed. They count in `errors` too.
+    pub disk_errors: u64,
 }
 
 impl From<WorkloadStats> for WorkloadInfo {
@@ -526,6 +532,9 @@ impl From<WorkloadStats> for WorkloadInfo {
             pages_written,
             filled_pages,
             fill_pages,
+            disk_blocks_written,
+            disk_blocks_checked,
+            disk_errors,
         } = stats;
         Self {
             passes,
@@ -535,6 +544,9 @@ impl From<WorkloadStats> for WorkloadInfo {
             pages_written,
             filled_pages,
             fill_pages,
+            disk_blocks_written,
+            disk_blocks_checked,
+            disk_errors,
         }
     }
 }

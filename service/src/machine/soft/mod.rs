@@ -3,12 +3,14 @@
 //! Memory, dirty logs, saved state, pause and resume are real; only the instructions are ours. So everything about a migration can
 //! be shown and tested where /dev/kvm is missing, and the guest's own verification holds here as there.
 //!
+//! - `disk` is the disk that the first of them writes and checks
 //! - `gate` stops and starts the threads, `vcpu` is what they run, `memory` how they see RAM, `saved` their state
 //! - The clock of the guest is CLOCK_MONOTONIC in nanoseconds. It means nothing on another host or after a boot: a machine that
 //!   loads such state goes on without a gap measured across the move. On the same host the gap is measured right through it.
 //!
 //! The dirty log is united of the page tables of the vCPUs' mapping and of the bitmap of the VMM's mapping.
 
+mod disk;
 mod gate;
 mod memory;
 mod saved;
@@ -116,8 +118,9 @@ impl SoftMachine {
                 config.mem_bytes
             )));
         }
+        let bus = Bus::new(backends, &ram)?;
         if !incoming {
-            load_workload(&config, &ram)?;
+            load_workload(&config, &ram, bus.workload_disk(&config)?)?;
         }
         let vfio = VfioDevices::open(&config.vfio, &ram, None)?;
         if vfio.echoes() != 0 {
@@ -131,7 +134,7 @@ impl SoftMachine {
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
             serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
             vfio,
-            bus: Bus::new(backends, &ram)?,
+            bus,
             events,
         });
         let mut machine = Self {
@@ -304,6 +307,10 @@ impl Machine for SoftMachine {
         Ok(())
     }
 
+    fn device_notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        self.shared.bus.notifiers()
+    }
+
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
         None
     }
@@ -363,8 +370,14 @@ impl Shared {
         let in_guest = std::panic::AssertUnwindSafe(|| {
             let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
             let mut registers = lock(&self.registers[slot]);
-            Vcpu::enter(&mut registers, &self.memory, self.mem_bytes, vcpu)?
-                .run(&self.gate, |text| self.say(text))
+            Vcpu::enter(
+                &mut registers,
+                &self.memory,
+                &self.bus,
+                self.mem_bytes,
+                vcpu,
+            )?
+            .run(&self.gate, |text| self.say(text))
         });
         std::panic::catch_unwind(in_guest)
             .unwrap_or_else(|_| Err(Stopped::Failed(format!("vCPU {vcpu}: internal error"))))
@@ -398,13 +411,18 @@ fn vcpu_name(vcpu: u32) -> String {
     format!("vcpu/{vcpu}")
 }
 
-fn load_workload(config: &MachineConfig, ram: &MachineRam) -> Result<(), MachineError> {
+fn load_workload(
+    config: &MachineConfig,
+    ram: &MachineRam,
+    disk_window: Option<u64>,
+) -> Result<(), MachineError> {
     let options = LoadOptions {
         mem_bytes: config.mem_bytes,
         vcpus: config.vcpus,
         tsc_khz: vcpu::TSC_KHZ,
         exit_after_passes: None,
         echoes: 0,
+        disk_window,
     };
     for piece in loader::pieces(&config.workload, options)? {
         ram.memory()

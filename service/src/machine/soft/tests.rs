@@ -31,6 +31,7 @@ fn config(vcpus: u32) -> MachineConfig {
         },
         serial: SerialSink::Null,
         vfio: Vec::new(),
+        workload_disk: false,
         incoming: false,
     }
 }

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustix::time::ClockId;
 
+use super::disk::DiskWork;
 use super::gate::Gate;
 use super::memory::{PAGE_WORDS, Page, VcpuMemory};
 use crate::machine::throttle::SLICE;
+use crate::machine::virtio::Bus;
 use crate::machine::workload::layout::{
     self, PAGE_BYTES, PARAMS_GPA, mailbox, mailbox_gpa, params,
 };
@@ -72,6 +74,7 @@ struct Plan {
     batch_ns: u64,
     fill_check_every: u64,
     exit_after_passes: u64,
+    disk_window: u64,
 }
 
 impl Plan {
@@ -94,6 +97,7 @@ impl Plan {
             batch_ns: load(&params, params::BATCH_TICKS),
             fill_check_every: load(&params, params::FILL_CHECK_EVERY).max(1),
             exit_after_passes: load(&params, params::EXIT_AFTER_PASSES),
+            disk_window: load(&params, params::DISK_WINDOW),
         };
         if load(&params, params::TSC_KHZ) != u64::from(TSC_KHZ) {
             return Err(failed("the workload was loaded for another clock"));
@@ -108,10 +112,11 @@ impl Plan {
 }
 
 /// A word that is not what it should be.
-struct Wrong {
-    gpa: u64,
-    expected: u64,
-    found: u64,
+#[derive(Debug)]
+pub(super) struct Wrong {
+    pub(super) gpa: u64,
+    pub(super) expected: u64,
+    pub(super) found: u64,
 }
 
 /// A vCPU in the guest: registers, and a view of memory.
@@ -123,6 +128,8 @@ pub(super) struct Vcpu<'a> {
     mailbox_gpa: u64,
     mem_bytes: u64,
     first: bool,
+    /// The disk, for the first vCPU.
+    disk: Option<DiskWork<'a>>,
     plan: Plan,
 }
 
@@ -131,6 +138,7 @@ impl<'a> Vcpu<'a> {
     pub(super) fn enter(
         registers: &'a mut Registers,
         memory: &'a VcpuMemory,
+        bus: &'a Bus,
         mem_bytes: u64,
         vcpu: u32,
     ) -> Result<Self, Stopped> {
@@ -139,9 +147,11 @@ impl<'a> Vcpu<'a> {
         let mailbox = memory
             .page(mailbox_gpa)
             .ok_or_else(|| Stopped::Failed(format!("vCPU {vcpu}: no RAM at the mailbox")))?;
+        let disk = DiskWork::new(memory, bus, plan.disk_window, mailbox_gpa);
         Ok(Self {
             registers,
             memory,
+            disk: disk.filter(|_| vcpu == 0),
             mailbox,
             mailbox_gpa,
             mem_bytes,
@@ -166,6 +176,9 @@ impl<'a> Vcpu<'a> {
                 mailbox::PHASE_IDLE => {
                     if self.first {
                         say(GREETING);
+                    }
+                    if let Some(disk) = &self.disk {
+                        disk.set_up();
                     }
                     self.enter_phase(mailbox::PHASE_FILL);
                 }
@@ -236,6 +249,9 @@ impl<'a> Vcpu<'a> {
             if let Some(wrong) = self.check_fill_page()? {
                 self.count_error(&wrong);
             }
+        }
+        if let Some(wrong) = self.disk.as_ref().and_then(DiskWork::step) {
+            self.count_error(&wrong);
         }
         Ok(())
     }

@@ -8,10 +8,11 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::blk::{F_READ_ONLY, TYPE_BLOCK};
 use super::transport::Transport;
 use super::{Backend, DEVICES_MAX, GSI_FIRST, Interrupt, WINDOW_BYTES, WINDOWS_GPA};
-use crate::machine::MachineError;
 use crate::machine::ram::MachineRam;
+use crate::machine::{MachineConfig, MachineError};
 
 /// All virtio devices of a machine, each behind its window. The default has none.
 #[derive(Debug, Default)]
@@ -87,6 +88,25 @@ impl Bus {
                 }
             })
             .collect()
+    }
+
+    /// Window of the disk that the workload of this machine shall write and check; `None` if it shall not.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] if it shall, and there is no disk that it may write.
+    pub fn workload_disk(&self, config: &MachineConfig) -> Result<Option<u64>, MachineError> {
+        if !config.workload_disk {
+            return Ok(None);
+        }
+        let is_disk = |window: &Window| {
+            window.device_type == TYPE_BLOCK && window.features & F_READ_ONLY == 0
+        };
+        match self.windows().into_iter().find(is_disk) {
+            Some(window) => Ok(Some(window.gpa)),
+            None => Err(MachineError::Config(
+                "the workload shall write a disk: give it one that is not read-only".to_owned(),
+            )),
+        }
     }
 
     /// A vCPU reads; false, and nothing done, if no device is there.

@@ -123,6 +123,7 @@ mod tests {
             tsc_khz: 2_000_000,
             exit_after_passes: None,
             echoes: 0,
+            disk_window: None,
         };
         pvh_elf(&config, options).unwrap()
     }

@@ -4,6 +4,7 @@
 //! ```text
 //! entry64 (rdi = vCPU): greet -> write fill -> passes over the slice, for ever
 //! page:   verify the last pass's stamps -> write this pass's -> heartbeat -> now and then check a fill page -> wait if early
+//! page of vCPU 0: a step of work on the disk, if there is one (`disk.rs`)
 //! pass:   send to serial ports that echo, and check what comes back
 //! ```
 //!
@@ -19,8 +20,8 @@
 use std::slice;
 
 use super::layout::{
-    MAILBOX_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA, WORKING_SET_GPA, mailbox,
-    params, port,
+    DISK_GPA, MAILBOX_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA, WORKING_SET_GPA,
+    disk, mailbox, params, port,
 };
 use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, TSS, USER_CODE64, USER_DATA};
 use super::pattern;
@@ -30,7 +31,7 @@ use crate::machine::vfio::window;
 pub const RFLAGS: u64 = 0x3002;
 
 std::arch::global_asm!(
-    r#"
+    concat!(r#"
     .pushsection .rodata.vmferry_workload, "a"
     .balign 16
     .globl vmferry_workload_start
@@ -106,10 +107,11 @@ vmferry_workload_entry64:
     mov edx, {SERIAL_PORT}
 30: mov al, [rsi]
     test al, al
-    jz 31f
+    jz 29f
     out dx, al
     inc rsi
     jmp 30b
+29: call 70f
 31:
     // Fill.
     mov qword ptr [r14 + {PHASE}], {PHASE_FILL}
@@ -203,6 +205,13 @@ vmferry_workload_entry64:
     mov [r14 + {FILL_CHECK_IN}], rax
     call 64f
 48:
+    // A step of work on the disk.
+    cmp qword ptr [r15 + {DISK_WINDOW}], 0
+    je 55f
+    test r14, {VCPU_NOT_0}
+    jnz 55f
+    call 71f
+55:
     // Rate.
     cmp qword ptr [r15 + {BATCH_PAGES}], 0
     je 49f
@@ -381,11 +390,12 @@ vmferry_workload_entry64:
 6:  mov r11, rax
 5:  ret
 
+"#, super::disk::disk_program!(), r#"
 90: .asciz "vmferry workload started\r\n"
     .balign 16
 vmferry_workload_end:
     .popsection
-    "#,
+    "#),
     GDT_POINTER = const GDT_POINTER_GPA,
     PAGE_TABLES = const PAGE_TABLES_GPA,
     PROGRAM = const PROGRAM_GPA,
@@ -413,6 +423,34 @@ vmferry_workload_end:
     FILL_CHECK_EVERY = const params::FILL_CHECK_EVERY,
     EXIT_AFTER_PASSES = const params::EXIT_AFTER_PASSES,
     ECHOES = const params::ECHOES,
+    DISK_WINDOW = const params::DISK_WINDOW,
+    DISK_WRITTEN = const mailbox::DISK_WRITTEN,
+    DISK_CHECKED = const mailbox::DISK_CHECKED,
+    DISK_ERRORS = const mailbox::DISK_ERRORS,
+    DISK = const DISK_GPA,
+    DISK_DESC = const disk::DESC,
+    DISK_AVAIL = const disk::AVAIL,
+    DISK_USED = const disk::USED,
+    DISK_HEADER = const disk::HEADER,
+    DISK_STATUS = const disk::STATUS,
+    DISK_BLOCKS = const disk::BLOCKS,
+    DISK_BLOCK = const disk::BLOCK,
+    DISK_STEP = const disk::STEP,
+    DISK_SUBMITTED = const disk::SUBMITTED,
+    DISK_DATA = const disk::DATA,
+    DISK_GENERATIONS = const disk::GENERATIONS,
+    DISK_QUEUE_SIZE = const disk::QUEUE_SIZE,
+    STEP_IDLE = const disk::STEP_IDLE,
+    STEP_READ = const disk::STEP_READ,
+    STEP_WRITE = const disk::STEP_WRITE,
+    BLOCKS_MAX = const disk::BLOCKS_MAX,
+    DESC_HEADER = const disk::DESC_HEADER,
+    DESC_DATA = const disk::DESC_DATA,
+    DESC_STATUS = const disk::DESC_STATUS,
+    DESC_WRITE = const disk::DESC_WRITE,
+    NO_INTERRUPT = const disk::NO_INTERRUPT,
+    REQUEST_READ = const disk::REQUEST_READ,
+    REQUEST_WRITE = const disk::REQUEST_WRITE,
     ECHO_DEPTH = const params::ECHO_DEPTH,
     WINDOWS = const window::WINDOWS_GPA,
     DEVICE_BYTES = const window::DEVICE_BYTES,

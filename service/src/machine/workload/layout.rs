@@ -5,6 +5,7 @@
 //! 0x0001_0000  parameters (one page, written once by the loader)
 //! 0x0002_0000  program
 //! 0x0004_0000  GDT, TSS
+//! 0x0006_0000  queue, buffer and generations of the disk, if the program works on one
 //! 0x0008_0000  mailboxes, one page per vCPU
 //! 0x0010_0000  page tables: PML4, PDPT, then one page directory per GiB
 //! 0x0040_0000  data pages: the working set, then the fill; both jump over the device hole below 4 GiB
@@ -29,6 +30,8 @@ pub const PROGRAM_BYTES_MAX: u64 = TABLES_GPA - PROGRAM_GPA;
 pub const TABLES_GPA: u64 = 0x4_0000;
 /// Task state segment; only its place counts, the program runs at IOPL 3 and takes no interrupts.
 pub const TSS_GPA: u64 = TABLES_GPA + PAGE_BYTES;
+/// What the program needs for its disk; the module [`disk`] says where what lies.
+pub const DISK_GPA: u64 = 0x6_0000;
 /// First mailbox; vCPU n has the page at `MAILBOX_GPA + n * 4096`.
 pub const MAILBOX_GPA: u64 = 0x8_0000;
 /// PML4, then the lower levels.
@@ -72,6 +75,8 @@ pub mod params {
     pub const EXIT_AFTER_PASSES: u64 = 0x58;
     /// One bit for each VFIO device: its first region is a 16550 that echoes. In each pass vCPU 0 sends the pass's number there.
     pub const ECHOES: u64 = 0x60;
+    /// Window of the virtio-blk device that vCPU 0 writes and checks; 0 for none.
+    pub const DISK_WINDOW: u64 = 0x68;
     /// After so many passes the number must come back; so many bytes are always in the device.
     pub const ECHO_DEPTH: u64 = 8;
     /// Value of [`MAGIC_AT`]: "VMFWORK1".
@@ -107,6 +112,13 @@ pub mod mailbox {
     /// Pages of the fill checked since.
     pub const FILL_CHECKED: u64 = 0x60;
 
+    /// Blocks written to the disk.
+    pub const DISK_WRITTEN: u64 = 0x68;
+    /// Blocks read back from the disk and compared.
+    pub const DISK_CHECKED: u64 = 0x70;
+    /// Blocks of the disk that were wrong, and requests that failed. They count in [`ERRORS`] too.
+    pub const DISK_ERRORS: u64 = 0x78;
+
     /// Written by the loader: index of the first data page of this vCPU's slice of the working set.
     pub const SLICE_FIRST: u64 = 0x800;
     /// Written by the loader: index of the page after the slice.
@@ -125,6 +137,65 @@ pub mod mailbox {
     /// Later passes: every page is verified before it is written, and gaps count.
     pub const PHASE_STEADY: u64 = 3;
 }
+
+/// Byte offsets from [`DISK_GPA`] of what the program needs for its disk. It works on the disk from beginning to end, over and over: a
+/// block is read and compared with what its generation says, then written with the next.
+pub mod disk {
+    /// Descriptor table: header, data, status.
+    pub const DESC: u64 = 0x000;
+    /// Available ring. All entries are 0, so it is one word that the program writes: flags and index.
+    pub const AVAIL: u64 = 0x100;
+    /// Used ring.
+    pub const USED: u64 = 0x200;
+    /// Header of the request.
+    pub const HEADER: u64 = 0x300;
+    /// Its status, in the first byte of a word.
+    pub const STATUS: u64 = 0x310;
+    /// How many blocks the program works on; 0 until the disk is set up.
+    pub const BLOCKS: u64 = 0x1000;
+    /// The block that it works on.
+    pub const BLOCK: u64 = 0x1008;
+    /// What it waits for: one of the `STEP_` values.
+    pub const STEP: u64 = 0x1010;
+    /// Requests submitted.
+    pub const SUBMITTED: u64 = 0x1018;
+    /// Data of the request.
+    pub const DATA: u64 = 0x2000;
+    /// Generation of each block, from 1; 0 for one whose content is not known.
+    pub const GENERATIONS: u64 = 0x4000;
+
+    /// Nothing; the next request is a read.
+    pub const STEP_IDLE: u64 = 0;
+    /// The end of a read.
+    pub const STEP_READ: u64 = 1;
+    /// The end of a write.
+    pub const STEP_WRITE: u64 = 2;
+
+    /// Bytes of a block.
+    pub const BLOCK_BYTES: u64 = 4096;
+    /// 512-byte sectors of a block.
+    pub const BLOCK_SECTORS: u64 = 8;
+    /// Most blocks that the program works on; a larger disk is left alone from there on.
+    pub const BLOCKS_MAX: u64 = 8192;
+    /// Entries of the queue.
+    pub const QUEUE_SIZE: u64 = 8;
+    /// The descriptors of header and status, and that of the data without its direction: length, flags, next.
+    pub const DESC_HEADER: u64 = 16 | 1 << 32 | 1 << 48;
+    /// As [`DESC_HEADER`].
+    pub const DESC_DATA: u64 = BLOCK_BYTES | 1 << 32 | 2 << 48;
+    /// As [`DESC_HEADER`].
+    pub const DESC_STATUS: u64 = 1 | 2 << 32;
+    /// Bit of a descriptor that the device writes.
+    pub const DESC_WRITE: u64 = 2 << 32;
+    /// Flag of the available ring: the program polls.
+    pub const NO_INTERRUPT: u64 = 1;
+    /// Requests: read, write.
+    pub const REQUEST_READ: u64 = 0;
+    /// As [`REQUEST_READ`].
+    pub const REQUEST_WRITE: u64 = 1;
+}
+
+const _: () = assert!(DISK_GPA + disk::GENERATIONS + 8 * disk::BLOCKS_MAX <= MAILBOX_GPA);
 
 /// Ports that the guest uses.
 pub mod port {

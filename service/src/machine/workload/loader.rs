@@ -2,6 +2,8 @@
 //!
 //! The same pieces are written into the built-in machine's RAM and, as segments of an ELF file, handed to other VMMs.
 
+use std::ops::Range;
+
 use super::layout::{
     self, HIGH_RAM_GPA, LOW_RAM_END, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA,
     TABLES_GPA, mailbox, mailbox_gpa, params, slices,
@@ -9,6 +11,7 @@ use super::layout::{
 use super::{WorkloadConfig, image};
 use crate::machine::MachineError;
 use crate::machine::vfio::window::{WINDOWS_END, WINDOWS_GPA};
+use crate::machine::virtio::{DEVICES_MAX, WINDOW_BYTES, WINDOWS_GPA as VIRTIO_GPA};
 
 /// Selector of the flat 32-bit code segment.
 pub const CODE32: u16 = 0x08;
@@ -71,6 +74,8 @@ pub struct LoadOptions {
     pub exit_after_passes: Option<u64>,
     /// Which VFIO devices are serial ports that echo, one bit each; see [`params::ECHOES`].
     pub echoes: u16,
+    /// Window of the virtio-blk device that the guest writes and checks; see [`params::DISK_WINDOW`].
+    pub disk_window: Option<u64>,
 }
 
 /// All pieces, in ascending order of address and without overlap.
@@ -93,7 +98,7 @@ pub fn pieces(config: &WorkloadConfig, options: LoadOptions) -> Result<Vec<Piece
         descriptor_tables(),
     ];
     pieces.extend((0..options.vcpus).map(|vcpu| mailbox_page(config, options.vcpus, vcpu)));
-    pieces.push(page_tables(options.mem_bytes, options.echoes != 0));
+    pieces.push(page_tables(options.mem_bytes, &windows(options)));
     Ok(pieces)
 }
 
@@ -144,6 +149,7 @@ fn parameters(config: &WorkloadConfig, options: LoadOptions) -> Piece {
         options.exit_after_passes.unwrap_or(0),
     );
     page.set(params::ECHOES, options.echoes.into());
+    page.set(params::DISK_WINDOW, options.disk_window.unwrap_or(0));
     Piece {
         gpa: PARAMS_GPA,
         bytes: page.0,
@@ -208,9 +214,20 @@ fn descriptor_tables() -> Piece {
     }
 }
 
-/// Identity mapping of all RAM in 2 MiB pages, for the user. The device hole stays unmapped, but for the windows of VFIO devices if
-/// the program uses them.
-fn page_tables(mem_bytes: u64, windows: bool) -> Piece {
+/// What of the device hole the program uses, in large pages.
+fn windows(options: LoadOptions) -> Vec<Range<u64>> {
+    let mut windows = Vec::new();
+    if options.disk_window.is_some() {
+        windows.push(VIRTIO_GPA..VIRTIO_GPA + LARGE_PAGE_BYTES);
+    }
+    if options.echoes != 0 {
+        windows.push(WINDOWS_GPA..WINDOWS_END);
+    }
+    windows
+}
+
+/// Identity mapping of all RAM in 2 MiB pages, for the user. The device hole stays unmapped, but for `windows`.
+fn page_tables(mem_bytes: u64, windows: &[Range<u64>]) -> Piece {
     let low = layout::low_bytes(mem_bytes);
     let high = mem_bytes - low;
     let ranges = [(0, low), (HIGH_RAM_GPA, high)];
@@ -218,7 +235,7 @@ fn page_tables(mem_bytes: u64, windows: bool) -> Piece {
         .iter()
         .map(|(_, len)| len.div_ceil(DIRECTORY_BYTES))
         .sum();
-    let mut tables = Fields::new((2 + directories + u64::from(windows)) * PAGE_BYTES);
+    let mut tables = Fields::new((2 + directories + u64::from(!windows.is_empty())) * PAGE_BYTES);
     tables.set(0, (PAGE_TABLES_GPA + PAGE_BYTES) | TABLE_ENTRY);
     let mut directory_at = 2 * PAGE_BYTES;
     for (start, len) in ranges {
@@ -238,12 +255,14 @@ fn page_tables(mem_bytes: u64, windows: bool) -> Piece {
             directory_at += PAGE_BYTES;
         }
     }
-    if windows {
+    if !windows.is_empty() {
         tables.set(
             PAGE_BYTES + WINDOWS_GPA / DIRECTORY_BYTES * 8,
             (PAGE_TABLES_GPA + directory_at) | TABLE_ENTRY,
         );
-        let pages = WINDOWS_GPA / LARGE_PAGE_BYTES..WINDOWS_END / LARGE_PAGE_BYTES;
+        let pages = windows
+            .iter()
+            .flat_map(|window| window.start / LARGE_PAGE_BYTES..window.end / LARGE_PAGE_BYTES);
         for page in pages {
             tables.set(
                 directory_at + page % ENTRIES * 8,
@@ -267,6 +286,9 @@ const _: () = assert!(LOW_RAM_END.is_multiple_of(DIRECTORY_BYTES));
 const _: () = assert!(
     WINDOWS_GPA / DIRECTORY_BYTES == LOW_RAM_END / DIRECTORY_BYTES
         && (WINDOWS_END - 1) / DIRECTORY_BYTES == WINDOWS_GPA / DIRECTORY_BYTES
+        && VIRTIO_GPA / DIRECTORY_BYTES == WINDOWS_GPA / DIRECTORY_BYTES
+        && DEVICES_MAX as u64 * WINDOW_BYTES <= LARGE_PAGE_BYTES
+        && VIRTIO_GPA.is_multiple_of(LARGE_PAGE_BYTES)
         && WINDOWS_GPA.is_multiple_of(LARGE_PAGE_BYTES)
         && WINDOWS_END.is_multiple_of(LARGE_PAGE_BYTES)
 );
@@ -282,6 +304,7 @@ mod tests {
             tsc_khz: 2_000_000,
             exit_after_passes: None,
             echoes: 0,
+            disk_window: None,
         }
     }
 
@@ -313,13 +336,17 @@ mod tests {
     #[test]
     fn page_tables_map_all_ram_and_of_the_hole_only_windows_that_are_used() {
         let mem = (4 << 30) + (4 << 20);
-        for windows in [false, true] {
-            check_page_tables(mem, windows);
+        for (echoes, disk_window) in [(0, None), (1, None), (0, Some(VIRTIO_GPA)), (1, Some(1))] {
+            check_page_tables(LoadOptions {
+                echoes,
+                disk_window,
+                ..options(mem, 1)
+            });
         }
     }
 
-    fn check_page_tables(mem: u64, windows: bool) {
-        let tables = page_tables(mem, windows);
+    fn check_page_tables(options: LoadOptions) {
+        let tables = page_tables(options.mem_bytes, &windows(options));
         let word = |gpa: u64| {
             let at = usize::try_from(gpa - PAGE_TABLES_GPA).unwrap();
             u64::from_le_bytes(tables.bytes[at..at + 8].try_into().unwrap())
@@ -344,6 +371,8 @@ mod tests {
         }
         for hole in [
             LOW_RAM_END,
+            VIRTIO_GPA - 1,
+            VIRTIO_GPA + LARGE_PAGE_BYTES,
             WINDOWS_GPA - 1,
             WINDOWS_END,
             HIGH_RAM_GPA - 1,
@@ -352,8 +381,10 @@ mod tests {
             assert_eq!(translate(hole), None, "{hole:#x}");
         }
         for window in [WINDOWS_GPA, WINDOWS_END - 1] {
-            assert_eq!(translate(window), windows.then_some(window));
+            assert_eq!(translate(window), (options.echoes != 0).then_some(window));
         }
+        let mapped = options.disk_window.map(|_| VIRTIO_GPA);
+        assert_eq!(translate(VIRTIO_GPA), mapped);
     }
 
     #[test]

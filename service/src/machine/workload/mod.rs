@@ -8,6 +8,7 @@
 //! - [`pattern`]: what is written into the data pages
 //! - [`stats`]: reads the mailboxes
 
+mod disk;
 pub mod elf;
 pub mod image;
 pub mod layout;
@@ -87,4 +88,10 @@ pub struct WorkloadStats {
     pub filled_pages: u64,
     /// How many pages the fill has.
     pub fill_pages: u64,
+    /// Blocks of 4 KiB written to its disk.
+    pub disk_blocks_written: u64,
+    /// Blocks read back from its disk and compared with what was written there last.
+    pub disk_blocks_checked: u64,
+    /// Blocks that were not what was written there last, and requests that failed. They count in [`errors`](Self::errors) too.
+    pub disk_errors: u64,
 }

@@ -25,6 +25,13 @@ pub fn workload_stats<M: GuestMemoryBackend>(memory: &M) -> Option<WorkloadStats
         stats.filled_pages = stats
             .filled_pages
             .saturating_add(field(mailbox::FILLED_PAGES)?);
+        for (total, at) in [
+            (&mut stats.disk_blocks_written, mailbox::DISK_WRITTEN),
+            (&mut stats.disk_blocks_checked, mailbox::DISK_CHECKED),
+            (&mut stats.disk_errors, mailbox::DISK_ERRORS),
+        ] {
+            *total = total.saturating_add(field(at)?);
+        }
         let first_error_gpa = field(mailbox::FIRST_ERROR_GPA)?;
         if first_error_gpa != 0 && stats.first_error_gpa.is_none() {
             stats.first_error_gpa = Some(first_error_gpa);

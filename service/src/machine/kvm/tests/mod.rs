@@ -36,6 +36,7 @@ fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
         },
         serial: SerialSink::Null,
         vfio: Vec::new(),
+        workload_disk: false,
         incoming: false,
     }
 }
