@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use vmferry_transport::wire::device_data::{DEVICE_DATA, DeviceData};
+use vmferry_transport::wire::device_data::DEVICE_DATA;
 use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
 use vmferry_transport::wire::header::{FrameHeader, HEADER_BYTES};
 use vmferry_transport::wire::ram::{self, FLAG_PAYLOAD_CHECKSUM};
@@ -44,12 +44,6 @@ impl DataFrame<'_> {
     /// Whether it carries pages with content.
     pub(crate) fn has_pages(&self) -> bool {
         self.header.kind == ram::RAM_RUNS && !self.payload.is_empty()
-    }
-
-    /// What it says, if it carries a piece of a device's stream.
-    pub(crate) fn device_data(&self) -> Option<DeviceData> {
-        (self.header.kind == DEVICE_DATA)
-            .then(|| DeviceData::decode(&self.header, self.body).unwrap())
     }
 
     /// Whether it carries nothing else: no zeros, no holes.

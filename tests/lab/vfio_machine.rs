@@ -10,7 +10,7 @@ use rustix::process::{
 };
 use serde_json::{Value, json};
 use vmferry_devices::vfio::{DeviceState, FdFace, VfioFace};
-use vmferry_transport::wire::device_data::DeviceData;
+use vmferry_transport::wire::device_data::{DEVICE_DATA, DeviceData};
 use vmferry_transport::wire::frame::SourceFrame;
 use vmferry_transport::wire::ram::RoundEnd;
 
@@ -238,8 +238,9 @@ fn link(
             end.counts.device_bytes -= std::mem::take(&mut missing);
             Verdict::Replace(end.encode())
         }
-        Passing::Data(frame) => match frame.device_data() {
-            Some(piece) if Some(piece.device) == place => {
+        Passing::Data(frame) if frame.header.kind == DEVICE_DATA => {
+            let piece = DeviceData::decode(&frame.header, frame.body).unwrap();
+            if Some(piece.device) == place {
                 let verdict = judge(piece, frame.payload);
                 missing += match &verdict {
                     Verdict::Replace(bytes) => frame.bytes.len() - bytes.len(),
@@ -247,9 +248,10 @@ fn link(
                     _ => 0,
                 } as u64;
                 verdict
+            } else {
+                Verdict::Pass
             }
-            _ => Verdict::Pass,
-        },
+        }
         _ => Verdict::Pass,
     })
 }
