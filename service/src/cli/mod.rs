@@ -19,6 +19,7 @@ mod signals;
 pub mod size;
 mod status;
 mod style;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -81,6 +82,8 @@ enum Command {
     Set(settings::SetArgs),
     /// Show or switch migration capabilities
     Capabilities(settings::CapabilitiesArgs),
+    /// Hand a running VM over to a new process on this host, memory and all
+    Upgrade(upgrade::UpgradeArgs),
     /// Migrate a running VM between two processes of this machine, and check the result
     Demo(demo::DemoArgs),
     /// Make a page with plots from the record of a migration
@@ -128,6 +131,7 @@ impl Cli {
             Command::Report(args) => return args.execute(),
             Command::Migrate(args) => args.execute(),
             Command::Status(args) => args.execute(),
+            Command::Upgrade(args) => args.execute(),
             Command::Cancel(args) => args.execute(),
             Command::Continue(args) => args.execute(),
             Command::Pause(args) => args.execute(),
