@@ -113,6 +113,65 @@ fn random_faults_break_no_invariant() {
 
 /// Repeats one seed with a trace of its last events: VMFERRY_SIM_SEED=... as a failed run says.
 #[test]
+fn upgrades_in_place_with_random_faults_break_no_invariant() {
+    let seeds = number("VMFERRY_SIM_SEEDS", 5_000);
+    let mut endings = [0_u64; 3];
+    for seed in 0..seeds {
+        let report = check(|| {
+            let mut world = World::with_random_faults(seed);
+            world.in_place = true;
+            world.set_name(format!(
+                "simulation::upgrades_in_place_with_random_faults_break_no_invariant, seed {seed}"
+            ));
+            world
+        });
+        endings[match report.ending {
+            Some(Ending::Completed) => 0,
+            Some(_) => 1,
+            None => 2,
+        }] += 1;
+        assert_eq!(report.data_items_max, 0, "a page moved");
+    }
+    assert!(
+        endings.iter().all(|count| *count > seeds / 100),
+        "{endings:?}"
+    );
+}
+
+#[test]
+fn an_upgrade_in_place_that_is_killed_at_any_step_never_leaves_two_guests() {
+    let world = |seed, faults: &Faults| {
+        check(|| {
+            let mut world = World::new(seed);
+            world.in_place = true;
+            world.faults = faults.clone();
+            world.set_name(format!("in place, seed {seed}, {faults:?}"));
+            world
+        })
+    };
+    for seed in WORLDS {
+        let whole = world(seed, &Faults::default());
+        assert_eq!(whole.ending, Some(Ending::Completed));
+        for step in 1..=whole.steps {
+            let kill = Some(Kill {
+                step,
+                silent: false,
+            });
+            let target = Faults {
+                kill_target: kill,
+                ..Faults::default()
+            };
+            assert!(!world(seed, &target).arrived, "it was killed");
+            let source = Faults {
+                kill_source: kill,
+                ..Faults::default()
+            };
+            world(seed, &source);
+        }
+    }
+}
+
+#[test]
 fn replay() {
     let seed = number("VMFERRY_SIM_SEED", 0);
     println!("{:#?}", check_seed(seed));

@@ -123,6 +123,8 @@ pub struct World {
     pub faults: Faults,
     /// Whether attempts wait in pre-switchover; `None` leaves it to the seed.
     pub pause_before_switchover: Option<bool>,
+    /// RAM stays in place, and every attempt goes to a new process on the same host.
+    pub in_place: bool,
     now: u64,
     step: u64,
     events: BinaryHeap<Reverse<Scheduled>>,
@@ -182,6 +184,7 @@ impl World {
             ),
             faults: Faults::default(),
             pause_before_switchover: None,
+            in_place: false,
             now: 0,
             step: 0,
             events: BinaryHeap::new(),

@@ -41,11 +41,17 @@ impl World {
         let mut target = TargetHost::new(Target::new(config), &self.blocks);
         target.eager = self.rng.chance(300);
         target.notifiers = Audience::new(self.rng.index(3));
-        target.after_failure = self.rng.pick(&[
+        let after_failure = self.rng.pick(&[
             AfterFailure::ListenAgain,
             AfterFailure::ListenAgain,
             AfterFailure::Exit,
         ]);
+        // Memory that is shared with a source is no place for another guest.
+        target.after_failure = if self.in_place {
+            AfterFailure::Exit
+        } else {
+            after_failure
+        };
         target
     }
 
@@ -54,7 +60,11 @@ impl World {
         id[..8].copy_from_slice(&self.rng.bits().to_le_bytes());
         let config = SourceConfig {
             migration_id: MigrationId(id),
-            data_connections: self.data_connections,
+            data_connections: if self.in_place {
+                0
+            } else {
+                self.data_connections
+            },
             checksum: false,
             verify: self.verify,
             software: "simulated source".to_owned(),
@@ -104,6 +114,7 @@ pub(super) fn target_config(blocks: &[u64], devices: &[DeviceSchema]) -> TargetC
         streamed: Vec::new(),
         software: "simulated target".to_owned(),
         uuid: Some(Uuid([7; 16])),
+        in_place: None,
         deadlines: Deadlines::default(),
     }
 }

@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use vmferry_transport::proto::{
-    MigrationStatus, Outcome, SavedState, Source, SourceAction, SourceJob,
+    MigrationStatus, Outcome, SavedState, Source, SourceAction, SourceJob, Target, TargetConfig,
+    TargetStatus,
 };
 use vmferry_transport::units::Moment;
 use vmferry_transport::wire::Section;
@@ -15,6 +16,7 @@ use super::net::LinkId;
 use super::notifiers::Audience;
 use super::rounds::Round;
 use super::run_control::{Disks, Guest, Operation};
+use super::setup::target_config;
 use super::{Event, JobId, PASSES_MAX, Side, World};
 
 /// How an attempt ended at the source.
@@ -235,7 +237,15 @@ impl World {
                 });
                 self.source.throttle = percent;
             }
+            SourceAction::OfferFds => _ = self.start_source_job(SourceJob::OfferFds),
+            SourceAction::HandOverFds => {
+                assert!(!self.source.running, "descriptors of a running guest leave");
+                let told = self.source.notifiers.waits_for_the_end();
+                assert!(told, "descriptors leave before everybody has let go");
+                self.start_source_job(SourceJob::HandOverFds);
+            }
             SourceAction::StartLog => {
+                assert!(!self.in_place, "a dirty log although no page moves");
                 let told = self.source.notifiers.waits_for_the_end();
                 assert!(told, "I7: SETUP comes first");
                 assert_eq!(self.source.watch, None, "the guest was waited for");
@@ -464,6 +474,15 @@ impl World {
             SourceJob::ConnectControl => self.source_connected(now),
             SourceJob::ConnectData => self.source.core.handle_data_connected(now),
             SourceJob::StartLog => self.log_started(now),
+            SourceJob::OfferFds => self.fds_offered(now),
+            SourceJob::HandOverFds if self.target.alive => {
+                self.source.core.handle_fds_handed_over(now);
+            }
+            SourceJob::HandOverFds => {
+                self.source
+                    .core
+                    .handle_job_failed(now, job, "the new process has gone");
+            }
             SourceJob::Round => unreachable!("rounds end when all is sent"),
             SourceJob::Sync => {
                 let log = self.source.log.clone();
@@ -486,6 +505,28 @@ impl World {
                 self.state_saved(now);
             }
         }
+    }
+
+    /// A process that has not been anything yet builds its machine around the source's RAM.
+    fn fds_offered(&mut self, now: Moment) {
+        if !self.target.alive {
+            let text = "no process was started";
+            self.source
+                .core
+                .handle_job_failed(now, SourceJob::OfferFds, text);
+            return;
+        }
+        if self.target.status != TargetStatus::None {
+            self.end_target();
+            self.target = self.new_target();
+        }
+        let config = TargetConfig {
+            in_place: Some(self.source.core.migration_id()),
+            ..target_config(&self.blocks, &self.devices)
+        };
+        self.target.core = Target::new(config);
+        self.see("RAM stays in place");
+        self.source.core.handle_fds_offered(now);
     }
 
     /// The vCPUs stop now.

@@ -29,6 +29,8 @@ impl World {
             SourceJob::ConnectControl,
             SourceJob::ConnectData,
             SourceJob::Round,
+            SourceJob::OfferFds,
+            SourceJob::HandOverFds,
         ] {
             self.end_source_job(job);
         }

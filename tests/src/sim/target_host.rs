@@ -207,10 +207,14 @@ impl World {
             }
             TargetAction::Load { sections, verify } => {
                 assert!(
-                    self.target.receiver.finished,
+                    self.in_place || self.target.receiver.finished,
                     "loads before all pages are placed"
                 );
                 self.target.loading = Some((sections, verify));
+                if self.in_place {
+                    // The same memory, seen from here.
+                    self.target.memory = self.source_memory.clone();
+                }
                 if self.faults.corrupt_memory && verify {
                     self.target.memory.0[0][0] ^= 1 << 40;
                 }

@@ -3,9 +3,10 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::Interest;
@@ -70,7 +71,7 @@ enum Link {
     Tcp(tokio::net::TcpListener),
     Unix {
         listener: tokio::net::UnixListener,
-        _file: Option<SocketFile>,
+        file: Option<SocketFile>,
     },
     Vsock {
         listener: Socket,
@@ -130,6 +131,49 @@ impl Listener {
         };
         let socket = Socket::from(socket);
         adopt(socket, address).map_err(listen_error)
+    }
+
+    /// Takes over the listening socket of a process that leaves, with the path of a unix socket: it is removed when this is dropped.
+    ///
+    /// # Errors
+    /// As [`from_socket`](Self::from_socket).
+    pub fn inherit(socket: OwnedFd, address: &Address) -> Result<Self, ListenError> {
+        let socket = Socket::from(socket);
+        // It listens already. Who listened last is whom the clients of a unix socket see at the other end.
+        socket
+            .listen(LISTEN_BACKLOG)
+            .map_err(|source| ListenError::Listen {
+                address: address.clone(),
+                source,
+            })?;
+        let mut this = Self::from_socket(socket.into(), address)?;
+        if let (Link::Unix { file, .. }, Address::Unix { path }) = (&mut this.link, address) {
+            // Without the file nobody can connect, but those who have are still served.
+            *file = SocketFile::new(path).ok();
+        }
+        Ok(this)
+    }
+
+    /// Another descriptor of the same socket, for a process that is to listen in place of this one.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        match &self.link {
+            Link::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            Link::Unix { listener, .. } => listener.as_fd().try_clone_to_owned(),
+            Link::Vsock { listener, .. } => listener.as_fd().try_clone_to_owned(),
+        }
+    }
+
+    /// Another process listens there now: a unix socket's path stays when this is dropped.
+    pub fn leave_path(&self) {
+        if let Link::Unix {
+            file: Some(file), ..
+        } = &self.link
+        {
+            file.stays.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The address with the port that the kernel chose and the name resolved.
@@ -234,7 +278,7 @@ fn adopt(socket: Socket, address: &Address) -> io::Result<Listener> {
         }
         Domain::UNIX => Link::Unix {
             listener: tokio::net::UnixListener::from_std(OwnedFd::from(socket).into())?,
-            _file: None,
+            file: None,
         },
         Domain::VSOCK => listen_vsock(socket)?,
         other => {
@@ -313,7 +357,7 @@ fn bind_unix(path: &Path, local: Address) -> io::Result<Listener> {
     Ok(Listener {
         link: Link::Unix {
             listener,
-            _file: Some(file),
+            file: Some(file),
         },
         local,
     })
@@ -324,6 +368,8 @@ fn bind_unix(path: &Path, local: Address) -> io::Result<Listener> {
 struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// It belongs to somebody else now.
+    stays: AtomicBool,
 }
 
 impl SocketFile {
@@ -331,13 +377,19 @@ impl SocketFile {
         // Absolute, because the process may change its directory before the drop.
         let path = std::path::absolute(path)?;
         let identity = identity(&path)?;
-        Ok(Self { path, identity })
+        Ok(Self {
+            path,
+            identity,
+            stays: AtomicBool::new(false),
+        })
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+        if !self.stays.load(Ordering::Relaxed)
+            && identity(&self.path).is_ok_and(|now| now == self.identity)
+        {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -58,8 +58,8 @@ pub struct BlockInfo {
 /// |---|---|
 /// | 2, 2 | oldest and newest protocol version |
 /// | 16 | migration id |
-/// | 2 | number of data connections, 1 to 255 |
-/// | 1 | wishes: bit 0 checksums over page data, bit 1 verification of RAM and vCPUs before READY, bit 2 SWITCHOVER_ACK, bit 3 a UUID follows |
+/// | 2 | number of data connections, 1 to 255; 0 in place |
+/// | 1 | wishes: bit 0 checksums over page data, bit 1 verification of RAM and vCPUs before READY, bit 2 SWITCHOVER_ACK, bit 3 a UUID follows, bit 4 in place: RAM is there already |
 /// | 16 | the VM's UUID, with bit 3 only |
 /// | text | name and version of the source's software |
 /// | 2 | number of RAM blocks, then per block: text name, 8 size in bytes, 4 backing page size |
@@ -72,7 +72,7 @@ pub struct Hello {
     pub versions: VersionRange,
     /// Names this attempt.
     pub migration_id: MigrationId,
-    /// How many data connections will follow.
+    /// How many data connections will follow. None: RAM stays in place, because both processes map the same files.
     pub data_connections: u16,
     /// Page data carries a CRC32C.
     pub checksum: bool,
@@ -91,6 +91,11 @@ pub struct Hello {
 }
 
 impl Hello {
+    /// Whether RAM does not move: the target has the source's files, from a hand-over of descriptors.
+    pub fn is_in_place(&self) -> bool {
+        self.data_connections == 0
+    }
+
     /// The body of the frame.
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(256);
@@ -102,7 +107,8 @@ impl Hello {
             u8::from(self.checksum)
                 | u8::from(self.verify) << 1
                 | u8::from(self.switchover_ack) << 2
-                | u8::from(self.uuid.is_some()) << 3,
+                | u8::from(self.uuid.is_some()) << 3
+                | u8::from(self.is_in_place()) << 4,
         );
         if let Some(Uuid(uuid)) = self.uuid {
             body.extend_from_slice(&uuid);
@@ -160,14 +166,16 @@ impl Hello {
         }
         let migration_id = MigrationId(reader.id()?);
         let data_connections = reader.u16()?;
-        if data_connections == 0 || data_connections > DATA_CONNECTIONS_MAX {
+        let wishes = reader.u8()?;
+        // A count of 0 alone is more likely a mistake than an upgrade in place.
+        let in_place = wishes & 16 != 0;
+        if (data_connections == 0) != in_place || data_connections > DATA_CONNECTIONS_MAX {
             return Err(WireError::Value {
                 field: "data connections",
                 value: u64::from(data_connections),
             });
         }
-        let wishes = reader.u8()?;
-        if wishes > 15 {
+        if wishes > 31 {
             return Err(WireError::Value {
                 field: "wishes",
                 value: u64::from(wishes),

@@ -46,7 +46,12 @@ pub fn fuzz_source(seed: u64) -> Depth {
     let knows = knowledge(&mut rng);
     let config = SourceConfig {
         migration_id: knows.id,
-        data_connections: knows.connections,
+        // Now and then RAM stays in place.
+        data_connections: if rng.chance(200) {
+            0
+        } else {
+            knows.connections
+        },
         checksum: false,
         verify: rng.chance(300),
         software: "victim".to_owned(),
@@ -227,7 +232,11 @@ impl SourceUnderFire {
                 self.jobs.retain(|job| {
                     !matches!(
                         job,
-                        SourceJob::ConnectControl | SourceJob::ConnectData | SourceJob::Round
+                        SourceJob::ConnectControl
+                            | SourceJob::ConnectData
+                            | SourceJob::Round
+                            | SourceJob::OfferFds
+                            | SourceJob::HandOverFds
                     )
                 });
                 self.core.handle_links_closed(now);
@@ -257,6 +266,8 @@ impl SourceUnderFire {
                 self.core.handle_control_connected(now);
             }
             SourceJob::ConnectData => self.core.handle_data_connected(now),
+            SourceJob::OfferFds => self.core.handle_fds_offered(now),
+            SourceJob::HandOverFds => self.core.handle_fds_handed_over(now),
             SourceJob::StartLog => self.core.handle_log_started(
                 now,
                 FirstRound {
@@ -307,6 +318,8 @@ impl SourceUnderFire {
                     self.expected = Some(TargetFrame::RoundPlaced(round));
                     self.jobs.push(SourceJob::Round);
                 }
+                SourceAction::OfferFds => self.jobs.push(SourceJob::OfferFds),
+                SourceAction::HandOverFds => self.jobs.push(SourceJob::HandOverFds),
                 SourceAction::Sync => self.jobs.push(SourceJob::Sync),
                 SourceAction::StopGuest => self.jobs.push(SourceJob::StopGuest),
                 SourceAction::SaveState { .. } => self.jobs.push(SourceJob::SaveState),

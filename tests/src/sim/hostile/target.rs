@@ -49,6 +49,7 @@ pub fn fuzz_target(seed: u64) -> Depth {
         streamed: Vec::new(),
         software: "victim".to_owned(),
         uuid: None,
+        in_place: None,
         deadlines: Deadlines::default(),
     };
     let mut run = TargetUnderFire {

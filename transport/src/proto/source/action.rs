@@ -13,7 +13,8 @@ use crate::wire::{DeviceSchema, Section};
 pub struct SourceConfig {
     /// Names this attempt; random.
     pub migration_id: MigrationId,
-    /// Number of data connections, 1 to 255.
+    /// Number of data connections, 1 to 255. 0: RAM stays in place. Then there are no rounds; the descriptors of RAM are offered to the
+    /// target first, and those with one owner follow when the guest is stopped and the notifiers have agreed.
     pub data_connections: u16,
     /// Checksums over page data.
     pub checksum: bool,
@@ -77,6 +78,10 @@ pub enum SourceJob {
     NotifyDone,
     /// Resuming the guest.
     ResumeGuest,
+    /// Offering the descriptors, and waiting for the target to build its machine around those of RAM.
+    OfferFds,
+    /// Handing the other descriptors over.
+    HandOverFds,
 }
 
 /// What the driver is to do.
@@ -86,6 +91,12 @@ pub enum SourceAction<P> {
     StatusChanged(MigrationStatus),
     /// Tell everybody: this pass over memory begins; QEMU's MIGRATION_PASS.
     PassStarted(u64),
+    /// Job [`SourceJob::OfferFds`], in place only: reports [`Source::handle_fds_offered`](super::Source::handle_fds_offered). Nothing that
+    /// has one owner may leave.
+    OfferFds,
+    /// Job [`SourceJob::HandOverFds`], in place only: the guest is stopped and everybody has let go. Reports
+    /// [`Source::handle_fds_handed_over`](super::Source::handle_fds_handed_over).
+    HandOverFds,
     /// Job [`SourceJob::ConnectControl`]: reports [`Source::handle_control_connected`](super::Source::handle_control_connected).
     ConnectControl,
     /// Send on the control connection.

@@ -96,6 +96,7 @@ impl<P: fmt::Debug> Source<P> {
         }
         let stopped = match std::mem::replace(&mut self.state, State::Ended) {
             State::PreSwitchover { stopped }
+            | State::Releasing { stopped }
             | State::LastSync { stopped }
             | State::LastRound { stopped, .. }
             | State::AwaitReady { stopped } => Some(stopped),

@@ -23,6 +23,9 @@
 //! - **AwaitReady**: the target holds everything. If the link dies here the guest goes on at the source.
 //! - **AwaitRunning**: COMMIT was sent. If the link dies here nobody but the target knows who owns the guest: the source stays stopped
 //!   and asks (**Resolving**). If it cannot learn the answer it says so (**Unresolved**), goes on asking, and waits for the operator.
+//! - **In place** (no data connections): before Connecting comes *Offering*, in which the target builds its machine around our RAM; there
+//!   are no rounds and no dirty log; after the guest is stopped comes *Releasing*, in which the notifiers are told SETUP and devices let go
+//!   of what they own, and only then do the other descriptors leave, side by side with the device state.
 //! - **PreSwitchover**: only if the operator asked for it; nothing has been handed over yet.
 //! - **Failing**: pays the debts of the attempt in order: links closed, jobs over, dirty log off, notifiers told FAILED, guest resumed if it
 //!   ran before.
@@ -34,6 +37,7 @@
 mod action;
 mod deadlines;
 mod failure;
+mod in_place;
 mod state;
 mod stats;
 mod transfer;
@@ -174,6 +178,9 @@ impl<P: fmt::Debug> Source<P> {
         self.set_tuning(self.tuning);
         self.stats.began = now;
         self.set_status(MigrationStatus::Setup);
+        if self.config.data_connections == 0 {
+            return self.offer(now);
+        }
         self.enter(now, State::Connecting);
         self.run(SourceJob::ConnectControl, SourceAction::ConnectControl);
     }
@@ -272,7 +279,8 @@ impl<P: fmt::Debug> Source<P> {
     /// Every notifier was told SETUP and agrees; `waiting_for` names a device that the guest must let go of first.
     pub fn handle_setup_told(&mut self, now: Moment, waiting_for: Option<String>) {
         if self.jobs.end(SourceJob::NotifySetup) {
-            self.start_log_when_set_up(now, waiting_for);
+            self.start_log_when_set_up(now, waiting_for.clone());
+            self.hand_over_fds_when_set_up(now, waiting_for);
             self.pay_debts(now);
         }
     }
@@ -524,6 +532,8 @@ impl<P: fmt::Debug> Source<P> {
             SourceJob::ConnectControl,
             SourceJob::ConnectData,
             SourceJob::Round,
+            SourceJob::OfferFds,
+            SourceJob::HandOverFds,
         ] {
             self.jobs.end(job);
         }

@@ -19,6 +19,8 @@ pub(super) enum Setup {
 #[derive(Debug)]
 pub(super) enum State<P> {
     Idle,
+    /// In place only: the target builds its machine around our RAM.
+    Offering,
     Connecting,
     AwaitReply,
     Preparing {
@@ -34,6 +36,10 @@ pub(super) enum State<P> {
     Stopping,
     /// The guest is stopped, and the operator has the say.
     PreSwitchover {
+        stopped: P,
+    },
+    /// In place only: the notifiers are told, and devices let go of what they own.
+    Releasing {
         stopped: P,
     },
     LastSync {
@@ -72,6 +78,7 @@ impl<P> State<P> {
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Idle => "idle",
+            Self::Offering => "offering descriptors",
             Self::Connecting => "connecting",
             Self::AwaitReply => "waiting for the answer to the hello",
             Self::Preparing { .. } => "preparing",
@@ -79,6 +86,7 @@ impl<P> State<P> {
             Self::Syncing => "fetching the dirty log",
             Self::Stopping => "stopping the guest",
             Self::PreSwitchover { .. } => "waiting for the operator to go on",
+            Self::Releasing { .. } => "telling the notifiers",
             Self::LastSync { .. } => "fetching the dirty log for the last time",
             Self::LastRound { .. } => "sending the last round",
             Self::AwaitReady { .. } => "waiting for READY",

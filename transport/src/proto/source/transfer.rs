@@ -56,6 +56,9 @@ impl<P: fmt::Debug> Source<P> {
         self.stats.target_software = software;
         self.estimate
             .note_round_trip(now.micros_since(self.moved_at));
+        if self.config.data_connections == 0 {
+            return self.prepare_in_place(now);
+        }
         self.enter(
             now,
             State::Preparing {
@@ -110,6 +113,9 @@ impl<P: fmt::Debug> Source<P> {
             return;
         }
         self.set_status(MigrationStatus::Active);
+        if self.config.data_connections == 0 {
+            return self.stop_guest(now);
+        }
         self.throttle = Throttle::new(now);
         self.stats.first_round = Some(now);
         self.stats.sync_count = 1;
@@ -176,6 +182,9 @@ impl<P: fmt::Debug> Source<P> {
 
     pub(super) fn switch_over(&mut self, now: Moment, stopped: P) {
         self.blackout.continued = now;
+        if self.config.data_connections == 0 {
+            return self.release(now, stopped);
+        }
         self.enter(now, State::LastSync { stopped });
         self.run(SourceJob::Sync, SourceAction::Sync);
     }

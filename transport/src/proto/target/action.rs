@@ -1,7 +1,7 @@
 //! What goes into the target core and what comes out of it: configuration, actions, jobs, errors.
 
 use crate::limits::Deadlines;
-use crate::units::Uuid;
+use crate::units::{MigrationId, Uuid};
 use crate::wire::frame::{Abort, AbortCode, TargetFrame, Verification};
 use crate::wire::hello::BlockInfo;
 use crate::wire::{DeviceSchema, Section};
@@ -23,6 +23,8 @@ pub struct TargetConfig {
     pub software: String,
     /// The VM's UUID, if a source that sends one is to have the same.
     pub uuid: Option<Uuid>,
+    /// Guest RAM is that of the source of this attempt, from a hand-over of descriptors: nobody else may come, and no page.
+    pub in_place: Option<MigrationId>,
     /// How long to wait for what.
     pub deadlines: Deadlines,
 }

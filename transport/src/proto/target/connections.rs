@@ -47,6 +47,10 @@ impl Target {
             self.refuse(connection, AbortCode::Incompatible, &difference);
             return;
         }
+        if let Err(text) = self.check_place(&hello) {
+            self.refuse(connection, AbortCode::Incompatible, text);
+            return;
+        }
         let Hello {
             migration_id,
             data_connections,
@@ -80,6 +84,24 @@ impl Target {
             now,
             TargetFrame::HelloReply(HelloReply { version, software }),
         );
+        if data_connections == 0 {
+            // Nothing to wait for: RAM is here already.
+            self.enter(now, Phase::Preparing);
+            self.start_job(TargetJob::Prepare, TargetAction::Prepare);
+        }
+    }
+
+    /// Whether RAM of the source is where its hello says. A mistake here would start a guest on memory that is not its own.
+    fn check_place(&self, hello: &Hello) -> Result<(), &'static str> {
+        match (self.config.in_place, hello.is_in_place()) {
+            (None, false) => Ok(()),
+            (Some(id), true) if id == hello.migration_id => Ok(()),
+            (Some(_), true) => Err("the target was given RAM in another attempt than this one"),
+            (Some(_), false) => {
+                Err("the target has the RAM of a VM on this host and takes no pages")
+            }
+            (None, true) => Err("the target was not given the RAM that is to stay in place"),
+        }
     }
 
     /// A stranger's data connection is refused without harm to the attempt: it proves nothing about the source.

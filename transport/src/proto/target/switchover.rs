@@ -11,7 +11,13 @@ use crate::wire::{DeviceSchema, Section};
 impl Target {
     pub(super) fn announce(&mut self, now: Moment, round: RoundId) {
         match &mut self.attempt {
-            Some(attempt) if attempt.announced.is_none() => attempt.announced = Some(round),
+            Some(attempt) if attempt.announced.is_none() => {
+                attempt.announced = Some(round);
+                if attempt.joined.is_empty() {
+                    // In place there are no pages to wait for.
+                    attempt.last_placed = Some(round);
+                }
+            }
             _ => self.fail(
                 now,
                 TargetError::Protocol("the switchover is announced twice".to_owned()),

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+mod in_place;
 mod source;
 mod switchover;
 mod target;

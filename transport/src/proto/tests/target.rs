@@ -42,6 +42,7 @@ fn listening_for_streams(streamed: &[&str]) -> Target {
         streamed: streamed.iter().map(|name| (*name).to_owned()).collect(),
         software: "t".to_owned(),
         uuid: None,
+        in_place: None,
         deadlines: Deadlines::default(),
     })
 }
@@ -584,6 +585,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
         streamed: Vec::new(),
         software: "t".to_owned(),
         uuid: Some(Uuid([1; 16])),
+        in_place: None,
         deadlines: Deadlines::default(),
     });
     let other = Hello {
@@ -602,6 +604,7 @@ fn a_source_of_another_vm_is_refused_with_both_uuids() {
             streamed: Vec::new(),
             software: "t".to_owned(),
             uuid: Some(Uuid([1; 16])),
+            in_place: None,
             deadlines: Deadlines::default(),
         });
         target.handle_first_frame(NOW, CONTROL, SourceFrame::Hello(hello));
