@@ -26,6 +26,15 @@ pub enum Incoming {
     Listen(Address),
 }
 
+/// Where the process whose guest is to be taken over, in place, is to be found.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum CprOrigin {
+    /// At the socket that this process was started with in the place of its standard input, connected or listening.
+    Inherited,
+    /// It will connect here.
+    Listen(PathBuf),
+}
+
 /// A VM process.
 #[derive(Clone, Debug)]
 pub struct RunConfig {
@@ -49,6 +58,8 @@ pub struct RunConfig {
     pub paused: bool,
     /// Wait for a guest instead of starting one.
     pub incoming: Option<Incoming>,
+    /// Take the guest's memory over from a process on this host, before anything is built. With `incoming` only.
+    pub incoming_cpr: Option<CprOrigin>,
     /// How long a migration waits for what.
     pub deadlines: Deadlines,
     /// Metrics and records.
@@ -79,6 +90,17 @@ impl RunConfig {
             return refuse(format!(
                 "the name must have 1 to {NAME_CHARS_MAX} characters"
             ));
+        }
+        match (&self.incoming_cpr, &self.incoming) {
+            (None, _) | (Some(_), Some(Incoming::Listen(Address::Unix { .. }))) => {}
+            _ => {
+                return refuse(
+                    "a guest that is taken over in place comes by --incoming unix:PATH".to_owned(),
+                );
+            }
+        }
+        if self.incoming_cpr.is_some() && !self.machine.vfio.is_empty() {
+            return refuse("VFIO devices cannot be taken over in place yet".to_owned());
         }
         Primaries::new(&self.failover_primaries, self.incoming.is_some())?;
         if let Err(error) = Address::unix(&self.qmp) {

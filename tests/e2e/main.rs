@@ -61,5 +61,4 @@ mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
 mod sparse; // memory that the guest never touched stays out of both processes
 mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in
 mod target_errors; // I3: the target's words at the source, and a target that can always be asked
-mod upgrade_qemu;
-mod vhost_user; // I2, I3: disks whose back end is another process // I2: a VM of QEMU goes on in a new QEMU
+mod vhost_user; // I2, I3: disks whose back end is another process

@@ -9,7 +9,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::process::Pid;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -155,29 +154,21 @@ impl QmpClient {
         Ok(client)
     }
 
+    /// The process at the other end, if it can be told.
+    pub fn peer(&self) -> Option<rustix::process::Pid> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
+        Some(peer.pid)
+    }
+
     /// What the other side is.
     pub fn version(&self) -> &VersionInfo {
         &self.version
     }
 
-    /// The process that listens behind the socket.
-    ///
-    /// # Errors
-    /// The kernel does not know it, as across namespaces.
-    pub fn peer(&self) -> io::Result<Pid> {
-        let credentials = rustix::net::sockopt::socket_peercred(&self.stream)?;
-        Ok(credentials.pid)
-    }
-
-    /// Whether the other side is QEMU, as far as it says.
-    pub fn is_qemu(&self) -> bool {
-        !self.version.package.starts_with("vmferry")
-    }
-
     /// What the other side is, for people.
     pub fn name(&self) -> String {
         let VersionInfo { qemu, package } = &self.version;
-        if !self.is_qemu() {
+        if package.starts_with("vmferry") {
             return package.clone();
         }
         format!("QEMU {}.{}.{}", qemu.major, qemu.minor, qemu.micro)

@@ -64,6 +64,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Migrate a running VM and follow it to the end
     Migrate(migrate::MigrateArgs),
+    /// Move a VM into a new process of another binary on this host, under the running guest
+    Upgrade(upgrade::UpgradeArgs),
     /// Show how a VM and its migration are doing
     Status(status::StatusArgs),
     /// Cancel a migration; the guest goes on at the source
@@ -82,8 +84,6 @@ enum Command {
     Set(settings::SetArgs),
     /// Show or switch migration capabilities
     Capabilities(settings::CapabilitiesArgs),
-    /// Hand a running VM over to a new process on this host, memory and all
-    Upgrade(upgrade::UpgradeArgs),
     /// Migrate a running VM between two processes of this machine, and check the result
     Demo(demo::DemoArgs),
     /// Make a page with plots from the record of a migration
@@ -130,8 +130,8 @@ impl Cli {
             Command::WorkloadImage(args) => return args.execute(),
             Command::Report(args) => return args.execute(),
             Command::Migrate(args) => args.execute(),
-            Command::Status(args) => args.execute(),
             Command::Upgrade(args) => args.execute(),
+            Command::Status(args) => args.execute(),
             Command::Cancel(args) => args.execute(),
             Command::Continue(args) => args.execute(),
             Command::Pause(args) => args.execute(),

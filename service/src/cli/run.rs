@@ -11,7 +11,7 @@ use vmferry_transport::limits::Deadlines;
 use super::size::{DirtyRate, Size};
 use vmferry_transport::units::Uuid;
 
-use crate::config::{AccelChoice, Incoming, ObserveConfig, RunConfig};
+use crate::config::{AccelChoice, CprOrigin, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::notify::NotifyConfig;
 use crate::machine::vfio::{VfioConfig, name_vfio};
@@ -68,6 +68,10 @@ pub(super) struct RunArgs {
     /// Start no guest but wait for one: listen at ADDR, or where migrate-incoming will say
     #[arg(long, value_name = "ADDR|defer", value_parser = parse_incoming)]
     incoming: Option<Incoming>,
+    /// Take over the guest of a process on this host, in place: its memory comes from PATH, where that process connects, or over the
+    /// socket in the place of the standard input (`inherited`). Needs --incoming unix:PATH
+    #[arg(long, value_name = "unix:PATH|inherited", requires = "incoming", value_parser = parse_cpr)]
+    incoming_cpr: Option<CprOrigin>,
     #[command(flatten)]
     observe: ObserveArgs,
     /// End when the process with this number, which must be the parent, ends
@@ -204,6 +208,7 @@ impl RunArgs {
             qmp: self.qmp,
             paused: self.paused,
             incoming: self.incoming,
+            incoming_cpr: self.incoming_cpr,
             deadlines: Deadlines::scaled(self.deadline_scale),
             observe: self.observe.config()?,
         };
@@ -233,6 +238,14 @@ fn parse_serial(text: &str) -> Result<SerialSink, String> {
         "null" => Ok(SerialSink::Null),
         "stdio" => Ok(SerialSink::Stdio),
         file => Ok(SerialSink::File(file.into())),
+    }
+}
+
+fn parse_cpr(text: &str) -> Result<CprOrigin, String> {
+    match text.parse() {
+        _ if text == "inherited" => Ok(CprOrigin::Inherited),
+        Ok(Address::Unix { path }) => Ok(CprOrigin::Listen(path)),
+        _ => Err("write unix:PATH or inherited".to_owned()),
     }
 }
 

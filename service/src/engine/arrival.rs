@@ -9,6 +9,7 @@ use vmferry_transport::control::Address;
 use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
+use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, OriginId, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
@@ -28,7 +29,11 @@ const INCOMING_FAILED_CODE: u8 = 1;
 
 impl Engine {
     /// Begins to listen for an incoming migration, in place of one that has failed.
-    pub(super) async fn listen(&mut self, address: &Address) -> Result<(), OriginError> {
+    pub(super) async fn listen(
+        &mut self,
+        address: &Address,
+        in_place: Option<MigrationId>,
+    ) -> Result<OriginId, OriginError> {
         // Far more connections than one listener can have.
         let first = OriginId(self.listened << 32);
         self.listened += 1;
@@ -38,6 +43,7 @@ impl Engine {
             streamed: passthrough::streamed(self.machine.as_ref()),
             software: software(),
             uuid: self.uuid,
+            in_place,
             deadlines: self.deadlines,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
@@ -45,7 +51,7 @@ impl Engine {
         self.incoming = Some(Incoming::start(
             address, origin, first, config, machine, self.clock, events,
         ));
-        Ok(())
+        Ok(first)
     }
 
     /// `migrate-incoming`.
@@ -66,7 +72,7 @@ impl Engine {
             return Err(QmpError::generic(refusal));
         }
         self.exit_on_error = exit_on_error;
-        self.listen(address)
+        self.listen(address, None)
             .await
             .map_err(|error| QmpError::generic(chain(&error)))?;
         Ok(json!({}))
@@ -79,12 +85,17 @@ impl Engine {
                 self.guest = Guest::Stopped(stopped);
                 TargetEvent::LoadedInto(result)
             }
+            TargetEvent::Inherited(inherited) => {
+                self.house.inherit(inherited);
+                return;
+            }
             TargetEvent::Started(Ok(resume_us)) => {
                 self.guest = Guest::Running;
                 self.set_runstate(RunState::Running);
                 self.emit(QmpEvent::resume());
                 self.primaries.guest_arrived();
                 self.announce_arrival();
+                self.settle_in();
                 TargetEvent::StartedWith(Ok(resume_us))
             }
             TargetEvent::Started(Err(ResumeError { proof, source })) => {
@@ -129,8 +140,13 @@ impl Engine {
             IncomingAction::StartGuest { run } => self.take_over(run),
             IncomingAction::NotifyFailed(migration) => {
                 let (notifiers, events) = (self.notifiers.clone(), self.events.clone());
+                let mode = if self.house.in_place {
+                    Mode::CprTransfer
+                } else {
+                    Mode::Normal
+                };
                 self.jobs.run(move || {
-                    notifiers.incoming_failed(Mode::Normal, migration);
+                    notifiers.incoming_failed(mode, migration);
                     // The engine ends only with the process.
                     let _ = events.send(Event::Target(TargetEvent::Notified));
                 });
@@ -141,6 +157,7 @@ impl Engine {
 
     /// COMMIT has come: the guest is ours.
     fn take_over(&mut self, run: bool) {
+        self.adopt_output();
         let Some(incoming) = &mut self.incoming else {
             return;
         };
@@ -150,6 +167,7 @@ impl Engine {
                 .handle_guest_started(self.clock.now(), 0);
             self.set_runstate(RunState::Paused);
             self.primaries.guest_arrived();
+            self.settle_in();
             return;
         }
         match std::mem::replace(&mut self.guest, Guest::Away) {

@@ -12,12 +12,14 @@ use vmferry_transport::wire::frame::Resolution;
 
 use super::arrival::qmp_status;
 use super::guest::Guest;
+use super::hand_over::HandOver;
 use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
 use super::{Engine, Reply, passthrough, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
+use crate::migration::params::MigrationMode;
 use crate::qmp::schema::{
     BlockInfo, BlockerInfo, KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, UuidInfo,
     WorkloadInfo,
@@ -73,7 +75,7 @@ impl Engine {
             | Command::MigrateStartPostcopy => {
                 Err(QmpError::generic("post-copy is not supported yet"))
             }
-            Command::Migrate { address, .. } => self.migrate(address),
+            Command::Migrate { address, cpr, .. } => self.migrate(address, cpr),
             Command::MigrateIncoming {
                 address,
                 exit_on_error,
@@ -111,7 +113,7 @@ impl Engine {
         answer(reply, outcome);
     }
 
-    fn migrate(&mut self, address: Address) -> Answer {
+    fn migrate(&mut self, address: Address, cpr: Option<Address>) -> Answer {
         let blocked = self.blockers.reasons(self.parameters.mode);
         let refusal = match self.runstate {
             _ if self.ending.is_some() => Some("the VM process is ending".to_owned()),
@@ -133,6 +135,8 @@ impl Engine {
         if let Some(refusal) = refusal {
             return Err(QmpError::generic(refusal));
         }
+        let mode = self.parameters.mode;
+        let hand_over = self.hand_over(mode, &address, cpr)?;
         let route = Route::to(address, &mut self.fds, self.deadlines).map_err(QmpError::generic)?;
         // Both need the dirty log, and a migration is more urgent than a figure.
         self.end_measurement("a migration has begun");
@@ -144,8 +148,10 @@ impl Engine {
             attempt: self.attempts,
             config: SourceConfig {
                 migration_id: MigrationId(id),
-                data_connections: route
-                    .data_connections(u16::from(self.parameters.multifd_channels)),
+                data_connections: match hand_over {
+                    Some(_) => 0,
+                    None => route.data_connections(u16::from(self.parameters.multifd_channels)),
+                },
                 checksum: self.parameters.x_checksum || route.is_archive(),
                 verify: self.parameters.x_verify,
                 software: software(),
@@ -163,6 +169,8 @@ impl Engine {
             disks: Arc::clone(&self.disks),
             route,
             detect_zero_pages: self.parameters.detect_zero_pages,
+            mode,
+            hand_over,
         };
         if matches!(self.guest, Guest::Running) {
             // What the guest stalls from now on is this attempt's. The memory of a stopped guest is left as it is.
@@ -175,6 +183,32 @@ impl Engine {
             self.events.clone(),
         ));
         Ok(json!({}))
+    }
+
+    /// What a migration in place begins with; nothing for another one.
+    fn hand_over(
+        &self,
+        mode: MigrationMode,
+        main: &Address,
+        cpr: Option<Address>,
+    ) -> Result<Option<HandOver>, QmpError> {
+        let refuse = |text: &str| Err(QmpError::generic(text));
+        match (mode, cpr) {
+            (MigrationMode::Normal, _) => Ok(None),
+            (MigrationMode::CprTransfer, Some(cpr)) => {
+                if !matches!(main, Address::Unix { .. }) {
+                    return refuse("mode cpr-transfer needs a unix socket as the `main` channel");
+                }
+                let heirlooms = self.heirlooms().map_err(QmpError::generic)?;
+                Ok(Some(HandOver::new(cpr, heirlooms, &self.deadlines)))
+            }
+            (MigrationMode::CprTransfer, None) => {
+                refuse("mode cpr-transfer needs a channel of type `cpr` beside `main`")
+            }
+            (MigrationMode::CprReboot | MigrationMode::CprExec, _) => {
+                refuse("this mode is not supported yet")
+            }
+        }
     }
 
     /// Lets a migration go on that waits for the operator; the table has admitted it.
@@ -248,6 +282,13 @@ impl Engine {
             ResolveOutcome::SourceRuns => Resolution::NotCommitted,
             ResolveOutcome::TargetRuns => Resolution::Committed,
         };
+        let in_place = self.outgoing.as_ref().is_some_and(Outgoing::is_in_place);
+        if in_place && resolution == Resolution::NotCommitted {
+            return Err(QmpError::generic(
+                "both processes have the same memory, and the new one may have run the guest on it: going on here with the state of \
+                 before could corrupt the guest. Only the new process itself can say that it has not",
+            ));
+        }
         let now = self.clock.now();
         let outgoing = self.outgoing.as_mut();
         if outgoing.is_some_and(|outgoing| {

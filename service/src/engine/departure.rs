@@ -7,7 +7,7 @@ use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::{Record, UNRESOLVED};
-use super::outgoing::{OutgoingAction, chain};
+use super::outgoing::{Outgoing, OutgoingAction, chain};
 use super::ownership::{start_guest, take_back};
 use super::{Engine, passthrough};
 use crate::qmp::QmpEvent;
@@ -50,6 +50,9 @@ impl Engine {
                 if status == MigrationStatus::Completed {
                     // Cleanup goes on for a moment; nobody may see a completed migration whose guest still seems to be on its way.
                     self.set_runstate(RunState::Postmigrate);
+                    if self.outgoing.as_ref().is_some_and(Outgoing::is_in_place) {
+                        self.leave_house();
+                    }
                 }
                 if self.capabilities.events {
                     self.emit(QmpEvent::migration(status));

@@ -17,6 +17,7 @@ use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 use super::armed_log::ArmedLog;
 use super::dirty_rate::Measured;
 use super::guest::StoppedGuest;
+use super::inherit::Inherited;
 use super::link::LinkEvent;
 use super::notify::SetupTold;
 use super::ownership::StopError;
@@ -90,6 +91,10 @@ pub(super) enum SourceEvent {
     Stopped(StoppedGuest, Result<(), String>),
     Saved(SavedState),
     LinksClosed,
+    /// In place: the new process has built its machine around our RAM.
+    FdsOffered,
+    /// In place: the new process has every descriptor.
+    FdsHandedOver,
     LogStopped,
     Resumed(Result<(), ResumeError>),
     JobFailed(SourceJob, String),
@@ -116,6 +121,8 @@ pub(super) enum TargetEvent {
     SocketGone(OriginId, String),
     /// Devices wait for their streams.
     LoadBegun(Result<Sinks, DeviceError>),
+    /// What belongs to the process has come from the old one.
+    Inherited(Inherited),
     /// What a failed attempt had put into guest memory is gone.
     Emptied(std::io::Result<()>),
     /// The job is over; the engine takes the proof back before the core learns the result.

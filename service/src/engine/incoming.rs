@@ -79,6 +79,8 @@ pub(super) struct Incoming {
     touched: bool,
     /// Guest memory is as if no attempt had been made.
     emptied: bool,
+    /// Guest memory is shared with the source: it must never be emptied, and nothing else can come into it.
+    in_place: bool,
 }
 
 /// A connection that has said its first frame.
@@ -109,7 +111,7 @@ impl Incoming {
         events: Events,
     ) -> Self {
         let arrivals = Arrivals::default();
-        let deadlines = config.deadlines;
+        let (deadlines, in_place) = (config.deadlines, config.in_place.is_some());
         let acceptor = Acceptor::new(first.0, deadlines, events.clone(), arrivals.clone());
         let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
@@ -139,6 +141,7 @@ impl Incoming {
             backend: Backend::detect(),
             touched: false,
             emptied: false,
+            in_place,
         }
     }
 
@@ -188,7 +191,9 @@ impl Incoming {
 
     /// Why there can be no other incoming migration in this process now; `None` if there can.
     pub(super) fn why_not_again(&self) -> Option<&'static str> {
-        if self.core.status() != TargetStatus::Failed {
+        if self.in_place {
+            Some("this process was started to take over one guest in place; use a new process")
+        } else if self.core.status() != TargetStatus::Failed {
             Some("this VM listens for an incoming migration already")
         } else if self.touched {
             Some(
@@ -204,7 +209,7 @@ impl Incoming {
     /// Begins to undo what a failed attempt has done, so that there can be another. Does nothing if that cannot be.
     pub(super) fn start_over(&mut self, jobs: &JobThread) {
         self.stop_listening();
-        if self.touched {
+        if self.touched || self.in_place {
             return;
         }
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
@@ -285,8 +290,8 @@ impl Incoming {
             }
             // Kinds of a later version of the transport concern somebody else.
             TargetEvent::Data(_) => {}
-            TargetEvent::Loaded(..) | TargetEvent::Started(_) => {
-                unreachable!("the engine takes the proof out first")
+            TargetEvent::Loaded(..) | TargetEvent::Started(_) | TargetEvent::Inherited(_) => {
+                unreachable!("the engine takes what is its own out first")
             }
             TargetEvent::LoadBegun(Ok(devices)) => self.prepare(devices),
             TargetEvent::LoadBegun(Err(error)) => self.core.handle_job_failed(
@@ -461,6 +466,10 @@ impl Incoming {
                 .handle_job_failed(now, TargetJob::Prepare, AbortCode::Resources, text);
             return;
         };
+        if sockets.is_empty() {
+            // In place there is nothing to receive.
+            return self.core.handle_prepared(now);
+        }
         match DataReceiver::start(sockets, self.machine.ram().clone(), devices, config, report) {
             Ok(receiver) => {
                 self.receiver = Some(receiver);

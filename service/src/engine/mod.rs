@@ -19,8 +19,10 @@ mod departure;
 mod dirty_rate;
 mod event;
 mod guest;
+mod hand_over;
 mod incoming;
 mod info;
+mod inherit;
 mod jobs;
 mod link;
 mod listeners;
@@ -33,6 +35,7 @@ mod passthrough;
 mod route;
 mod run_control;
 mod settings;
+mod settle;
 mod yank;
 
 use std::process::ExitCode;
@@ -58,9 +61,9 @@ use crate::machine::{self, Machine, MachineEvent};
 use crate::migration::blockers::Blockers;
 use crate::migration::params::{MigrationCapabilities, MigrationMode, MigrationParameters};
 use crate::observe::record::Side;
-use crate::observe::{Observer, logging};
+use crate::observe::{ObserveConfig, Observer, logging};
 use crate::qmp::schema::RunState;
-use crate::qmp::{EngineHandle, QmpError, QmpEvent, QmpServer, ShutdownReason};
+use crate::qmp::{EngineHandle, QmpError, QmpEvent, ShutdownReason};
 use announcing::Announcing;
 use clock::Clock;
 use dirty_rate::DirtyRate;
@@ -68,8 +71,10 @@ use event::{Event, Events};
 use guest::{Guest, StoppedGuest};
 use incoming::Incoming;
 use info::Record;
+use inherit::Legacy;
 use jobs::JobThread;
 use outgoing::Outgoing;
+use settle::House;
 
 /// How often the data threads' progress is looked at while a migration runs.
 const TICK: Duration = Duration::from_millis(100);
@@ -96,35 +101,52 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
         // The engine ends only with the process.
         let _ = machine_events.send(Event::Machine(event));
     });
+    let mut legacy = match &config.incoming_cpr {
+        Some(origin) => Some(Legacy::receive(origin, config.machine.mem_bytes)?),
+        None => None,
+    };
+    let ram = legacy.as_mut().map(Legacy::take_ram);
     let disks = Disks::open(&config.disks).context("cannot open the disks")?;
     let devices = machine::virtio::backends(&disks);
-    let machine = machine::build(&config.machine, devices, config.accel, tell)
+    let machine = machine::build(&config.machine, ram, devices, config.accel, tell)
         .context("cannot build the machine")?;
     if config.incoming.is_none() {
         // An incoming guest's disks belong to the source until the guest starts here.
         disks.activate().context("cannot use the disks")?;
     }
     let qmp_address = Address::unix(&config.qmp)?;
-    let listener = Listener::bind(&qmp_address).await?;
+    // A guest that is taken over in place brings the sockets of its old process along.
+    let listener = match legacy {
+        None => Some(Listener::bind(&qmp_address).await?),
+        Some(_) => None,
+    };
     let (handle, inbox) = EngineHandle::channel();
     forward_requests(inbox.requests, events.clone());
     watch_signals(events.clone())?;
 
-    let observer = Observer::start(&config.observe, &machine)?;
+    let observe = ObserveConfig {
+        metrics: config.observe.metrics.clone().filter(|_| legacy.is_none()),
+        ..config.observe.clone()
+    };
+    let observer = Observer::start(&observe, &machine)?;
     if let Some(address) = observer.metrics_address() {
         logging::announce(format_args!("metrics at {address}"));
     }
     let disks = Arc::new(disks);
     let mut engine = Engine::new(&config, machine, disks, observer, events, inbox.events)?;
-    let server = QmpServer::start(listener, handle);
-    logging::announce(format_args!(
-        "accelerator {}, QMP at {}",
-        engine.machine.accel(),
-        config.qmp.display()
-    ));
-    engine.begin(&config).await?;
+    engine.house.open(listener, handle);
+    if legacy.is_none() {
+        logging::announce(format_args!(
+            "accelerator {}, QMP at {}",
+            engine.machine.accel(),
+            config.qmp.display()
+        ));
+    }
+    engine.begin(&config, legacy).await?;
     let code = engine.serve(queue).await;
-    server.finish().await;
+    if let Some(server) = engine.house.server.take() {
+        server.finish().await;
+    }
     engine.observer.finish(engine.clock.now());
     Ok(code)
 }
@@ -207,6 +229,7 @@ struct Engine {
     hashes_wanted: Vec<Reply>,
     /// A switchover began while such a job was under way.
     switchover_waits: bool,
+    house: House,
     ending: Option<Ending>,
 }
 
@@ -229,6 +252,15 @@ impl Engine {
         let mut blockers = Blockers::default();
         for reason in passthrough::blockers(machine.as_ref()) {
             blockers.add(reason, vec![MigrationMode::Normal])?;
+        }
+        if !config.machine.vfio.is_empty() {
+            let in_place = MigrationMode::ALL.into_iter();
+            blockers.add(
+                "VFIO devices cannot stay in place yet".to_owned(),
+                in_place
+                    .filter(|mode| *mode != MigrationMode::Normal)
+                    .collect(),
+            )?;
         }
         Ok(Self {
             name: config.name.clone(),
@@ -266,19 +298,25 @@ impl Engine {
             waiting: Vec::new(),
             hashes_wanted: Vec::new(),
             switchover_waits: false,
+            house: House::new(config),
             ending: None,
         })
     }
 
-    async fn begin(&mut self, config: &RunConfig) -> anyhow::Result<()> {
+    async fn begin(&mut self, config: &RunConfig, legacy: Option<Legacy>) -> anyhow::Result<()> {
         match &config.incoming {
             None if config.paused => {}
             None => self.resume_guest(),
             Some(IncomingConfig::Defer) => {}
             Some(IncomingConfig::Listen(address)) => {
-                self.listen(address).await?;
+                let origin = self
+                    .listen(address, legacy.as_ref().map(Legacy::id))
+                    .await?;
                 let local = self.incoming.as_ref().map_or(address, Incoming::address);
                 logging::announce(format_args!("waiting for an incoming migration at {local}"));
+                if let Some(legacy) = legacy {
+                    legacy.prepared(origin, self.events.clone())?;
+                }
             }
         }
         Ok(())

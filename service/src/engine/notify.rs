@@ -20,9 +20,9 @@ impl SetupTold {
     /// Tells SETUP. The second value says what is still waited for, or who objects.
     pub(super) fn tell(
         notifiers: Notifiers,
+        mode: Mode,
         migration: MigrationId,
     ) -> (Self, Result<Option<String>, String>) {
-        let mode = Mode::Normal;
         match notifiers.setup(&Setup { mode, migration }) {
             Ok(told) => {
                 let this = Self {

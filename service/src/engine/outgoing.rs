@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vmferry_devices::notifier::Notifiers;
+use vmferry_devices::notifier::{Mode, Notifiers};
 use vmferry_transport::control::{Stream, runtime};
 use vmferry_transport::data::{
     Backend, BackendChoice, BandwidthLimit, DataError, DataSender, RoundWork, SenderConfig,
@@ -25,6 +25,7 @@ use super::armed_log::{ArmedLog, arm, fetch, stop_armed};
 use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
+use super::hand_over::HandOver;
 use super::jobs::JobThread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
@@ -82,6 +83,9 @@ pub(super) struct Outgoing {
     lent: Option<Arc<crate::machine::VcpusStopped>>,
     /// Connections that were under way when the links were closed end as soon as they notice.
     closing: bool,
+    mode: Mode,
+    /// In place only.
+    hand_over: Option<HandOver>,
 }
 
 impl fmt::Debug for Outgoing {
@@ -104,6 +108,9 @@ pub(super) struct OutgoingStart {
     pub(super) notifiers: Notifiers,
     pub(super) disks: Arc<Disks>,
     pub(super) detect_zero_pages: bool,
+    pub(super) mode: Mode,
+    /// In place only.
+    pub(super) hand_over: Option<HandOver>,
 }
 
 /// Why a migration fails whose connections were yanked.
@@ -125,6 +132,8 @@ impl Outgoing {
             notifiers,
             disks,
             detect_zero_pages,
+            mode,
+            hand_over,
         } = start;
         let (checksum, guest_ran) = (config.checksum, config.guest_runs);
         let dirty = machine.ram().empty_map();
@@ -158,6 +167,8 @@ impl Outgoing {
             guest_stall_us: None,
             lent: None,
             closing: false,
+            mode,
+            hand_over,
         }
     }
 
@@ -176,6 +187,11 @@ impl Outgoing {
     /// Where the guest is to go.
     pub(super) fn route(&self) -> &Route {
         &self.route
+    }
+
+    /// RAM stays where it is.
+    pub(super) fn is_in_place(&self) -> bool {
+        self.hand_over.is_some()
     }
 
     pub(super) fn backend(&self) -> &BackendChoice {
@@ -348,6 +364,8 @@ impl Outgoing {
                 self.closing = false;
                 self.core.handle_links_closed(now);
             }
+            SourceEvent::FdsOffered => self.core.handle_fds_offered(now),
+            SourceEvent::FdsHandedOver => self.core.handle_fds_handed_over(now),
             SourceEvent::LogStopped => self.core.handle_log_stopped(now),
             SourceEvent::Resumed(Ok(())) => self.core.handle_guest_resumed(now),
             SourceEvent::Resumed(Err(error)) => {
@@ -386,9 +404,9 @@ impl Outgoing {
                 SourceAction::ConnectData(hellos) => self.connect_data(hellos),
                 SourceAction::NotifySetup => {
                     let (report, notifiers) = (self.reporter(), self.notifiers.clone());
-                    let migration = self.core.migration_id();
+                    let (mode, migration) = (self.mode, self.core.migration_id());
                     jobs.run(move || {
-                        let (told, outcome) = SetupTold::tell(notifiers, migration);
+                        let (told, outcome) = SetupTold::tell(notifiers, mode, migration);
                         report(SourceEvent::SetupTold(told, outcome));
                     });
                 }
@@ -422,6 +440,15 @@ impl Outgoing {
                 SourceAction::SaveState { hash_ram } => self.save(jobs, hash_ram),
                 SourceAction::CloseLinks => self.close_links(),
                 SourceAction::StopLog => self.stop_log(jobs),
+                SourceAction::OfferFds => {
+                    let (id, report) = (self.core.migration_id(), self.reporter());
+                    if let Some(hand_over) = &mut self.hand_over {
+                        hand_over.offer(id, report);
+                    }
+                }
+                SourceAction::HandOverFds => {
+                    self.hand_over.iter_mut().for_each(HandOver::hand_over);
+                }
             }
         }
         None
@@ -590,6 +617,7 @@ impl Outgoing {
     /// Data threads are joined on a thread of their own: the control thread never waits for them.
     fn close_links(&mut self) {
         self.closing = true;
+        self.hand_over.iter_mut().for_each(HandOver::close);
         let report = self.reporter();
         let (control, sender) = (self.control.take(), self.sender.take());
         if let Some(sender) = &sender {

@@ -17,6 +17,7 @@ pub mod virtio;
 pub mod workload;
 
 use std::fmt;
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use vmferry_devices::announce::Announce;
@@ -162,6 +163,7 @@ pub struct ResumeError {
 /// When the configuration makes no machine, or the host lacks what was asked for.
 pub fn build(
     config: &MachineConfig,
+    ram: Option<Vec<File>>,
     backends: Vec<Box<dyn Backend>>,
     choice: AccelChoice,
     events: EventSink,
@@ -177,7 +179,10 @@ pub fn build(
             }
         },
     };
-    let ram = MachineRam::create(config.mem_bytes)?;
+    let ram = match ram {
+        Some(files) => MachineRam::from_files(config.mem_bytes, files)?,
+        None => MachineRam::create(config.mem_bytes)?,
+    };
     Ok(if soft {
         let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(

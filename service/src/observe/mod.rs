@@ -16,6 +16,7 @@ pub mod report;
 mod spans;
 mod watch;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -92,6 +93,7 @@ impl Observer {
         let server = match &config.metrics {
             Some(address) => Some(MetricsServer::start(
                 address,
+                None,
                 Arc::clone(&board),
                 Arc::clone(machine),
             )?),
@@ -104,6 +106,37 @@ impl Observer {
             outgoing: Watched::default(),
             incoming: Watched::default(),
         })
+    }
+
+    /// Another descriptor of the socket that metrics are served on, if they are.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(crate) fn metrics_listener(&self) -> std::io::Result<Option<OwnedFd>> {
+        let server = self.server.as_ref();
+        server.map(MetricsServer::duplicate_listener).transpose()
+    }
+
+    /// Another process serves the metrics now.
+    pub(crate) fn leave_metrics(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.leave();
+        }
+    }
+
+    /// Serves metrics where another process did, or at `address` if that process did not.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on.
+    pub(crate) fn serve_metrics(
+        &mut self,
+        address: &Address,
+        inherited: Option<OwnedFd>,
+        machine: &Arc<dyn Machine>,
+    ) -> anyhow::Result<()> {
+        let (board, machine) = (Arc::clone(&self.board), Arc::clone(machine));
+        self.server = Some(MetricsServer::start(address, inherited, board, machine)?);
+        Ok(())
     }
 
     /// Where Prometheus may ask, the port resolved.

@@ -91,16 +91,20 @@ const SOCKET: Object = Object {
     }),
 };
 
-/// The one address that the arguments name.
+/// The addresses that the arguments name: that of the `main` channel, and that of `cpr`, if there is one.
 ///
 /// # Errors
 /// None, both, not exactly one main channel, or no address of ours.
-pub(super) fn address(uri: Option<&str>, channels: Option<Value>) -> Result<Address, QmpError> {
+pub(super) fn addresses(
+    uri: Option<&str>,
+    channels: Option<Value>,
+) -> Result<(Address, Option<Address>), QmpError> {
     match (uri, channels) {
         (Some(uri), None) => uri
             .parse()
+            .map(|main| (main, None))
             .map_err(|error| QmpError::generic(format!("argument `uri`: {error}"))),
-        (None, Some(channels)) => main_channel(channels)
+        (None, Some(channels)) => by_type(channels)
             .map_err(|problem| QmpError::generic(format!("argument `channels`: {problem}"))),
         (Some(_), Some(_)) => Err(QmpError::generic(
             "give either `uri` or `channels`, not both",
@@ -111,20 +115,40 @@ pub(super) fn address(uri: Option<&str>, channels: Option<Value>) -> Result<Addr
     }
 }
 
-fn main_channel(channels: Value) -> Result<Address, String> {
+/// The one address, where there is no use for a `cpr` channel.
+///
+/// # Errors
+/// As [`addresses`], or a `cpr` channel.
+pub(super) fn address(uri: Option<&str>, channels: Option<Value>) -> Result<Address, QmpError> {
+    match addresses(uri, channels)? {
+        (main, None) => Ok(main),
+        (_, Some(_)) => Err(QmpError::generic(
+            "argument `channels`: a process is started with its `cpr` channel (vmferry run --incoming-cpr)",
+        )),
+    }
+}
+
+fn by_type(channels: Value) -> Result<(Address, Option<Address>), String> {
     let channels: Vec<Channel> =
         serde_json::from_value(channels).map_err(|error| error.to_string())?;
-    let mut main = None;
+    let (mut main, mut cpr) = (None, None);
     for Channel { channel_type, addr } in channels {
         match channel_type {
-            ChannelType::Cpr => return Err("a `cpr` channel is not supported yet".to_owned()),
+            ChannelType::Cpr if cpr.is_some() => {
+                return Err("there must be only one `cpr` channel".to_owned());
+            }
+            ChannelType::Cpr => match addr.to_address()? {
+                unix @ Address::Unix { .. } => cpr = Some(unix),
+                other => return Err(format!("the `cpr` channel is a unix socket, not {other}")),
+            },
             ChannelType::Main if main.is_some() => {
                 return Err("there must be only one `main` channel".to_owned());
             }
             ChannelType::Main => main = Some(addr.to_address()?),
         }
     }
-    main.ok_or_else(|| "there must be a `main` channel".to_owned())
+    let main = main.ok_or_else(|| "there must be a `main` channel".to_owned())?;
+    Ok((main, cpr))
 }
 
 impl ChannelAddress {
@@ -207,7 +231,7 @@ mod tests {
         for (channels, part) in [
             (json!([]), "must be a `main` channel"),
             (json!([line, line]), "only one `main`"),
-            (json!([line, cpr]), "`cpr` channel is not supported yet"),
+            (json!([line, cpr, cpr]), "only one `cpr`"),
             (
                 main(json!({"transport": "rdma", "host": "h", "port": "1"})),
                 "`rdma` is not supported",

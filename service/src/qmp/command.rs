@@ -34,6 +34,8 @@ pub enum Command {
     Migrate {
         /// Where to.
         address: Address,
+        /// Where the new process takes descriptors, for a migration in place.
+        cpr: Option<Address>,
         /// Go on with a post-copy that has lost its connection.
         resume: bool,
     },
@@ -269,8 +271,10 @@ macro_rules! arguments {
 
 pub(super) fn migrate(given: Arguments) -> Parsed {
     arguments!(given { uri: Option<String>, channels: Option<Value>, resume: Option<bool> });
+    let (address, cpr) = channels::addresses(uri.as_deref(), channels)?;
     Ok(Command::Migrate {
-        address: channels::address(uri.as_deref(), channels)?,
+        address,
+        cpr,
         resume: resume.unwrap_or(false),
     })
 }

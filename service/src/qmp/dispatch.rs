@@ -289,6 +289,7 @@ mod tests {
                 json!({"uri": "tcp:[::1]:4"}),
                 Command::Migrate {
                     address: address(),
+                    cpr: None,
                     resume: false,
                 },
             ),
@@ -298,6 +299,7 @@ mod tests {
                     {"transport": "socket", "type": "inet", "host": "::1", "port": "4"}}]}),
                 Command::Migrate {
                     address: address(),
+                    cpr: None,
                     resume: true,
                 },
             ),

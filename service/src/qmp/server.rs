@@ -51,6 +51,7 @@ type SharedFds = Rc<RefCell<PassedFds>>;
 /// A QMP server. Dropping it closes every connection at once; [`finish`](Self::finish) lets the last replies out first.
 #[derive(Debug)]
 pub struct QmpServer {
+    listener: Rc<Listener>,
     ending: watch::Sender<bool>,
     acceptor: JoinHandle<()>,
     clients: Clients,
@@ -71,12 +72,29 @@ impl QmpServer {
     pub fn start(listener: Listener, engine: EngineHandle) -> Self {
         let (ending, ended) = watch::channel(false);
         let clients = Clients::default();
-        let acceptor = runtime::spawn(accept(listener, engine, clients.clone(), ended));
+        let listener = Rc::new(listener);
+        let accepting = accept(Rc::clone(&listener), engine, clients.clone(), ended);
+        let acceptor = runtime::spawn(accepting);
         Self {
+            listener,
             ending,
             acceptor,
             clients,
         }
+    }
+
+    /// Another descriptor of the listening socket, for the process that is to listen next.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn duplicate_listener(&self) -> std::io::Result<OwnedFd> {
+        self.listener.duplicate()
+    }
+
+    /// Another process serves new clients now, at the same path. Those that are connected are still served.
+    pub fn leave_listener(&self) {
+        self.acceptor.abort();
+        self.listener.leave_path();
     }
 
     /// Stops listening, lets every client have the replies that are due, for a second at most, and hangs up.
@@ -114,7 +132,7 @@ impl Drop for QmpServer {
 }
 
 async fn accept(
-    listener: Listener,
+    listener: Rc<Listener>,
     engine: EngineHandle,
     clients: Clients,
     ended: watch::Receiver<bool>,

@@ -311,7 +311,7 @@ mod tests {
     #[test]
     fn values_that_only_qemu_has_are_refused_by_name() {
         for (arguments, text) in [
-            (json!({"mode": "cpr-transfer"}), "`mode`: `cpr-transfer`"),
+            (json!({"mode": "cpr-reboot"}), "`mode`: `cpr-reboot`"),
             (json!({"mode": "cpr-exec"}), "`mode`: `cpr-exec`"),
             (
                 json!({"zero-page-detection": "legacy"}),

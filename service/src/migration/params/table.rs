@@ -182,8 +182,10 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
         access: Access::Word(
             |p| p.mode.name(),
             |p, word| {
-                p.mode = MigrationMode::Normal;
-                word == MigrationMode::Normal.name()
+                let supported = [MigrationMode::Normal, MigrationMode::CprTransfer];
+                let wanted = supported.into_iter().find(|mode| mode.name() == word);
+                p.mode = wanted.unwrap_or(p.mode);
+                wanted.is_some()
             },
         ),
     },

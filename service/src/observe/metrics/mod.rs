@@ -8,7 +8,9 @@ mod http;
 pub(crate) mod text;
 
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -71,6 +73,8 @@ pub fn check_address(address: &Address, public: bool) -> Result<(), MetricsAddre
 #[derive(Debug)]
 pub(crate) struct MetricsServer {
     address: Address,
+    socket: OwnedFd,
+    leaves_path: Arc<AtomicBool>,
     stop: Option<oneshot::Sender<()>>,
     stopped: mpsc::Receiver<()>,
 }
@@ -84,12 +88,13 @@ impl Drop for MetricsServer {
 }
 
 impl MetricsServer {
-    /// Listens at `address` and answers on a thread.
+    /// Listens at `address`, or takes the socket of a process that listened there before, and answers on a thread.
     ///
     /// # Errors
     /// When the address cannot be listened on.
     pub(crate) fn start(
         address: &Address,
+        inherited: Option<OwnedFd>,
         board: Arc<Board>,
         machine: Arc<dyn Machine>,
     ) -> anyhow::Result<Self> {
@@ -97,21 +102,32 @@ impl MetricsServer {
         let (stop, asked_to_stop) = oneshot::channel::<()>();
         let (stopping, stopped) = mpsc::channel::<()>();
         let wanted = address.clone();
+        let leaves_path = Arc::new(AtomicBool::new(false));
+        let leaves = Arc::clone(&leaves_path);
         let source = text::Source { board, machine };
         thread::Builder::new()
             .name("vm-metrics".into())
             .spawn(move || {
                 // The runtime without io_uring: it has no queue of its own to overrun and shares nothing with the control thread.
                 let served = runtime::run_on(RuntimeKind::Plain, async {
-                    let listener = match Listener::bind(&wanted).await {
+                    let bound = match inherited {
+                        Some(socket) => Listener::inherit(socket, &wanted),
+                        None => Listener::bind(&wanted).await,
+                    };
+                    let listener = match bound {
                         Ok(listener) => listener,
                         Err(error) => return drop(opened.send(Err(error.into()))),
                     };
+                    let local = listener.local_address().clone();
+                    let socket = listener.duplicate().map_err(anyhow::Error::from);
                     // Fails only if nobody waits for it.
-                    let _ = opened.send(Ok(listener.local_address().clone()));
+                    let _ = opened.send(socket.map(|socket| (local, socket)));
                     tokio::select! {
                         () = serve(&listener, Rc::new(source)) => {}
                         _ = asked_to_stop => {}
+                    }
+                    if leaves.load(Ordering::Relaxed) {
+                        listener.leave_path();
                     }
                 });
                 drop(stopping);
@@ -123,15 +139,30 @@ impl MetricsServer {
                 }
             })
             .context("cannot start the thread that serves metrics")?;
-        let address = open
+        let (address, socket) = open
             .recv()
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the thread has ended")))
             .context("cannot serve metrics")?;
         Ok(Self {
             address,
+            socket,
+            leaves_path,
             stop: Some(stop),
             stopped,
         })
+    }
+
+    /// Another descriptor of the listening socket, for the process that is to listen next.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(crate) fn duplicate_listener(&self) -> std::io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
+
+    /// Another process answers there now.
+    pub(crate) fn leave(self) {
+        self.leaves_path.store(true, Ordering::Relaxed);
     }
 
     /// Where it listens, the port resolved.

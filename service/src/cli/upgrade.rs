@@ -1,0 +1,403 @@
+//! `vmferry upgrade`: moves a VM into a new process of another binary on the same host, under the running guest.
+//!
+//! The new process is started as the old one was. It gets the old one's memory, its QMP and metrics sockets and its output; clients find
+//! it at the same paths. If anything goes wrong before the guest is handed over it goes on in the old process.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::{Value, json};
+
+use super::client::{ClientError, QmpClient};
+use super::exit::Exit;
+use super::migrate::lost;
+use super::record::Record;
+use super::size::duration;
+use super::status::GuestStatus;
+use super::{QmpArgs, output};
+use crate::migration::status::MigrationStatus;
+
+/// Pause between two looks at the migration.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long a process may take to end when there is nothing left for it to do.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+/// Options of `vmferry run` that say how its guest came, not what it is; with the number of words each takes.
+const OF_THE_ARRIVAL: [(&str, usize); 4] = [
+    ("--incoming", 1),
+    ("--incoming-cpr", 1),
+    ("--end-with-parent", 1),
+    ("--paused", 0),
+];
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    vmferry upgrade --qmp /tmp/vm.qmp\n  \
+    vmferry upgrade --qmp /tmp/vm.qmp --binary /opt/vmferry-0.2/bin/vmferry --json\n\n\
+    The guest's memory is neither copied nor sent: both processes map the same files.\n\
+    Clients find the new process at the same path. The old one ends.\n\n\
+    Exit status: 0 the new process runs the guest, 1 the old one goes on with it, 4 the\n\
+    VM stopped answering, so that the outcome is not known.")]
+pub(super) struct UpgradeArgs {
+    #[command(flatten)]
+    vm: QmpArgs,
+    /// The new program [default: this one]
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
+    /// Print what happened as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What an upgrade has cost.
+#[derive(Debug)]
+struct Done {
+    record: Record,
+    old: Pid,
+    new: u32,
+    whole: Duration,
+}
+
+impl UpgradeArgs {
+    pub(super) fn execute(self) -> anyhow::Result<Exit> {
+        let began = Instant::now();
+        let mut client = QmpClient::connect(&self.vm.qmp)?;
+        ensure!(
+            client.version().package.starts_with("vmferry"),
+            "{} is no VM of vmferry but of {}",
+            self.vm.qmp.display(),
+            client.name()
+        );
+        let before: GuestStatus = client.query("query-status")?;
+        let old = client
+            .peer()
+            .context("cannot tell which process the VM is")?;
+        let program = match self.binary {
+            Some(program) => program,
+            None => std::env::current_exe().context("cannot find the program that is running")?,
+        };
+        let place = Place::new()?;
+        let mut child = start(&program, old, &place)?;
+        let record = match hand_over(&mut client, &place) {
+            Ok(record) => record,
+            Err(Failed::Refused(error)) => {
+                give_up(&mut client, &mut child);
+                return Err(error);
+            }
+            // The new process may have the guest.
+            Err(Failed::Lost(error, last)) => return Ok(lost(&error, &last)),
+        };
+        if record.status() != MigrationStatus::Completed {
+            let reason = record
+                .error()
+                .unwrap_or_else(|| "no reason is known".to_owned());
+            give_up(&mut client, &mut child);
+            output::message(&format!(
+                "upgrade {}: {reason}; the guest goes on in process {old}",
+                record.status()
+            ));
+            return Ok(Exit::Failed);
+        }
+        verify(&self.vm.qmp, &child, &before)?;
+        end(client, old)?;
+        let done = Done {
+            record,
+            old,
+            new: child.id(),
+            whole: began.elapsed(),
+        };
+        if self.json {
+            output::line(format_args!("{:#}", done.json()))?;
+        } else {
+            for line in done.lines() {
+                output::line(format_args!("{line}"))?;
+            }
+        }
+        Ok(Exit::Done)
+    }
+}
+
+/// A folder of our own for the sockets that both processes meet at.
+#[derive(Debug)]
+struct Place(PathBuf);
+
+impl Place {
+    fn new() -> anyhow::Result<Self> {
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .context("no random name")?;
+        let name = format!("vmferry-{:016x}", u64::from_ne_bytes(random));
+        let path = std::env::temp_dir().join(name);
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    fn main(&self) -> PathBuf {
+        self.0.join("main")
+    }
+
+    fn cpr(&self) -> PathBuf {
+        self.0.join("cpr")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Nobody meets there any more.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Starts the new process as the old one was started, with a socket that the old one will find it at.
+fn start(program: &Path, old: Pid, place: &Place) -> anyhow::Result<Child> {
+    let proc = PathBuf::from(format!("/proc/{old}"));
+    let read = |name: &str| {
+        fs::read(proc.join(name))
+            .with_context(|| format!("cannot tell how process {old} was started"))
+    };
+    let words = arguments(&read("cmdline")?);
+    ensure!(
+        words.iter().any(|word| word == "run"),
+        "process {old} was not started with `vmferry run`"
+    );
+    let listener = UnixListener::bind(place.cpr()).context("cannot listen for the old process")?;
+    let mut incoming = OsString::from("unix:");
+    incoming.push(place.main());
+    let mut command = Command::new(program);
+    command
+        .args(words)
+        .arg("--incoming")
+        .arg(incoming)
+        .args(["--incoming-cpr", "inherited"])
+        .current_dir(proc.join("cwd"))
+        .env_clear()
+        .envs(environment(&read("environ")?))
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(Stdio::null())
+        // Until it has the old process's.
+        .stderr(Stdio::inherit())
+        .process_group(0);
+    command
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))
+}
+
+/// The words of the old process's command line without its name and without how its guest came.
+fn arguments(cmdline: &[u8]) -> Vec<OsString> {
+    let mut words = split(cmdline).skip(1);
+    let mut kept = Vec::new();
+    while let Some(word) = words.next() {
+        let of_the_arrival = OF_THE_ARRIVAL.into_iter().find(|(option, _)| {
+            word.as_bytes()
+                .strip_prefix(option.as_bytes())
+                .is_some_and(|rest| rest.is_empty() || rest[0] == b'=')
+        });
+        match of_the_arrival {
+            None => kept.push(word),
+            // With `=` the value is in the same word.
+            Some((option, count)) if word.len() == option.len() => {
+                words.by_ref().take(count).for_each(drop);
+            }
+            Some(_) => {}
+        }
+    }
+    kept
+}
+
+fn environment(environ: &[u8]) -> impl Iterator<Item = (OsString, OsString)> {
+    split(environ).filter_map(|line| {
+        let (name, value) = line
+            .as_bytes()
+            .split_at(line.as_bytes().iter().position(|b| *b == b'=')?);
+        let owned = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+        Some((owned(name), owned(&value[1..])))
+    })
+}
+
+fn split(bytes: &[u8]) -> impl Iterator<Item = OsString> {
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    bytes
+        .split(|byte| *byte == 0)
+        .map(|word| OsStr::from_bytes(word).to_owned())
+}
+
+/// Why there is no final record.
+enum Failed {
+    /// Nothing has begun.
+    Refused(anyhow::Error),
+    /// The VM stopped answering in the middle.
+    Lost(ClientError, Record),
+}
+
+fn hand_over(client: &mut QmpClient, place: &Place) -> Result<Record, Failed> {
+    let refused = |error: ClientError| Failed::Refused(error.into());
+    let channel = |kind: &str, path: PathBuf| {
+        let addr = json!({"transport": "socket", "type": "unix", "path": path});
+        json!({"channel-type": kind, "addr": addr})
+    };
+    let channels = [channel("main", place.main()), channel("cpr", place.cpr())];
+    client
+        .execute("migrate-set-parameters", json!({"mode": "cpr-transfer"}))
+        .map_err(refused)?;
+    client
+        .execute("migrate", json!({"channels": channels}))
+        .map_err(refused)?;
+    let mut last = Record::new(Value::Null);
+    loop {
+        match client.execute("query-migrate", json!({})) {
+            Ok(answer) => last = Record::new(answer),
+            Err(error) => return Err(Failed::Lost(error, last)),
+        }
+        if last.status().is_end() {
+            return Ok(last);
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// The guest stays in the old process: the new one ends, and the next migration is an ordinary one again.
+fn give_up(client: &mut QmpClient, child: &mut Child) {
+    if let Err(error) = client.execute("migrate-set-parameters", json!({"mode": "normal"})) {
+        output::message(&output::chain(&error));
+    }
+    let deadline = Instant::now() + END_DEADLINE;
+    // It has heard of the failure, or is not what it should be.
+    while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
+        thread::sleep(LOOK_EVERY);
+    }
+    // Fails if it has ended.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Somebody else answers at the same path now, and the guest is as it was.
+fn verify(qmp: &Path, child: &Child, before: &GuestStatus) -> anyhow::Result<()> {
+    let mut client = QmpClient::connect(qmp).context("the new process does not answer")?;
+    let peer = client
+        .peer()
+        .map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    ensure!(
+        peer == Some(child.id()),
+        "the guest has moved to process {}, but another one answers at {}",
+        child.id(),
+        qmp.display()
+    );
+    let after: GuestStatus = client.query("query-status")?;
+    if before.running && !after.running {
+        bail!(
+            "the guest ran before the upgrade and is stopped in the new process, which is process {}",
+            child.id()
+        );
+    }
+    Ok(())
+}
+
+/// The old process has nothing left to do.
+fn end(mut client: QmpClient, old: Pid) -> anyhow::Result<()> {
+    let process = pidfd_open(old, PidfdFlags::empty()).context("cannot watch the old process")?;
+    client.execute("quit", json!({}))?;
+    let timeout = Timespec {
+        tv_sec: i64::try_from(END_DEADLINE.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: 0,
+    };
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
+    ensure!(
+        ended.is_ok_and(|ended| ended > 0),
+        "the guest is in the new process, but the old one, process {old}, does not end"
+    );
+    Ok(())
+}
+
+impl Done {
+    /// The parts of the blackout under the names that they have here.
+    fn parts(&self) -> Vec<(&'static str, u64)> {
+        let Some(parts) = self.record.blackout() else {
+            return Vec::new();
+        };
+        vec![
+            ("stopping the vCPUs", parts.pause_us),
+            ("waiting for you", parts.pre_switchover_us),
+            ("devices letting go", parts.dirty_fetch_us),
+            ("handing descriptors over", parts.last_round_us),
+            ("saving device state", parts.device_state_us),
+            ("loading it", parts.load_us),
+            ("commit", parts.commit_us),
+            ("resuming the vCPUs", parts.resume_us),
+            ("verifying", parts.verify_us),
+        ]
+    }
+
+    fn total_us(&self) -> u64 {
+        self.record.blackout().map_or(0, |parts| parts.total_us)
+    }
+
+    fn json(&self) -> Value {
+        let parts: serde_json::Map<_, _> = self
+            .parts()
+            .into_iter()
+            .map(|(name, us)| (format!("{}-us", name.replace(' ', "-")), us.into()))
+            .collect();
+        json!({
+            "old-pid": self.old.as_raw_nonzero().get(),
+            "new-pid": self.new,
+            "blackout-us": self.total_us(),
+            "blackout-parts": parts,
+            "total-us": u64::try_from(self.whole.as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let whole = u64::try_from(self.whole.as_micros()).unwrap_or(u64::MAX);
+        let mut lines = vec![
+            format!(
+                "process {} has taken the guest over from process {} in {}",
+                self.new,
+                self.old,
+                duration(whole)
+            ),
+            format!("blackout {}", duration(self.total_us())),
+        ];
+        let parts = self.parts().into_iter().filter(|(_, us)| *us > 0);
+        lines.extend(parts.map(|(name, us)| format!("  {name} {}", duration(us))));
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_new_process_is_told_what_the_vm_is_and_not_how_it_came() {
+        let cmdline = b"/old/vmferry\0--log\0debug\0run\0--mem\x001G\0--incoming\0unix:/tmp/x\0--qmp\0q\0--paused\0\
+            --incoming-cpr=inherited\0--end-with-parent\x0012\0--incoming=defer\0--vcpus\x002\0";
+        assert_eq!(
+            arguments(cmdline),
+            [
+                "--log", "debug", "run", "--mem", "1G", "--qmp", "q", "--vcpus", "2"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_environment_is_read_with_empty_values_and_equal_signs() {
+        let environ: Vec<_> = environment(b"A=1\0EMPTY=\0B=x=y\0nonsense\0").collect();
+        let expected = [("A", "1"), ("EMPTY", ""), ("B", "x=y")];
+        assert_eq!(environ, expected.map(|(a, b)| (a.into(), b.into())));
+    }
+}

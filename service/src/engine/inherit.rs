@@ -1,0 +1,169 @@
+//! The target's part in an upgrade in place: takes RAM over before the machine is built, and the rest when the guest of the old process
+//! is stopped.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use anyhow::{Context, bail};
+use rustix::net::sockopt::socket_acceptconn;
+use vmferry_cpr::manifest::{FdKind, Stage};
+use vmferry_cpr::socket::CprSocket;
+use vmferry_cpr::take::TakerDeadlines;
+use vmferry_cpr::takeover::{Arrived, Offered, Ready};
+use vmferry_cpr::{memfd, spawn};
+use vmferry_transport::units::MigrationId;
+
+use super::event::{Event, Events, OriginId, TargetEvent};
+use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT};
+use super::software;
+use crate::config::CprOrigin;
+
+/// The first stage has arrived: the guest's memory, while the guest runs on it in another process.
+#[derive(Debug)]
+pub(super) struct Legacy {
+    ram: Vec<File>,
+    id: MigrationId,
+    arrived: Arrived,
+}
+
+/// What came with the guest and belongs to the process. Used when the guest is ours.
+#[derive(Debug, Default)]
+pub(super) struct Inherited {
+    pub(super) qmp: Option<OwnedFd>,
+    pub(super) metrics: Option<OwnedFd>,
+    pub(super) stdout: Option<OwnedFd>,
+    pub(super) stderr: Option<OwnedFd>,
+}
+
+impl Legacy {
+    /// Waits for the old process, for ever, and takes RAM from it.
+    ///
+    /// # Errors
+    /// Nobody can connect, somebody else did, or what is offered is not a VM of `mem_bytes`.
+    pub(super) fn receive(origin: &CprOrigin, mem_bytes: u64) -> anyhow::Result<Self> {
+        let socket = CprSocket::new(connect(origin)?).context("the socket of the old process")?;
+        let offered = Offered::receive(socket, &software(), TakerDeadlines::default())
+            .context("no VM was offered by the old process")?;
+        let mut blocks: Vec<_> = offered
+            .manifest()
+            .of_kind(FdKind::RamMemfd)
+            .map(|entry| (entry.name.clone(), entry.value))
+            .collect();
+        // As the machine numbers them.
+        blocks.sort();
+        let bytes: u64 = blocks
+            .iter()
+            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+        if bytes != mem_bytes {
+            let text = format!(
+                "the VM has {bytes} bytes of memory, this process was started for {mem_bytes}"
+            );
+            offered.refuse(&text);
+            bail!(text);
+        }
+        let known = |role: &str| [QMP, METRICS, STDOUT, STDERR].contains(&role);
+        let range = offered.manifest().range(Stage::HandOver);
+        let rest = &offered.manifest().entries()[range];
+        if let Some(foreign) = rest
+            .iter()
+            .find(|entry| entry.name != PROCESS || !known(&entry.role))
+        {
+            let text = format!("{:?} {:?} is not known here", foreign.name, foreign.role);
+            offered.refuse(&text);
+            bail!(text);
+        }
+        let id = offered.id();
+        let mut arrived = offered.accept().context("taking guest memory over")?;
+        let mut ram = Vec::new();
+        for (name, bytes) in blocks {
+            let claimed = arrived.claim(&name, RAM, FdKind::RamMemfd)?;
+            match memfd::reattach(&name, claimed, bytes) {
+                Ok(file) => ram.push(file),
+                Err(error) => {
+                    arrived.refuse(&error.to_string());
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(Self { ram, id, arrived })
+    }
+
+    /// The files of guest memory, in the order of the blocks. Once.
+    pub(super) fn take_ram(&mut self) -> Vec<File> {
+        std::mem::take(&mut self.ram)
+    }
+
+    /// Which migration it belongs to.
+    pub(super) fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// The machine is built and the control connection is listened for: says so, and waits for the rest on a thread. What comes is
+    /// reported as [`TargetEvent::Inherited`], a failure as one of `origin`.
+    ///
+    /// # Errors
+    /// The old process has gone or given up.
+    pub(super) fn prepared(self, origin: OriginId, events: Events) -> anyhow::Result<()> {
+        let ready = self.arrived.taken().context("the old process")?;
+        let wait = move || {
+            let report = |event| {
+                // The engine ends only with the process.
+                let _ = events.send(Event::Target(event));
+            };
+            if let Err(error) = take_rest(ready, report) {
+                report(TargetEvent::SourceFailed(origin, format!("{error:#}")));
+            }
+        };
+        std::thread::Builder::new()
+            .name("vm-cpr".into())
+            .spawn(wait)
+            .context("no thread for the hand-over")?;
+        Ok(())
+    }
+}
+
+/// The engine has everything before the old process hears that it was taken.
+fn take_rest(ready: Ready, report: impl Fn(TargetEvent)) -> anyhow::Result<()> {
+    let mut rest = ready.wait().context("the hand-over")?;
+    let mut inherited = Inherited::default();
+    for (role, kind, place) in [
+        (QMP, FdKind::Qmp, &mut inherited.qmp),
+        (METRICS, FdKind::Listener, &mut inherited.metrics),
+        (STDOUT, FdKind::Log, &mut inherited.stdout),
+        (STDERR, FdKind::Log, &mut inherited.stderr),
+    ] {
+        if rest.table().peek(PROCESS, role).is_some() {
+            *place = Some(rest.claim(PROCESS, role, kind)?);
+        }
+    }
+    report(TargetEvent::Inherited(inherited));
+    let accounts = rest.taken().context("the hand-over")?.accounts();
+    tracing::debug!(?accounts, "the old process has handed everything over");
+    Ok(())
+}
+
+fn connect(origin: &CprOrigin) -> anyhow::Result<OwnedFd> {
+    let accept = |listener: &UnixListener| -> anyhow::Result<OwnedFd> {
+        let (stream, _) = listener.accept().context("nobody connects")?;
+        Ok(stream.into())
+    };
+    match origin {
+        CprOrigin::Inherited => {
+            let socket = spawn::inherited_socket()?;
+            if socket_acceptconn(&socket).unwrap_or(false) {
+                accept(&UnixListener::from(socket))
+            } else {
+                Ok(UnixStream::from(socket).into())
+            }
+        }
+        CprOrigin::Listen(path) => {
+            let listener = UnixListener::bind(path)
+                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            let accepted = accept(&listener);
+            // Nobody else is to come.
+            let _ = std::fs::remove_file(path);
+            accepted
+        }
+    }
+}
