@@ -58,7 +58,7 @@ pub enum DeviceError {
         reason: String,
     },
     /// What the migration waited for will not happen.
-    #[error("device {device}: the migration cannot go on: {reason}")]
+    #[error("device {device} cannot go on: {reason}")]
     Stuck {
         /// Name of the device.
         device: String,

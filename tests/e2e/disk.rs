@@ -2,23 +2,28 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::storage::Daemon;
 
 on_both_accelerators!(
     no_block_is_lost_or_stale_however_often_the_guest_moves,
     a_guest_that_stays_keeps_its_disk_as_it_was,
     a_block_changed_behind_its_back_is_found_by_the_guest,
+    no_block_is_lost_or_stale_between_two_storage_daemons,
+    a_guest_that_stays_keeps_its_disk_of_another_process,
 );
 
 /// 256 blocks of the guest's size.
 const IMAGE_BYTES: u64 = 1 << 20;
 const BLOCKS: u64 = IMAGE_BYTES / 4096;
 const MOVES: usize = 8;
+/// The same between two daemons, on KVM; less on host threads, whose guest is the same to a back end.
+const MOVES_OF_DAEMONS: usize = 50;
 
 /// An image in a folder of its own.
 struct Image(TempDir);
@@ -122,4 +127,75 @@ fn a_block_changed_behind_its_back_is_found_by_the_guest(accel: Accel) {
     });
     assert_eq!(number(&workload, "disk-errors"), 1, "{workload}");
     assert_eq!(number(&workload, "errors"), 1, "{workload}");
+}
+
+/// A guest's disk that is served by `daemon`.
+fn served_by(daemon: &Daemon) -> Launch {
+    let disk = format!("vhost-user:{},id=disk", daemon.socket().display());
+    Launch::default().with(&["--blk", &disk, "--workload-disk"])
+}
+
+fn image_file(folder: &Path, bytes: u64) {
+    let file = File::create(folder.join("image")).unwrap();
+    file.set_len(bytes).unwrap();
+}
+
+fn no_block_is_lost_or_stale_between_two_storage_daemons(accel: Accel) {
+    let _turn = turn();
+    let machine = fast(accel);
+    let folder = TempDir::with_prefix("vmferry-disk-").unwrap();
+    image_file(folder.path(), IMAGE_BYTES);
+    let Some(mut daemon) = Daemon::start(folder.path(), "daemon0") else {
+        return;
+    };
+    let mut vm = machine.start_source(served_by(&daemon));
+    vm.warm_up();
+    check_whole_disk(&mut vm);
+    let moves = match accel {
+        Accel::Kvm => MOVES_OF_DAEMONS,
+        Accel::Soft => MOVES_OF_DAEMONS / 5,
+    };
+    for number in 1..=moves {
+        let next = Daemon::start(folder.path(), &format!("daemon{number}")).unwrap();
+        let mut target = machine.start_target("tcp:127.0.0.1:0", served_by(&next));
+        vm.move_to(&mut target);
+        vm = target;
+        check_whole_disk(&mut vm);
+        // The last one's guest has left.
+        daemon = next;
+    }
+    drop(daemon);
+}
+
+fn a_guest_that_stays_keeps_its_disk_of_another_process(accel: Accel) {
+    let _turn = turn();
+    let machine = fast(accel);
+    let folders = [IMAGE_BYTES, 2 * IMAGE_BYTES].map(|bytes| {
+        let folder = TempDir::with_prefix("vmferry-disk-").unwrap();
+        image_file(folder.path(), bytes);
+        folder
+    });
+    let [image, longer] = folders.each_ref().map(TempDir::path);
+    let Some(mut daemon) = Daemon::start(image, "source") else {
+        return;
+    };
+    let mut vm = machine.start_source(served_by(&daemon));
+    vm.warm_up();
+    check_whole_disk(&mut vm);
+    vm.execute("stop", json!({}));
+    drop(daemon);
+    daemon = Daemon::start(image, "source").unwrap();
+    vm.execute("cont", json!({}));
+    check_whole_disk(&mut vm);
+    // Refused while the guest is stopped, with its requests answered and its log on: all of that is undone.
+    let other = Daemon::start(longer, "other").unwrap();
+    let target = &mut machine.start_target("tcp:127.0.0.1:0", served_by(&other));
+    let error = vm.assert_migration_fails(&target.address(), "sectors");
+    assert!(error.contains("virtio-blk/disk"), "{error}");
+    check_whole_disk(&mut vm);
+    let next = Daemon::start(image, "target").unwrap();
+    let mut target = machine.start_target("tcp:127.0.0.1:0", served_by(&next));
+    vm.move_to(&mut target);
+    drop(daemon);
+    check_whole_disk(&mut target);
 }

@@ -35,6 +35,7 @@ mod peer; // either side of the protocol, spoken by hand
 mod proc; // what the kernel says of a process
 mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
+mod storage; // back ends of disks in processes of their own
 mod terminal; // a pseudo terminal, and what stands on its screen
 mod watch; // two VMs that may never run at the same time
 

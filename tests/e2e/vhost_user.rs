@@ -3,8 +3,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
@@ -19,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use std::sync::{Arc, Mutex};
 
 use crate::harness::until;
+use crate::storage::Daemon;
 
 const PAGES: u64 = 256;
 /// Requests of a slot have a page each for header, data and status, from here on.
@@ -28,56 +27,6 @@ const READ: u32 = 0;
 const WRITE: u32 = 1;
 const VERSION_1: u64 = 1 << 32;
 const SIZE: u16 = 64;
-
-/// A storage daemon with one disk. Killed on drop.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl Daemon {
-    /// `None` if there is no such program here, which it says.
-    fn start(dir: &TempDir, name: &str) -> Option<Self> {
-        let socket = dir.path().join(name);
-        // A dead one leaves it behind.
-        let _was_none = std::fs::remove_file(&socket);
-        let (image, listener) = (dir.path().join("image"), socket.display());
-        let child = Command::new("qemu-storage-daemon")
-            // Two daemons have the image open during a move; who may write is decided by who runs the guest.
-            .arg("--blockdev")
-            .arg(format!(
-                "driver=file,node-name=disk,filename={},locking=off,cache.direct=off",
-                image.display()
-            ))
-            .arg("--export")
-            .arg(format!(
-                "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={listener},writable=on"
-            ))
-            .stdin(Stdio::null())
-            .spawn();
-        let child = match child {
-            Ok(child) => child,
-            Err(error) => {
-                println!(
-                    "SKIPPED: no qemu-storage-daemon here ({error}); .ci/packages installs it"
-                );
-                return None;
-            }
-        };
-        let daemon = Self { child, socket };
-        until("the daemon listens", || {
-            daemon.socket.exists().then_some(())
-        });
-        Some(daemon)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _gone_already = self.child.kill();
-        let _status = self.child.wait();
-    }
-}
 
 fn image() -> TempDir {
     let dir = TempDir::new().unwrap();
@@ -100,7 +49,7 @@ impl Disk {
         let queue = Queue::new(kick.try_clone().unwrap(), call.try_clone().unwrap());
         let device = UserDevice::connect(
             "blk/0",
-            &daemon.socket,
+            daemon.socket(),
             memory.clone(),
             vec![queue],
             Requests::Answered,
@@ -176,10 +125,10 @@ impl Disk {
 #[test]
 fn a_disk_moves_to_another_back_end_with_requests_under_way_and_each_is_answered_once() {
     let dir = image();
-    let Some(first) = Daemon::start(&dir, "first") else {
+    let Some(first) = Daemon::start(dir.path(), "first") else {
         return;
     };
-    let second = Daemon::start(&dir, "second").unwrap();
+    let second = Daemon::start(dir.path(), "second").unwrap();
     let (memory, _ram) = ram(PAGES);
     let driver = Driver::new(&memory, 0, SIZE);
     let mut disk = Disk::connect(&first, &memory, driver);
@@ -234,7 +183,7 @@ fn a_disk_moves_to_another_back_end_with_requests_under_way_and_each_is_answered
 #[test]
 fn the_log_of_a_disk_has_the_buffers_and_the_used_ring_and_nothing_else() {
     let dir = image();
-    let Some(daemon) = Daemon::start(&dir, "socket") else {
+    let Some(daemon) = Daemon::start(dir.path(), "socket") else {
         return;
     };
     let (memory, ram) = ram(PAGES);
@@ -280,7 +229,7 @@ fn the_log_of_a_disk_has_the_buffers_and_the_used_ring_and_nothing_else() {
 #[test]
 fn a_back_end_that_dies_is_replaced_and_the_disk_goes_on_where_it_was() {
     let dir = image();
-    let Some(mut daemon) = Daemon::start(&dir, "socket") else {
+    let Some(mut daemon) = Daemon::start(dir.path(), "socket") else {
         return;
     };
     let (memory, ram) = ram(PAGES);
@@ -303,13 +252,17 @@ fn a_back_end_that_dies_is_replaced_and_the_disk_goes_on_where_it_was() {
         assert!(error.to_string().contains("connecting again"), "{error}");
         // The guest does not notice, and asks.
         disk.ask(1, READ, turn * PAGE_SIZE / SECTOR);
-        daemon = Daemon::start(&dir, "socket").unwrap();
+        daemon = Daemon::start(dir.path(), "socket").unwrap();
         {
             let mut device = disk.device.lock().unwrap();
-            let error = device.reconnect(Lost::Refuse).unwrap_err();
-            let reason = std::error::Error::source(&error).unwrap().to_string();
-            assert!(reason.contains("1 requests in queue 0"), "{reason}");
-            device.reconnect(Lost::InOrder).unwrap();
+            if turn % 2 == 0 {
+                let error = device.reconnect(Lost::Refuse).unwrap_err().to_string();
+                assert!(error.contains("which of 1 requests"), "{error}");
+                assert!(!device.is_running() && device.is_alive());
+                device.start().unwrap();
+            } else {
+                device.reconnect(Lost::InOrder).unwrap();
+            }
         }
         assert_eq!(disk.answer(), 1);
         let memory = disk.driver.memory().memory();
@@ -329,7 +282,7 @@ fn a_back_end_that_dies_is_replaced_and_the_disk_goes_on_where_it_was() {
 #[test]
 fn a_log_ends_although_its_back_end_has_died() {
     let dir = image();
-    let Some(daemon) = Daemon::start(&dir, "socket") else {
+    let Some(daemon) = Daemon::start(dir.path(), "socket") else {
         return;
     };
     let (memory, _ram) = ram(PAGES);

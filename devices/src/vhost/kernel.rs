@@ -19,6 +19,7 @@ use vhost::vdpa::VhostVdpa;
 use vhost::vhost_kern::vdpa::VhostKernVdpa;
 use vhost::vhost_kern::{VhostKernBackend, VhostKernFeatures};
 use vmferry_transport::wire::{DeviceSchema, Section};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::ioctl;
 use super::log::{LogPages, Logs};
@@ -233,6 +234,13 @@ impl VhostDevice {
             queue.ring = ring;
         }
         Ok(())
+    }
+
+    /// Other events for the queues, one of each per queue. Counts from the next start on.
+    pub fn set_events(&mut self, events: Vec<(EventFd, EventFd)>) {
+        for (queue, (kick, call)) in self.queues.iter_mut().zip(events) {
+            (queue.kick, queue.call) = (kick, call);
+        }
     }
 
     /// The queues. Their bases are current while the device stands.

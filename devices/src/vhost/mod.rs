@@ -78,6 +78,9 @@ mod notifier;
 mod ring;
 pub mod user;
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam};
@@ -89,6 +92,24 @@ pub use notifier::VhostNotifier;
 pub use ring::{Queue, RING_SIZE_MAX, Ring, RingV1, VhostV1};
 
 use crate::soft::PagemapLog;
+
+/// Bytes of the header before each packet of a device of today (VIRTIO_F_VERSION_1).
+pub const NET_HEADER_BYTES: u8 = 12;
+
+/// Attaches to the tap called `name`, which exists or is made, with headers of [`NET_HEADER_BYTES`] and without offloads. It goes with the
+/// file, unless it was made to stay.
+///
+/// # Errors
+/// The kernel's answer; EBUSY if another process has it.
+pub fn open_tap(name: &str) -> io::Result<File> {
+    let tun = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    ioctl::attach_tap(&tun, name, NET_HEADER_BYTES)?;
+    Ok(tun)
+}
 
 /// The dirty logs that together see what `devices` write to `memory`, which is `ram`: their own, and where that has not all, that of
 /// this process's page tables, through which the kernel writes too. The latter costs each written page a fault per round.

@@ -15,6 +15,7 @@ use crate::config::{AccelChoice, CprOrigin, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::notify::NotifyConfig;
 use crate::machine::vfio::{VfioConfig, name_vfio};
+use crate::machine::virtio::{BlkConfig, NetConfig, OutsideConfig};
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 use crate::observe::metrics;
@@ -44,6 +45,12 @@ pub(super) struct RunArgs {
     /// A raw image for the guest, locked while the guest is here; more than once for several. `ro`: read only
     #[arg(long = "disk", value_name = "PATH[,id=NAME][,ro]")]
     disks: Vec<DiskConfig>,
+    /// A disk of another process for the guest, by the socket of its vhost-user back end. More than once for several
+    #[arg(long = "blk", value_name = "vhost-user:PATH[,id=NAME]")]
+    blks: Vec<BlkConfig>,
+    /// A network interface for the guest, on a tap that this process may open. More than once for several
+    #[arg(long = "net", value_name = "tap=NAME[,vhost=on][,mac=MAC][,id=NAME]")]
+    nets: Vec<NetConfig>,
     /// A VFIO device of the host for the guest, by its folder in sysfs, such as /sys/bus/mdev/devices/UUID. More than once for several
     #[arg(long, value_name = "PATH[,id=NAME]")]
     vfio: Vec<VfioConfig>,
@@ -183,6 +190,11 @@ impl RunArgs {
     fn config(mut self) -> anyhow::Result<RunConfig> {
         name_disks(&mut self.disks)?;
         name_vfio(&mut self.vfio)?;
+        let mut outside = OutsideConfig {
+            blks: self.blks,
+            nets: self.nets,
+        };
+        outside.name()?;
         let machine = MachineConfig {
             mem_bytes: self.machine.mem.0,
             vcpus: self.machine.vcpus,
@@ -190,6 +202,7 @@ impl RunArgs {
             serial: self.serial,
             vfio: self.vfio,
             workload_disk: self.workload_disk,
+            outside,
             incoming: self.incoming.is_some(),
         };
         let accel = match self.machine.accel {
@@ -294,10 +307,13 @@ mod tests {
              --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro \
              --notify unix:/tmp/d,id=display --x-failover-primary net0 \
              --vfio /sys/bus/mdev/devices/a,id=tty --vfio /b \
+             --blk vhost-user:/tmp/b --net tap=t0,vhost=on,id=lan \
              --record /tmp/r --metrics tcp:0.0.0.0:9000 --metrics-public",
         )
         .unwrap();
         assert_eq!(config.notify[0].id, "display");
+        let outside = &config.machine.outside;
+        assert_eq!((&*outside.blks[0].id, &*outside.nets[0].id), ("0", "lan"));
         assert_eq!(config.failover_primaries, ["net0"]);
         let vfio: Vec<_> = config
             .machine
@@ -352,6 +368,8 @@ mod tests {
             ),
             ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
             ("--mem 1G --qmp q --vfio a,ro", "only id=NAME"),
+            ("--mem 1G --qmp q --blk a.raw", "vhost-user:PATH"),
+            ("--mem 1G --qmp q --net tap=a,vhost=off", "only vhost=on"),
             ("--mem 1G --qmp q --vfio a --vfio a,id=b", "there twice"),
             ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
             (

@@ -27,6 +27,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM
 use kvm_ioctls::{Kvm, VmFd};
 use vfio_ioctls::VfioDeviceFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+use vmferry_devices::announce::Announce;
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
     ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmNotifier, KvmVcpu, MemorySlots, VcpuProfile,
@@ -414,6 +415,10 @@ impl Machine for KvmMachine {
 
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {
         self.board.vfio.set()
+    }
+
+    fn announcers(&self) -> Vec<Arc<dyn Announce>> {
+        self.board.bus.announcers()
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {

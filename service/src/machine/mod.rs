@@ -78,6 +78,8 @@ pub struct MachineConfig {
     pub vfio: Vec<vfio::VfioConfig>,
     /// The workload overwrites its first disk, over and over, and checks what it reads back.
     pub workload_disk: bool,
+    /// Virtio devices whose back end is outside of this process, all with names of their own.
+    pub outside: virtio::OutsideConfig,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
     pub incoming: bool,
 }
@@ -156,7 +158,7 @@ pub struct ResumeError {
     pub source: MachineError,
 }
 
-/// Builds the kind of machine that `choice` asks for, with a virtio device for each of `backends`; for [`AccelChoice::Auto`], KVM
+/// Builds the kind of machine that `choice` asks for, with a virtio device for each of `backends` and of those outside; for [`AccelChoice::Auto`], KVM
 /// wherever this process may open /dev/kvm.
 ///
 /// # Errors
@@ -164,7 +166,7 @@ pub struct ResumeError {
 pub fn build(
     config: &MachineConfig,
     ram: Option<Vec<File>>,
-    backends: Vec<Box<dyn Backend>>,
+    mut backends: Vec<Box<dyn Backend>>,
     choice: AccelChoice,
     events: EventSink,
 ) -> Result<Arc<dyn Machine>, MachineError> {
@@ -183,6 +185,7 @@ pub fn build(
         Some(files) => MachineRam::from_files(config.mem_bytes, files)?,
         None => MachineRam::create(config.mem_bytes)?,
     };
+    backends.extend(config.outside.backends(&ram)?);
     Ok(if soft {
         let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(

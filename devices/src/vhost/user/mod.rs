@@ -43,6 +43,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmferry_transport::wire::{DeviceSchema, Section};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::kernel::F_LOG_ALL;
 use super::log::{LogPages, Logs};
@@ -174,6 +175,18 @@ impl UserDevice {
             queue.ring = ring;
         }
         Ok(())
+    }
+
+    /// Other events for the queues, one of each per queue. Counts from the next start on.
+    pub fn set_events(&mut self, events: Vec<(EventFd, EventFd)>) {
+        for (queue, (kick, call)) in self.queues.iter_mut().zip(events) {
+            (queue.kick, queue.call) = (kick, call);
+        }
+    }
+
+    /// Whether the back end has state of its own to move, so that there is more to it than its rings.
+    pub fn has_own_state(&self) -> bool {
+        self.has(VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
     /// The queues. Their bases are current while the device stands.
@@ -400,7 +413,8 @@ impl UserDevice {
     /// requests that the dead one had begun, if it kept no region of requests under way.
     ///
     /// # Errors
-    /// When there is none yet, it offers less than the one before, or requests are lost. The device then has no back end; try again.
+    /// When there is none yet, or it offers less than the one before: try again. [`DeviceError::Stuck`] when requests are lost, and `lost`
+    /// says that this must not be: the device then stands, and works again when the guest's driver has set it up anew.
     pub fn reconnect(&mut self, lost: Lost) -> Result<(), DeviceError> {
         self.session = None;
         let session = Session::connect(&self.path, self.queues.len())
@@ -418,16 +432,20 @@ impl UserDevice {
             self.session = Some(session);
             return Ok(());
         }
-        // Where the last one was is what it has answered; what it had taken and not answered is in the region, if it kept one.
-        let again = self.bases_after_loss(lost).and_then(|bases| {
-            for (queue, base) in self.queues.iter_mut().zip(bases) {
-                if let (Some(ring), Some(base)) = (&mut queue.ring, base) {
-                    ring.base = base;
-                }
-            }
-            self.session = Some(session);
-            self.tell_all()
-        });
+        // What is in doubt is what the last one had taken and not answered. Where it kept a region, that says which; the next one goes on
+        // from what was answered in any case.
+        let open = self.go_back_to_answered()?;
+        self.session = Some(session);
+        let exact = self.inflight.is_some() || self.features & F_IN_ORDER != 0;
+        if open > 0 && !exact && lost == Lost::Refuse {
+            return Err(DeviceError::Stuck {
+                device: self.name.clone(),
+                reason: format!(
+                    "its back end has died, and which of {open} requests it had begun is not known"
+                ),
+            });
+        }
+        let again = self.tell_all();
         // It is to work, whether or not this one does.
         self.running = true;
         if again.is_err() {
@@ -437,27 +455,18 @@ impl UserDevice {
         self.wake()
     }
 
-    fn bases_after_loss(&self, lost: Lost) -> Result<Vec<Option<u16>>, DeviceError> {
-        let exact = self.inflight.is_some() || self.features & F_IN_ORDER != 0;
-        let mut bases = Vec::with_capacity(self.queues.len());
-        for (number, queue) in self.queues.iter().enumerate() {
-            let Some(ring) = queue.ring else {
-                bases.push(None);
+    /// Puts the position in each ring to what was answered. Returns how many requests were not.
+    fn go_back_to_answered(&mut self) -> Result<u32, DeviceError> {
+        let mut open = 0;
+        for queue in &mut self.queues {
+            let Some(ring) = &mut queue.ring else {
                 continue;
             };
-            let failed = |error| refused(&self.name, "finding what it had begun", error);
-            let used = ring.used_index(&self.memory).map_err(failed)?;
-            let open = Ring { base: used, ..ring };
-            let open = open.waiting(&self.memory).map_err(failed)?;
-            if open > 0 && !exact && lost == Lost::Refuse {
-                let reason = format!(
-                    "{open} requests in queue {number} were not answered, and which of them were begun is not known"
-                );
-                return Err(failed(io::Error::other(reason)));
-            }
-            bases.push(Some(used));
+            let failed = |error| refused(&self.name, "finding what was answered", error);
+            ring.base = ring.used_index(&self.memory).map_err(failed)?;
+            open += u32::from(ring.waiting(&self.memory).map_err(failed)?);
         }
-        Ok(bases)
+        Ok(open)
     }
 
     fn has(&self, feature: VhostUserProtocolFeatures) -> bool {

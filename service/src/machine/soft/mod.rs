@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmferry_devices::announce::Announce;
 use vmferry_devices::saved::{decode, encode, schema_of};
 use vmferry_devices::soft::PagemapLog;
 use vmferry_devices::vfio::VfioSet;
@@ -317,6 +318,10 @@ impl Machine for SoftMachine {
 
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {
         self.shared.vfio.set()
+    }
+
+    fn announcers(&self) -> Vec<Arc<dyn Announce>> {
+        self.shared.bus.announcers()
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {

@@ -12,6 +12,7 @@ use serde::Serialize;
 use vmferry_devices::saved::SavedState;
 use vmferry_transport::memory::DirtyMap;
 
+use crate::machine::virtio::OutsideConfig;
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::workload::layout::{
     HIGH_RAM_GPA, LOW_RAM_END, PARAMS_GPA, RAM_MIN, WORKING_SET_GPA, mailbox, mailbox_gpa, params,
@@ -32,6 +33,7 @@ fn config(vcpus: u32) -> MachineConfig {
         serial: SerialSink::Null,
         vfio: Vec::new(),
         workload_disk: false,
+        outside: OutsideConfig::default(),
         incoming: false,
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_queue::QueueState;
+use vmferry_devices::announce::Announce;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -89,6 +90,9 @@ pub trait Backend: fmt::Debug + Send {
 
     /// What of it must hear of migrations, if anything must.
     fn notifier(&self) -> Option<Box<dyn Notifier>>;
+
+    /// The network interface, if it is one: what tells the network where the guest is.
+    fn announcer(&self) -> Option<Arc<dyn Announce>>;
 }
 
 /// What a back end is given to serve a driver.

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress};
+use vmferry_devices::announce::Announce;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -160,6 +161,10 @@ impl Backend for Blk {
     }
 
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
+        None
+    }
+
+    fn announcer(&self) -> Option<Arc<dyn Announce>> {
         None
     }
 }

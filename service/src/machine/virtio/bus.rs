@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmferry_devices::announce::Announce;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -221,6 +222,15 @@ impl Bus {
             logs.extend(log);
         }
         Ok(logs)
+    }
+
+    /// The network interfaces.
+    pub fn announcers(&self) -> Vec<Arc<dyn Announce>> {
+        let announcers = self
+            .devices
+            .iter()
+            .map(|device| lock(device).backend().announcer());
+        announcers.flatten().collect()
     }
 
     /// What of the devices must hear of migrations.

@@ -11,6 +11,7 @@
 //! - [`transport`]: the registers of one device; [`bus`]: all devices of a machine
 //! - [`worker`]: the thread of a device that is served by this process
 //! - [`blk`]: a disk on a raw image
+//! - [`vhost_user`]: a disk of another process; [`vhost_net`]: a tap, whose packets the kernel moves; [`outside`]: what describes them
 //! - [`saved`]: saved state
 //!
 //! A device works only between `Machine::resume` and `Machine::pause`. A pause stops the vCPUs first and then every back end, which
@@ -25,8 +26,11 @@
 pub mod backend;
 pub mod blk;
 pub mod bus;
+pub mod outside;
 pub mod saved;
 pub mod transport;
+pub mod vhost_net;
+pub mod vhost_user;
 pub mod worker;
 
 #[cfg(test)]
@@ -34,6 +38,7 @@ mod tests;
 
 pub use backend::{Backend, Interrupt, QueueBase, QueueStart, Start};
 pub use bus::{Bus, Window};
+pub use outside::{BlkConfig, NetConfig, OutsideConfig};
 
 use super::disk::Disks;
 

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::machine::SerialSink;
+use crate::machine::virtio::OutsideConfig;
 use crate::machine::workload::layout::{self, mailbox, mailbox_gpa};
 use crate::machine::workload::pattern;
 
@@ -37,6 +38,7 @@ fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
         serial: SerialSink::Null,
         vfio: Vec::new(),
         workload_disk: false,
+        outside: OutsideConfig::default(),
         incoming: false,
     }
 }
