@@ -312,11 +312,12 @@ impl Engine {
                 let origin = self
                     .listen(address, legacy.as_ref().map(Legacy::id))
                     .await?;
+                if let Some(legacy) = legacy {
+                    // The old process is waiting for this, and nobody else.
+                    return legacy.prepared(origin, self.events.clone());
+                }
                 let local = self.incoming.as_ref().map_or(address, Incoming::address);
                 logging::announce(format_args!("waiting for an incoming migration at {local}"));
-                if let Some(legacy) = legacy {
-                    legacy.prepared(origin, self.events.clone())?;
-                }
             }
         }
         Ok(())

@@ -1,0 +1,358 @@
+//! I1, I3, I4: a VM moves into a new process on the same host, under the running guest; and whatever goes wrong on the way leaves it where
+//! it was.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::{Value, json};
+
+use crate::cli::{says, vmferry};
+use crate::harness::{Accel, Launch, Machine, Vm, program, turn, until};
+use crate::proc::Holdings;
+use crate::qmp::Qmp;
+
+on_both_accelerators!(
+    the_guest_its_sockets_and_its_output_move_to_the_new_process,
+    a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is,
+    a_new_process_that_dies_before_the_commit_leaves_the_guest_where_it_is,
+    an_old_process_that_dies_before_the_commit_takes_the_new_one_with_it,
+    a_cancelled_upgrade_leaves_the_guest_where_it_is,
+    a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places,
+);
+
+/// Ends a doubt that nobody can end after some seconds.
+const SOON: [&str; 2] = ["--x-deadline-scale", "20"];
+/// Moments at which the new process is killed.
+const KILLS: u32 = 12;
+
+/// A process that nobody is the parent of any more. Dropping it kills it.
+struct Orphan(u32);
+
+impl Orphan {
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.cast_signed()).unwrap()
+    }
+
+    fn lives(&self) -> bool {
+        test_kill_process(self.pid()).is_ok()
+    }
+}
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = kill_process(self.pid(), Signal::KILL);
+    }
+}
+
+/// A VM at a path, whichever process it is in.
+struct At(PathBuf);
+
+impl At {
+    fn ask(&self, command: &str) -> Value {
+        let mut qmp = until("somebody answers", || Qmp::connect(&self.0));
+        qmp.execute(command, json!({})).unwrap()
+    }
+
+    fn assert_guest_works(&self) {
+        assert_eq!(self.ask("query-status")["status"], "running");
+        let passes = || {
+            let workload = self.ask("x-query-workload");
+            assert_eq!(workload["errors"], 0, "{workload}");
+            workload["passes"].as_u64().unwrap()
+        };
+        let before = passes();
+        until("the guest makes passes", || {
+            (passes() >= before + 2).then_some(())
+        });
+    }
+
+    fn upgrade(&self) -> (Orphan, Value) {
+        let output = vmferry(&self.0, &["upgrade", "--json"]);
+        assert!(output.status.success(), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let pid = u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap();
+        (Orphan(pid), report)
+    }
+}
+
+fn scrape(path: &Path) -> String {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let folder = tempfile::tempdir().unwrap();
+    let metrics = folder.path().join("metrics");
+    let launch = Launch::default().with(&["--metrics", &format!("unix:{}", metrics.display())]);
+    let mut vm = machine.start_source(launch);
+    vm.warm_up();
+    let at = At(vm.qmp_path());
+    let populated = vm.holdings().populated_bytes;
+    let (first, report) = at.upgrade();
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+    let parts = report["blackout-parts"].as_object().unwrap();
+    let sum: u64 = parts.values().map(|part| part.as_u64().unwrap()).sum();
+    assert_eq!(Some(sum), report["blackout-us"].as_u64(), "{report}");
+    at.assert_guest_works();
+    assert_eq!(
+        Holdings::of(first.0).populated_bytes,
+        populated,
+        "memory was copied or touched"
+    );
+    let held = Holdings::of(first.0).counted();
+    assert!(scrape(&metrics).starts_with("HTTP/1.1 200"));
+    // A process that was upgraded to is upgraded from like any other, and nothing grows.
+    let mut last = first;
+    for _ in 0..3 {
+        let (next, _) = at.upgrade();
+        until("the old process ends", || (!last.lives()).then_some(()));
+        at.assert_guest_works();
+        last = next;
+    }
+    until("connections are closed", || {
+        (Holdings::of(last.0).counted() == held).then_some(())
+    });
+    assert!(scrape(&metrics).starts_with("HTTP/1.1 200"));
+    let said = vm.said();
+    assert_eq!(said.matches("took the guest over").count(), 4, "{said}");
+    // It removes what it has inherited.
+    Qmp::connect(&at.0)
+        .unwrap()
+        .execute("quit", json!({}))
+        .unwrap();
+    until("the last process ends", || (!last.lives()).then_some(()));
+    assert!(!at.0.exists() && !metrics.exists(), "paths are left behind");
+}
+
+fn a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is(accel: Accel) {
+    let mut vm = Machine::small(accel).source();
+    let path = vm.qmp_path();
+    for binary in ["/nowhere/vmferry", "/bin/false", "/bin/true"] {
+        says(&path, &["upgrade", "--binary", binary], 1);
+        vm.assert_guest_works();
+    }
+    let blocker = json!({"reason": "a backup runs", "modes": ["cpr-transfer"]});
+    let id = vm.execute("x-add-blocker", blocker)["id"].clone();
+    let said = says(&path, &["upgrade"], 1);
+    assert!(said.contains("a backup runs"), "{said}");
+    vm.execute("x-remove-blocker", json!({ "id": id }));
+    vm.assert_guest_works();
+    let (_new, _) = At(path).upgrade();
+}
+
+/// A process that waits for a VM in place, and where.
+struct Waiting {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Waiting {
+    fn new(vm: &Vm, machine: &Machine) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let output = File::create(folder.path().join("log")).unwrap();
+        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
+        let child = program()
+            .args(["run", "--mem", machine.mem, "--accel", machine.accel.name()])
+            .args(SOON)
+            .args([
+                "--incoming",
+                &address("main"),
+                "--incoming-cpr",
+                &address("cpr"),
+            ])
+            .arg("--qmp")
+            .arg(vm.qmp_path())
+            .args(["--end-with-parent", &std::process::id().to_string()])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        let this = Self { child, folder };
+        until("the new process waits", || {
+            this.folder.path().join("cpr").exists().then_some(())
+        });
+        this
+    }
+
+    fn channels(&self) -> Value {
+        let channel = |kind: &str, name: &str| {
+            let path = self.folder.path().join(name);
+            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
+        };
+        json!([channel("main", "main"), channel("cpr", "cpr")])
+    }
+
+    fn kill(&mut self) {
+        // Fails if it has ended.
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+
+    fn wait_exit(&mut self) -> ExitStatus {
+        until("the new process ends", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A VM that is handed over up to the moment before anything has left that has one owner.
+fn paused_half_way(machine: &Machine) -> (Vm, Waiting) {
+    let mut vm = machine.source();
+    let waiting = Waiting::new(&vm, machine);
+    let pause = json!([{"capability": "pause-before-switchover", "state": true}]);
+    vm.execute("migrate-set-capabilities", json!({ "capabilities": pause }));
+    vm.set(json!({"mode": "cpr-transfer"}));
+    vm.execute("migrate", json!({"channels": waiting.channels()}));
+    vm.wait_status("pre-switchover");
+    (vm, waiting)
+}
+
+/// The next upgrade works.
+fn assert_upgrades(mut vm: Vm) {
+    vm.assert_guest_works();
+    let no_pause = json!([{"capability": "pause-before-switchover", "state": false}]);
+    vm.execute(
+        "migrate-set-capabilities",
+        json!({ "capabilities": no_pause }),
+    );
+    let at = At(vm.qmp_path());
+    let (_new, _) = at.upgrade();
+    at.assert_guest_works();
+}
+
+fn a_new_process_that_dies_before_the_commit_leaves_the_guest_where_it_is(accel: Accel) {
+    let (mut vm, mut waiting) = paused_half_way(&Machine::small(accel));
+    waiting.kill();
+    let info = vm.wait_migration();
+    assert_eq!(info["status"], "failed", "{info}");
+    assert_upgrades(vm);
+}
+
+fn an_old_process_that_dies_before_the_commit_takes_the_new_one_with_it(accel: Accel) {
+    let (mut vm, mut waiting) = paused_half_way(&Machine::small(accel));
+    vm.kill();
+    assert_eq!(waiting.wait_exit().code(), Some(1));
+}
+
+fn a_cancelled_upgrade_leaves_the_guest_where_it_is(accel: Accel) {
+    let (mut vm, mut waiting) = paused_half_way(&Machine::small(accel));
+    vm.execute("migrate_cancel", json!({}));
+    let info = vm.wait_migration();
+    assert_eq!(info["status"], "cancelled", "{info}");
+    assert_eq!(waiting.wait_exit().code(), Some(1));
+    assert_upgrades(vm);
+}
+
+fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let start = || {
+        let mut vm = machine.start_source(Launch::default().with(&SOON));
+        vm.warm_up();
+        vm.set(json!({"mode": "cpr-transfer"}));
+        vm
+    };
+    let mut vm = start();
+    let mut went_on = 0;
+    for kill in 0..KILLS {
+        let mut waiting = Waiting::new(&vm, &machine);
+        vm.qmp.events.clear();
+        vm.execute("migrate", json!({"channels": waiting.channels()}));
+        // From before the descriptors leave to after the commit.
+        if kill >= KILLS / 2 {
+            vm.wait_status("device");
+        }
+        for _ in 0..(kill % (KILLS / 2)) {
+            vm.query("query-status");
+        }
+        waiting.kill();
+        let ended = until("it is clear what became of it", || {
+            let status = vm.status();
+            let events = &vm.qmp.events;
+            // COMMIT was sent, and nobody will ever answer.
+            let doubt = events
+                .iter()
+                .any(|event| event["event"] == "x-MIGRATION_UNRESOLVED");
+            let over = ["completed", "failed"].contains(&status.as_str());
+            (over || doubt).then_some(status)
+        });
+        if ended != "failed" {
+            vm.assert_guest_stopped();
+            let refused = vm
+                .qmp
+                .execute("x-resolve", json!({"outcome": "source-runs"}));
+            assert!(
+                refused.is_err(),
+                "a guest goes on with memory that another process may have used"
+            );
+            vm = start();
+            continue;
+        }
+        went_on += 1;
+        vm.assert_guest_works();
+    }
+    assert!(went_on > 0, "every kill came too late");
+}
+
+#[test]
+fn what_is_no_upgrade_is_refused_before_anything_happens() {
+    let machine = Machine::small(Accel::Soft);
+    let mut vm = machine.source();
+    vm.set(json!({"mode": "cpr-transfer"}));
+    let unix = |name: &str| json!({"transport": "socket", "type": "unix", "path": name});
+    let tcp = json!({"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"});
+    let channel = |kind: &str, addr: &Value| json!({"channel-type": kind, "addr": addr});
+    for (channels, part) in [
+        (json!([channel("main", &unix("/nowhere/m"))]), "type `cpr`"),
+        (
+            json!([channel("main", &tcp), channel("cpr", &unix("/nowhere/c"))]),
+            "unix socket",
+        ),
+        (
+            json!([channel("main", &unix("/nowhere/m")), channel("cpr", &tcp)]),
+            "unix socket",
+        ),
+    ] {
+        let reason = vm.refusal("migrate", json!({ "channels": channels }));
+        assert!(reason.contains(part), "{reason}");
+    }
+    let channels = json!([
+        channel("main", &unix("/nowhere/m")),
+        channel("cpr", &unix("/nowhere/c"))
+    ]);
+    vm.qmp.events.clear();
+    vm.execute("migrate", json!({ "channels": channels }));
+    let info = vm.wait_migration();
+    vm.assert_failed(&info, "/nowhere/c");
+    // A process for a VM of another size says so, and the guest was not stopped for it.
+    let mut waiting = Waiting::new(
+        &vm,
+        &Machine {
+            mem: "32M",
+            ..machine
+        },
+    );
+    vm.qmp.events.clear();
+    vm.execute("migrate", json!({"channels": waiting.channels()}));
+    let info = vm.wait_migration();
+    vm.assert_failed(&info, "bytes of memory");
+    assert!(!vm.qmp.events.iter().any(|event| event["event"] == "STOP"));
+    assert_eq!(waiting.wait_exit().code(), Some(1));
+}
