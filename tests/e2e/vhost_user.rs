@@ -280,6 +280,46 @@ fn a_back_end_that_dies_is_replaced_and_the_disk_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_back_end_does_not_notice_that_its_vmm_is_a_new_one() {
+    let dir = image();
+    let Some(daemon) = Daemon::start(dir.path(), "socket") else {
+        return;
+    };
+    let (memory, _ram) = ram(PAGES);
+    let mut disk = Disk::connect(&daemon, &memory, Driver::new(&memory, 0, SIZE));
+    disk.start_anew();
+    for turn in 0..5 {
+        disk.write(turn, turn + 1);
+        let (connection, saved) = {
+            let mut device = disk.device.lock().unwrap();
+            device.stop().unwrap();
+            let connection = device.socket().unwrap().try_clone_to_owned().unwrap();
+            (connection.into(), device.save().unwrap())
+        };
+        let (kick, call) = events();
+        let queue = Queue::new(kick.try_clone().unwrap(), call.try_clone().unwrap());
+        let new = UserDevice::over(
+            "blk/0",
+            connection,
+            daemon.socket(),
+            memory.clone(),
+            vec![queue],
+            Requests::Answered,
+        );
+        let mut new = new.unwrap();
+        new.restore(&saved).unwrap();
+        new.start().unwrap();
+        disk = Disk {
+            device: Arc::new(Mutex::new(new)),
+            driver: disk.driver.clone(),
+            kick,
+            _call: call,
+        };
+        assert_eq!(disk.read(turn), turn + 1);
+    }
+}
+
+#[test]
 fn a_log_ends_although_its_back_end_has_died() {
     let dir = image();
     let Some(daemon) = Daemon::start(dir.path(), "socket") else {

@@ -301,8 +301,19 @@ impl VhostDevice {
             });
         }
         if self.owned {
-            let answer = self.requests.reset_owner();
-            self.asked("VHOST_RESET_OWNER", answer)?;
+            let answer = self.requests.reset_owner().map_err(to_io);
+            let answer = answer.map_err(|error| match (&self.kind, error.raw_os_error()) {
+                // What a kernel answers that does not know the request for this kind of back end.
+                (
+                    Kind::Vsock { .. } | Kind::Vdpa { .. },
+                    Some(libc::EFAULT | libc::ENOTTY | libc::EINVAL),
+                ) => io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this kernel cannot give such a back end to another process",
+                ),
+                _ => error,
+            });
+            self.answered("VHOST_RESET_OWNER", answer)?;
             self.owned = false;
         }
         Ok(())

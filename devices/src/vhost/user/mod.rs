@@ -31,6 +31,7 @@ mod session;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -118,7 +119,37 @@ impl UserDevice {
         let name = name.into();
         let session = Session::connect(path, queues.len())
             .map_err(|error| refused(&name, &format!("connecting to {}", path.display()), error))?;
-        Ok(Self {
+        Ok(Self::new(name, path, session, memory, queues, requests))
+    }
+
+    /// Over a connection that another process had, whose rings stand: the back end does not notice that its VMM is a new one. `path` is
+    /// for [`reconnect`](Self::reconnect).
+    ///
+    /// # Errors
+    /// When the other end is no back end for that many queues.
+    pub fn over(
+        name: impl Into<String>,
+        connection: UnixStream,
+        path: &Path,
+        memory: VhostMemory,
+        queues: Vec<Queue>,
+        requests: Requests,
+    ) -> Result<Self, DeviceError> {
+        let name = name.into();
+        let session = Session::over(connection, queues.len())
+            .map_err(|error| refused(&name, "taking over a connection", error))?;
+        Ok(Self::new(name, path, session, memory, queues, requests))
+    }
+
+    fn new(
+        name: String,
+        path: &Path,
+        session: Session,
+        memory: VhostMemory,
+        queues: Vec<Queue>,
+        requests: Requests,
+    ) -> Self {
+        Self {
             name,
             path: path.to_owned(),
             memory,
@@ -131,7 +162,7 @@ impl UserDevice {
             log: None,
             inflight: None,
             inflight_queue_size: 0,
-        })
+        }
     }
 
     /// Features that the guest's driver may accept.
