@@ -160,6 +160,11 @@ impl QmpClient {
         Some(peer.pid)
     }
 
+    /// Whether the other side is QEMU, as far as it says.
+    pub fn is_qemu(&self) -> bool {
+        !self.version.package.starts_with("vmferry")
+    }
+
     /// What the other side is.
     pub fn version(&self) -> &VersionInfo {
         &self.version
@@ -168,7 +173,7 @@ impl QmpClient {
     /// What the other side is, for people.
     pub fn name(&self) -> String {
         let VersionInfo { qemu, package } = &self.version;
-        if package.starts_with("vmferry") {
+        if !self.is_qemu() {
             return package.clone();
         }
         format!("QEMU {}.{}.{}", qemu.major, qemu.minor, qemu.micro)

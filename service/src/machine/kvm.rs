@@ -54,6 +54,8 @@ pub use state::{MachineV1, WorkloadV1};
 
 /// Longest time to wait for the vCPUs to leave the guest. They need tens of microseconds; a host that takes longer is not scheduling.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// How often KVM is asked for a VM while something comes in between.
+const CREATE_TRIES: u32 = 100;
 
 /// What a caller may choose besides [`MachineConfig`].
 #[derive(Clone, Debug, Default)]
@@ -128,7 +130,7 @@ impl KvmMachine {
         }
         install_kick_handler().map_err(host("install the signal handler"))?;
         let kvm = Kvm::new().map_err(host("open /dev/kvm"))?;
-        let vm = Arc::new(kvm.create_vm().map_err(host("KVM_CREATE_VM"))?);
+        let vm = Arc::new(create_vm(&kvm).map_err(host("KVM_CREATE_VM"))?);
         let gpas: Vec<u64> = ram
             .regions()
             .iter()
@@ -454,6 +456,17 @@ impl Drop for KvmMachine {
             }
         }
     }
+}
+
+/// Makes a VM. KVM gives up where it meets a signal, or work that io_uring has for this thread, and wants to be asked again.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    for _ in 0..CREATE_TRIES {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            answer => return answer,
+        }
+    }
+    kvm.create_vm()
 }
 
 /// KVM's own view of VFIO: some drivers must know which VM uses their device. Most need none.

@@ -1,4 +1,4 @@
-//! `vmferry upgrade`: moves a VM into a new process of another binary on the same host, under the running guest.
+//! Upgrades a VM of vmferry.
 //!
 //! The new process is started as the old one was. It gets the old one's memory, its QMP and metrics sockets and its output; clients find
 //! it at the same paths. If anything goes wrong before the guest is handed over it goes on in the old process.
@@ -16,18 +16,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use super::client::{ClientError, QmpClient};
-use super::exit::Exit;
-use super::migrate::lost;
-use super::record::Record;
-use super::size::duration;
-use super::status::GuestStatus;
-use super::{QmpArgs, output};
+use crate::cli::client::{ClientError, QmpClient};
+use crate::cli::exit::Exit;
+use crate::cli::migrate::lost;
+use crate::cli::output;
+use crate::cli::record::Record;
+use crate::cli::size::duration;
+use crate::cli::status::GuestStatus;
 use crate::migration::status::MigrationStatus;
 
 /// Pause between two looks at the migration.
@@ -42,25 +41,6 @@ const OF_THE_ARRIVAL: [(&str, usize); 4] = [
     ("--paused", 0),
 ];
 
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  \
-    vmferry upgrade --qmp /tmp/vm.qmp\n  \
-    vmferry upgrade --qmp /tmp/vm.qmp --binary /opt/vmferry-0.2/bin/vmferry --json\n\n\
-    The guest's memory is neither copied nor sent: both processes map the same files.\n\
-    Clients find the new process at the same path. The old one ends.\n\n\
-    Exit status: 0 the new process runs the guest, 1 the old one goes on with it, 4 the\n\
-    VM stopped answering, so that the outcome is not known.")]
-pub(super) struct UpgradeArgs {
-    #[command(flatten)]
-    vm: QmpArgs,
-    /// The new program [default: this one]
-    #[arg(long, value_name = "PATH")]
-    binary: Option<PathBuf>,
-    /// Print what happened as JSON
-    #[arg(long)]
-    json: bool,
-}
-
 /// What an upgrade has cost.
 #[derive(Debug)]
 struct Done {
@@ -70,63 +50,58 @@ struct Done {
     whole: Duration,
 }
 
-impl UpgradeArgs {
-    pub(super) fn execute(self) -> anyhow::Result<Exit> {
-        let began = Instant::now();
-        let mut client = QmpClient::connect(&self.vm.qmp)?;
-        ensure!(
-            client.version().package.starts_with("vmferry"),
-            "{} is no VM of vmferry but of {}",
-            self.vm.qmp.display(),
-            client.name()
-        );
-        let before: GuestStatus = client.query("query-status")?;
-        let old = client
-            .peer()
-            .context("cannot tell which process the VM is")?;
-        let program = match self.binary {
-            Some(program) => program,
-            None => std::env::current_exe().context("cannot find the program that is running")?,
-        };
-        let place = Place::new()?;
-        let mut child = start(&program, old, &place)?;
-        let record = match hand_over(&mut client, &place) {
-            Ok(record) => record,
-            Err(Failed::Refused(error)) => {
-                give_up(&mut client, &mut child);
-                return Err(error);
-            }
-            // The new process may have the guest.
-            Err(Failed::Lost(error, last)) => return Ok(lost(&error, &last)),
-        };
-        if record.status() != MigrationStatus::Completed {
-            let reason = record
-                .error()
-                .unwrap_or_else(|| "no reason is known".to_owned());
+/// Upgrades the VM behind `client`, which listens at `qmp` and is process `old`; `binary` is the new program, this one if there is none.
+pub(super) fn upgrade(
+    mut client: QmpClient,
+    old: Pid,
+    qmp: &Path,
+    binary: Option<PathBuf>,
+    json: bool,
+) -> anyhow::Result<Exit> {
+    let began = Instant::now();
+    let before: GuestStatus = client.query("query-status")?;
+    let program = match binary {
+        Some(program) => program,
+        None => std::env::current_exe().context("cannot find the program that is running")?,
+    };
+    let place = Place::new()?;
+    let mut child = start(&program, old, &place)?;
+    let record = match hand_over(&mut client, &place) {
+        Ok(record) => record,
+        Err(Failed::Refused(error)) => {
             give_up(&mut client, &mut child);
-            output::message(&format!(
-                "upgrade {}: {reason}; the guest goes on in process {old}",
-                record.status()
-            ));
-            return Ok(Exit::Failed);
+            return Err(error);
         }
-        verify(&self.vm.qmp, &child, &before)?;
-        end(client, old)?;
-        let done = Done {
-            record,
-            old,
-            new: child.id(),
-            whole: began.elapsed(),
-        };
-        if self.json {
-            output::line(format_args!("{:#}", done.json()))?;
-        } else {
-            for line in done.lines() {
-                output::line(format_args!("{line}"))?;
-            }
-        }
-        Ok(Exit::Done)
+        // The new process may have the guest.
+        Err(Failed::Lost(error, last)) => return Ok(lost(&error, &last)),
+    };
+    if record.status() != MigrationStatus::Completed {
+        let reason = record
+            .error()
+            .unwrap_or_else(|| "no reason is known".to_owned());
+        give_up(&mut client, &mut child);
+        output::message(&format!(
+            "upgrade {}: {reason}; the guest goes on in process {old}",
+            record.status()
+        ));
+        return Ok(Exit::Failed);
     }
+    verify(qmp, &child, &before)?;
+    end(client, old)?;
+    let done = Done {
+        record,
+        old,
+        new: child.id(),
+        whole: began.elapsed(),
+    };
+    if json {
+        output::line(format_args!("{:#}", done.json()))?;
+    } else {
+        for line in done.lines() {
+            output::line(format_args!("{line}"))?;
+        }
+    }
+    Ok(Exit::Done)
 }
 
 /// A folder of our own for the sockets that both processes meet at.

@@ -1,0 +1,226 @@
+//! Upgrades a VM of QEMU with its own `cpr-transfer`: a new process with the same command line and two more channels takes the descriptors
+//! of the memory from the old one, then the device state.
+//!
+//! The old process keeps the guest until it says `completed`; whatever goes wrong before, it goes on there and the new process ends.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+
+use super::process::{KeptSockets, VmProcess, wait_for};
+use super::same_process;
+use crate::cli::client::QmpClient;
+use crate::cli::exit::Exit;
+use crate::cli::output;
+use crate::cli::record::Record;
+use crate::cli::size::duration;
+use crate::cli::status::GuestStatus;
+use crate::migration::status::MigrationStatus;
+
+/// How long a process may take to start and to listen.
+const START: Duration = Duration::from_secs(30);
+/// How long handing over may take, before it is cancelled.
+const HAND_OVER: Duration = Duration::from_secs(60);
+/// How long the old process may take to end.
+const QUIT: Duration = Duration::from_secs(30);
+
+/// Upgrades the VM behind `client`; `command` starts its successor.
+pub(super) fn upgrade(
+    mut client: QmpClient,
+    old: &VmProcess,
+    qmp: &Path,
+    command: &[OsString],
+    json: bool,
+) -> anyhow::Result<Exit> {
+    let was: GuestStatus = client.query("query-status")?;
+    let parameters = client.execute("query-migrate-parameters", json!({}))?;
+    let Some(mode) = parameters["mode"].as_str() else {
+        bail!("{} cannot be upgraded in place", client.name());
+    };
+    let dir = tempfile::TempDir::with_prefix("vmferry-upgrade-")?;
+    let channel = |kind: &str| {
+        json!({
+            "channel-type": kind,
+            "addr": { "transport": "socket", "type": "unix", "path": dir.path().join(kind) },
+        })
+    };
+    let channels = [channel("main"), channel("cpr")];
+    let mut command = without_incoming(command);
+    for channel in &channels {
+        command.push("-incoming".into());
+        command.push(channel.to_string().into());
+    }
+    let began = Instant::now();
+    let mut new = Successor(Some(old.start_another(&command)?));
+    wait_for(new.child(), "waited for the VM", START, || {
+        dir.path().join("cpr").exists()
+    })?;
+    client
+        .execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))
+        .context("this QEMU hands nothing over; it takes 10.0 or newer")?;
+    let record = hand_over(&mut client, &channels);
+    if !matches!(&record, Ok(record) if record.status() == MigrationStatus::Completed) {
+        // As it was, for those who migrate it some other day. What went wrong is told by the record.
+        let _ = client.execute("migrate-set-parameters", json!({ "mode": mode }));
+    }
+    let record = record?;
+    match (record.status(), record.error()) {
+        (MigrationStatus::Completed, _) => {}
+        (status, Some(reason)) => bail!("the hand-over {status}: {reason}"),
+        (status, None) => bail!("the hand-over {status}"),
+    }
+    // From here on the guest is the new process's, which must live.
+    let mut child = new.0.take().context("the new process is gone")?;
+    let took = began.elapsed();
+    arrived(qmp, &mut child, was.running).with_context(|| {
+        format!(
+            "the guest has been handed over to process {}; the old one, {}, is left as it is",
+            child.id(),
+            old.number()
+        )
+    })?;
+    let kept = KeptSockets::of(child.id()).context("cannot look where the new process listens")?;
+    // It may hang up before it answers.
+    let _ = client.execute("quit", json!({}));
+    let ended = old.ends(QUIT);
+    kept.restore()
+        .context("the new process runs the guest, but one of its sockets has lost its name")?;
+    if !ended.context("cannot wait for the old process")? {
+        bail!(
+            "the new process runs the guest, but the old one, {}, does not end",
+            old.number()
+        );
+    }
+    show(old, child.id(), took, &record, json)?;
+    Ok(Exit::Done)
+}
+
+fn show(
+    old: &VmProcess,
+    new: u32,
+    took: Duration,
+    record: &Record,
+    as_json: bool,
+) -> anyhow::Result<()> {
+    let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    if as_json {
+        let report = json!({
+            "old-pid": old.number(),
+            "new-pid": new,
+            // As QEMU says it, which is no finer.
+            "blackout-us": record.downtime_ms().map(|ms| ms * 1000),
+            "total-us": took_us,
+            "migration": record.json(),
+        });
+        output::line(format_args!("{report:#}"))?;
+        return Ok(());
+    }
+    output::line(format_args!(
+        "process {new} has taken the guest over from process {} in {}",
+        old.number(),
+        duration(took_us)
+    ))?;
+    if let Some(downtime) = record.downtime_ms() {
+        output::line(format_args!("blackout {}", duration(downtime * 1000)))?;
+    }
+    Ok(())
+}
+
+/// Starts the migration and waits for its end.
+fn hand_over(client: &mut QmpClient, channels: &[Value]) -> anyhow::Result<Record> {
+    client.execute("migrate", json!({ "channels": channels }))?;
+    let deadline = Instant::now() + HAND_OVER;
+    let mut cancelled = false;
+    loop {
+        let record = Record::new(client.execute("query-migrate", json!({}))?);
+        if record.status().is_end() {
+            return Ok(record);
+        }
+        if Instant::now() >= deadline && !cancelled {
+            cancelled = true;
+            client.execute("migrate_cancel", json!({}))?;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Looks whether the new process has the guest, and lets it run if it did before.
+fn arrived(qmp: &Path, child: &mut Child, running: bool) -> anyhow::Result<()> {
+    let pid = child.id();
+    let mut client = None;
+    wait_for(child, "opened its monitor", START, || {
+        client = QmpClient::connect(qmp)
+            .ok()
+            .filter(|client| same_process(client, pid));
+        client.is_some()
+    })?;
+    let mut client = client.context("its monitor is gone")?;
+    let deadline = Instant::now() + START;
+    if !running {
+        return Ok(());
+    }
+    loop {
+        let status: Value = client.query("query-status")?;
+        match status["status"].as_str() {
+            _ if status["running"] == true => return Ok(()),
+            // Its command line says that it waits for an operator, who has let the old one run.
+            Some("paused") => drop(client.execute("cont", json!({}))?),
+            _ if Instant::now() < deadline => {}
+            _ => bail!("the guest does not run there: it is {status}"),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The command without what would have it wait for another guest, or leave us.
+fn without_incoming(command: &[OsString]) -> Vec<OsString> {
+    let mut kept = Vec::new();
+    let mut words = command.iter();
+    while let Some(word) = words.next() {
+        if word == "-incoming" || word == "--incoming" {
+            words.next();
+        } else if word != "-daemonize" && word != "--daemonize" {
+            kept.push(word.clone());
+        }
+    }
+    kept
+}
+
+/// A process that ends if it does not get the guest.
+struct Successor(Option<Child>);
+
+impl Successor {
+    fn child(&mut self) -> &mut Child {
+        self.0.as_mut().expect("taken at the end only")
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It has ended by itself, or ends now.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_successor_waits_for_this_guest_and_no_other() {
+        let old = ["qemu", "-m", "1G", "-incoming", "defer", "-daemonize", "-S"];
+        let old: Vec<OsString> = old.map(OsString::from).to_vec();
+        assert_eq!(without_incoming(&old), ["qemu", "-m", "1G", "-S"]);
+        assert_eq!(
+            without_incoming(&["qemu".into(), "--incoming".into()]),
+            ["qemu"]
+        );
+    }
+}
