@@ -32,4 +32,5 @@ mod kernel; // what the lab promises to everything else here
 mod kvm; // KVM with page tables of the hardware
 mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to
+mod vfio_pci; // PCI devices behind an IOMMU
 mod vhost; // back ends in the kernel: packets, sockets, their log and their owner

@@ -71,12 +71,18 @@ fn states(vm: &Vm) -> Vec<DeviceState> {
     opened(vm).into_iter().map(state).collect()
 }
 
-/// A VM's devices, by copies of its own descriptors: nobody else can open them. In the order of the descriptors.
+/// A VM's devices.
 fn opened(vm: &Vm) -> Vec<OwnedFd> {
-    let pid = Pid::from_raw(vm.pid().try_into().unwrap()).unwrap();
-    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    opened_by(vm.pid())
+}
+
+/// The VFIO devices of a process, by copies of its own descriptors: nobody else can open them. In the order of the descriptors.
+pub(crate) fn opened_by(process: u32) -> Vec<OwnedFd> {
+    let folder = format!("/proc/{process}/fd");
+    let process = Pid::from_raw(process.try_into().unwrap()).unwrap();
+    let process = pidfd_open(process, PidfdFlags::empty()).unwrap();
     let mut opened = BTreeMap::new();
-    for entry in fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap() {
+    for entry in fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
         let link = fs::read_link(entry.path()).unwrap_or_default();
         if link.to_string_lossy() != "anon_inode:[vfio-device]" {
