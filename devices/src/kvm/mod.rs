@@ -25,7 +25,7 @@ pub use clock::{ClockMove, restore_clock, save_clock, tell_paused};
 pub use dirty_log::KvmDirtyLog;
 pub use irqchip::{restore_irqchip, save_irqchip};
 pub use kick::{Kicker, install_kick_handler};
-pub use notifier::KvmNotifier;
+pub use notifier::{KvmNotifier, mask_pics};
 pub use slots::{DirtyLogMode, MemorySlots};
 pub use vcpu::{KvmVcpu, VcpuProfile, vcpu_name};
 

@@ -65,32 +65,34 @@ impl KvmNotifier {
                 .map_err(kernel(NAME, "KVM_SET_PIT2"))?;
         }
         if self.has_irqchip {
-            for (chip, masked) in [
-                (KVM_IRQCHIP_PIC_MASTER, pic_masked as fn(&mut [u8])),
-                (KVM_IRQCHIP_PIC_SLAVE, pic_masked),
-                (KVM_IRQCHIP_IOAPIC, ioapic_masked),
-            ] {
-                self.change_chip(chip, masked)?;
-            }
+            mask_pics(&self.vm)?;
+            change_chip(&self.vm, KVM_IRQCHIP_IOAPIC, ioapic_masked)?;
         }
         Ok(())
     }
+}
 
-    fn change_chip(&self, chip_id: u32, change: fn(&mut [u8])) -> Result<(), DeviceError> {
-        let mut chip = kvm_irqchip {
-            chip_id,
-            ..Default::default()
-        };
-        self.vm
-            .get_irqchip(&mut chip)
-            .map_err(kernel(NAME, "KVM_GET_IRQCHIP"))?;
-        let mut bytes = to_bytes(&chip);
-        change(&mut bytes);
-        let chip: kvm_irqchip = from_bytes(NAME, "irqchip", &bytes)?;
-        self.vm
-            .set_irqchip(&chip)
-            .map_err(kernel(NAME, "KVM_SET_IRQCHIP"))
-    }
+/// Masks every line of both PICs of `vm`, for guests that never look at them: what firmware would do.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn mask_pics(vm: &VmFd) -> Result<(), DeviceError> {
+    change_chip(vm, KVM_IRQCHIP_PIC_MASTER, pic_masked)?;
+    change_chip(vm, KVM_IRQCHIP_PIC_SLAVE, pic_masked)
+}
+
+fn change_chip(vm: &VmFd, chip_id: u32, change: fn(&mut [u8])) -> Result<(), DeviceError> {
+    let mut chip = kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    };
+    vm.get_irqchip(&mut chip)
+        .map_err(kernel(NAME, "KVM_GET_IRQCHIP"))?;
+    let mut bytes = to_bytes(&chip);
+    change(&mut bytes);
+    let chip: kvm_irqchip = from_bytes(NAME, "irqchip", &bytes)?;
+    vm.set_irqchip(&chip)
+        .map_err(kernel(NAME, "KVM_SET_IRQCHIP"))
 }
 
 fn pic_masked(bytes: &mut [u8]) {

@@ -13,6 +13,7 @@ use vmferry_transport::units::Uuid;
 
 use crate::config::{AccelChoice, CprOrigin, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
+use crate::machine::linux::LinuxConfig;
 use crate::machine::notify::NotifyConfig;
 use crate::machine::vfio::{VfioConfig, name_vfio};
 use crate::machine::virtio::{BlkConfig, NetConfig, OutsideConfig};
@@ -36,6 +37,8 @@ pub(super) struct RunArgs {
     machine: MachineArgs,
     #[command(flatten)]
     guest: GuestArgs,
+    #[command(flatten)]
+    linux: LinuxArgs,
     /// Where to make the QMP socket (mode 0600)
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
@@ -132,6 +135,41 @@ pub(super) struct GuestArgs {
     fill: Size,
 }
 
+/// A Linux guest instead of the program.
+#[derive(Args, Clone, Debug)]
+struct LinuxArgs {
+    /// Run a Linux kernel (bzImage or vmlinux) instead of the program; a target is given it too. Needs KVM with hardware for it
+    #[arg(long, value_name = "FILE", conflicts_with = "workload_disk")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk of the kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Command line of the kernel
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "kernel",
+        default_value = "console=ttyS0",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+}
+
+impl LinuxArgs {
+    fn config(self) -> Option<LinuxConfig> {
+        let Self {
+            kernel,
+            initrd,
+            cmdline,
+        } = self;
+        kernel.map(|kernel| LinuxConfig {
+            kernel,
+            initrd,
+            cmdline,
+        })
+    }
+}
+
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(super) enum Accel {
     Auto,
@@ -201,6 +239,7 @@ impl RunArgs {
             workload: self.guest.workload(self.machine.mem),
             serial: self.serial,
             vfio: self.vfio,
+            linux: self.linux.config(),
             workload_disk: self.workload_disk,
             outside,
             incoming: self.incoming.is_some(),

@@ -31,7 +31,8 @@ use vmferry_devices::announce::Announce;
 use vmferry_devices::kvm::saved::VcpuV1;
 use vmferry_devices::kvm::{
     ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmNotifier, KvmVcpu, MemorySlots, VcpuProfile,
-    install_kick_handler, restore_clock, save_clock, tell_paused, vcpu_name,
+    install_kick_handler, restore_clock, restore_irqchip, save_clock, save_irqchip, tell_paused,
+    vcpu_name,
 };
 use vmferry_devices::saved::{decode, encode};
 use vmferry_devices::vfio::VfioSet;
@@ -40,6 +41,7 @@ use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use super::linux::{self, LinuxConfig};
 use super::ram::MachineRam;
 use super::serial::SerialPort;
 use super::vfio::{VfioConfig, VfioDevices};
@@ -138,9 +140,13 @@ impl KvmMachine {
             .collect();
         let slots = MemorySlots::new(vm.clone(), ram.blocks(), &gpas, options.dirty_log)
             .map_err(host("give RAM to KVM"))?;
+        let has_irqchip = config.linux.is_some();
+        if has_irqchip {
+            wires::make_platform(&vm)?;
+        }
         let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
         let profile = match vcpus.first() {
-            Some(first) => VcpuProfile::probe(&kvm, &vm, &first.lock(), false)
+            Some(first) => VcpuProfile::probe(&kvm, &vm, &first.lock(), has_irqchip)
                 .map_err(host("look at a vCPU's state"))?,
             None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
         };
@@ -148,9 +154,13 @@ impl KvmMachine {
         let board = Arc::new(Board {
             control: Control::new(config.vcpus),
             vcpus,
-            serial: Mutex::new(SerialPort::new(state::SERIAL, &config.serial)?),
+            serial: Mutex::new(SerialPort::new(
+                state::SERIAL,
+                &config.serial,
+                wires::serial_line(&vm, has_irqchip)?,
+            )?),
             vfio,
-            bus: wires::connect(Bus::new(backends, &ram)?, &vm)?,
+            bus: wires::connect(Bus::new(backends, &ram)?, &vm, has_irqchip)?,
             events,
             threads: Mutex::new(Vec::new()),
         });
@@ -165,7 +175,10 @@ impl KvmMachine {
             guest_loaded: AtomicBool::new(false),
         };
         if !config.incoming {
-            machine.load_workload(options)?;
+            match &config.linux {
+                Some(linux) => machine.load_linux(linux)?,
+                None => machine.load_workload(options)?,
+            }
         }
         machine.start_threads()?;
         Ok(machine)
@@ -217,6 +230,24 @@ impl KvmMachine {
         }
         self.guest_is(Some(self.config.workload));
         Ok(())
+    }
+
+    fn load_linux(&self, linux: &LinuxConfig) -> Result<(), MachineError> {
+        let MachineConfig {
+            mem_bytes, vcpus, ..
+        } = self.config;
+        let windows = self.board.bus.windows();
+        let entry = linux::load(linux, self.ram.memory(), mem_bytes, vcpus, &windows)?;
+        if let Some(first) = self.board.vcpus.first() {
+            boot::enter_linux(first.lock().fd(), entry).map_err(host("set up a vCPU"))?;
+        }
+        self.guest_is(None);
+        Ok(())
+    }
+
+    /// Whether the VM has interrupt controllers and a timer in the kernel. The workload polls and needs none.
+    fn has_irqchip(&self) -> bool {
+        self.config.linux.is_some()
     }
 
     /// There is a guest now, and this is what it does, if it is the workload.
@@ -280,7 +311,7 @@ impl Machine for KvmMachine {
     }
 
     fn schemas(&self) -> Vec<DeviceSchema> {
-        let mut schemas = state::schemas(self.config.vcpus);
+        let mut schemas = state::schemas(self.config.vcpus, self.has_irqchip());
         schemas.extend(self.board.bus.schemas());
         schemas
     }
@@ -340,6 +371,11 @@ impl Machine for KvmMachine {
         if let Err(source) = self.board.bus.start() {
             return Err(ResumeError { proof, source });
         }
+        self.board
+            .serial
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .raise();
         tracing::debug!("vCPUs are let go");
         self.board.control.run_all().map_err(|why| {
             let source = match self.board.bus.stop() {
@@ -372,6 +408,9 @@ impl Machine for KvmMachine {
                 .unwrap_or_else(PoisonError::into_inner)
                 .save()?,
         );
+        if self.has_irqchip() {
+            sections.push(save_irqchip(&self.vm, state::IRQCHIP, true)?);
+        }
         sections.extend(self.board.bus.save()?);
         Ok(sections)
     }
@@ -401,14 +440,28 @@ impl Machine for KvmMachine {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .restore(serial)?;
+        let virtio = if self.has_irqchip() {
+            let Some((irqchip, virtio)) = virtio.split_first() else {
+                return Err(missing());
+            };
+            // Behind the vCPUs: what waits in it goes to their local APICs.
+            restore_irqchip(&self.vm, irqchip, true)?;
+            virtio
+        } else {
+            virtio
+        };
         self.board.bus.load(virtio)?;
         self.guest_is(workload);
         Ok(())
     }
 
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
-        // It has a clock and no interrupt controllers: the guest polls.
-        Some(Box::new(KvmNotifier::new(self.vm.clone(), false, false)))
+        let has_irqchip = self.has_irqchip();
+        Some(Box::new(KvmNotifier::new(
+            self.vm.clone(),
+            has_irqchip,
+            has_irqchip,
+        )))
     }
 
     fn device_notifiers(&self) -> Vec<Box<dyn Notifier>> {
@@ -424,14 +477,14 @@ impl Machine for KvmMachine {
     }
 
     fn workload_stats(&self) -> Option<WorkloadStats> {
-        if !self.guest_loaded.load(Ordering::SeqCst) {
+        if !self.guest_loaded.load(Ordering::SeqCst) || self.has_irqchip() {
             return None;
         }
         stats::workload_stats(self.ram.memory())
     }
 
     fn reset_workload_gap(&self) {
-        if self.guest_loaded.load(Ordering::SeqCst) {
+        if self.guest_loaded.load(Ordering::SeqCst) && !self.has_irqchip() {
             stats::reset_gap(self.ram.memory());
         }
     }

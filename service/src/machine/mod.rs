@@ -6,6 +6,7 @@
 pub mod disk;
 pub mod failover;
 pub mod kvm;
+pub mod linux;
 pub mod notify;
 pub mod ram;
 pub mod read_back;
@@ -76,6 +77,8 @@ pub struct MachineConfig {
     pub serial: SerialSink,
     /// VFIO devices of the host, all with names of their own.
     pub vfio: Vec<vfio::VfioConfig>,
+    /// A Linux kernel to run instead of the workload. A machine for an incoming one is built alike, and the files are not read.
+    pub linux: Option<linux::LinuxConfig>,
     /// The workload overwrites its first disk, over and over, and checks what it reads back.
     pub workload_disk: bool,
     /// Virtio devices whose back end is outside of this process, all with names of their own.
@@ -173,6 +176,7 @@ pub fn build(
     let soft = match choice {
         AccelChoice::Kvm => false,
         AccelChoice::Soft => true,
+        AccelChoice::Auto if config.linux.is_some() => false,
         AccelChoice::Auto => match kvm_ioctls::Kvm::new() {
             Ok(_) => false,
             Err(error) => {

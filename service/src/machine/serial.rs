@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
@@ -11,6 +12,7 @@ use vm_superio::{Serial, Trigger};
 use vmferry_devices::saved::{SavedState, decode, encode, schema_of};
 use vmferry_devices::{Device, DeviceError};
 use vmferry_transport::wire::{DeviceSchema, Section};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{MachineError, SerialSink};
 
@@ -21,22 +23,37 @@ const QUEUED_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug)]
 pub struct SerialPort {
     name: String,
-    registers: Serial<NoInterrupt, NoEvents, SerialOutput>,
+    registers: Serial<Line, NoEvents, SerialOutput>,
+    line: Line,
     output: SerialOutput,
 }
 
 impl SerialPort {
-    /// A port called `name` whose output goes to `sink`.
+    /// A port called `name` whose output goes to `sink`. `interrupt` is what its interrupt line is tied to; without, the guest polls.
     ///
     /// # Errors
     /// When the sink cannot be opened.
-    pub fn new(name: &str, sink: &SerialSink) -> Result<Self, MachineError> {
+    pub fn new(
+        name: &str,
+        sink: &SerialSink,
+        interrupt: Option<Arc<EventFd>>,
+    ) -> Result<Self, MachineError> {
         let output = SerialOutput::open(sink)?;
+        let line = Line(interrupt);
         Ok(Self {
             name: name.to_owned(),
-            registers: Serial::new(NoInterrupt, output.clone()),
+            registers: Serial::new(line.clone(), output.clone()),
+            line,
             output,
         })
+    }
+
+    /// Raises the interrupt once more than needed, for one that was on its way when the guest was stopped, if the guest wants any.
+    pub fn raise(&self) {
+        if self.registers.state().interrupt_enable != 0 {
+            // Never fails, see there.
+            let _ = self.line.trigger();
+        }
     }
 
     /// The guest reads register `offset` (0 to 7).
@@ -46,7 +63,7 @@ impl SerialPort {
 
     /// The guest writes register `offset` (0 to 7).
     pub fn write(&mut self, offset: u8, value: u8) {
-        // The output never fails and there is no interrupt to fail; a full input queue in loopback mode drops the byte, as a real
+        // Neither output nor interrupt ever fail; a full input queue in loopback mode drops the byte, as a real
         // port does.
         let _ = self.registers.write(offset, value);
     }
@@ -116,11 +133,13 @@ impl Device for SerialPort {
             scratch,
             in_buffer,
         };
-        self.registers = Serial::from_state(&state, NoInterrupt, NoEvents, self.output.clone())
-            .map_err(|error| DeviceError::BadState {
-                device: section.name.clone(),
-                reason: error.to_string(),
-            })?;
+        self.registers =
+            Serial::from_state(&state, self.line.clone(), NoEvents, self.output.clone()).map_err(
+                |error| DeviceError::BadState {
+                    device: section.name.clone(),
+                    reason: error.to_string(),
+                },
+            )?;
         Ok(())
     }
 }
@@ -155,14 +174,18 @@ impl SavedState for SerialV1 {
     const VERSION: u32 = 1;
 }
 
-/// The machine has no interrupt controller: the guest polls.
-#[derive(Clone, Copy, Debug)]
-struct NoInterrupt;
+/// The interrupt line, if the machine has an interrupt controller.
+#[derive(Clone, Debug)]
+struct Line(Option<Arc<EventFd>>);
 
-impl Trigger for NoInterrupt {
+impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> Result<(), io::Error> {
+        if let Some(line) = &self.0 {
+            // It fails only if 2^64 interrupts wait: the port goes on without.
+            let _ = line.write(1);
+        }
         Ok(())
     }
 }
@@ -240,11 +263,11 @@ mod tests {
 
     #[test]
     fn registers_survive_a_round_trip_and_a_long_input_queue_is_refused() {
-        let mut source = SerialPort::new("serial/0", &SerialSink::Null).unwrap();
+        let mut source = SerialPort::new("serial/0", &SerialSink::Null, None).unwrap();
         source.write(7, 0x5a);
         source.write(3, 0x83);
         let section = source.save().unwrap();
-        let mut target = SerialPort::new("serial/0", &SerialSink::Null).unwrap();
+        let mut target = SerialPort::new("serial/0", &SerialSink::Null, None).unwrap();
         target.restore(&section).unwrap();
         assert_eq!((target.read(7), target.read(3)), (0x5a, 0x83));
 

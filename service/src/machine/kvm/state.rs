@@ -1,4 +1,4 @@
-//! Saves and loads the machine as sections: `machine`, `kvm-clock`, `vcpu/N`, `serial/0`.
+//! Saves and loads the machine as sections: `machine`, `kvm-clock`, `vcpu/N`, `serial/0`, and `kvm-irqchip` with a Linux guest.
 
 use serde::{Deserialize, Serialize};
 use vmferry_devices::saved::{SavedState, decode, encode, schema_of};
@@ -11,6 +11,8 @@ use crate::machine::workload::WorkloadConfig;
 pub(super) const MACHINE: &str = "machine";
 /// Name of the clock's section.
 pub(super) const CLOCK: &str = "kvm-clock";
+/// Name of the section of the interrupt controllers, of a machine that has them.
+pub(super) const IRQCHIP: &str = "kvm-irqchip";
 /// Name of the serial port's section.
 pub(super) const SERIAL: &str = "serial/0";
 
@@ -45,7 +47,7 @@ pub struct WorkloadV1 {
 }
 
 /// What a machine with `vcpus` vCPUs saves and loads, in order.
-pub(super) fn schemas(vcpus: u32) -> Vec<DeviceSchema> {
+pub(super) fn schemas(vcpus: u32, has_irqchip: bool) -> Vec<DeviceSchema> {
     let mut schemas = vec![
         schema_of::<MachineV1>(MACHINE),
         schema_of::<kvm::saved::ClockV1>(CLOCK),
@@ -53,6 +55,9 @@ pub(super) fn schemas(vcpus: u32) -> Vec<DeviceSchema> {
     schemas
         .extend((0..vcpus).map(|number| schema_of::<kvm::saved::VcpuV1>(&kvm::vcpu_name(number))));
     schemas.push(schema_of::<crate::machine::serial::SerialV1>(SERIAL));
+    if has_irqchip {
+        schemas.push(schema_of::<kvm::saved::IrqchipV1>(IRQCHIP));
+    }
     schemas
 }
 

@@ -21,6 +21,9 @@ use crate::machine::workload::layout::port;
 
 /// Wakes late by no more than about this, in nanoseconds, so that a rate-limited guest keeps its schedule.
 const TIMER_SLACK_NS: u64 = 1_000;
+/// Port of the keyboard's controller, and the command by which it resets the machine: how Linux does it.
+const RESET_PORT: u16 = 0x64;
+const RESET_CPU: u8 = 0xfe;
 /// What nobody answers reads as.
 const UNASSIGNED: u8 = 0xff;
 
@@ -226,6 +229,7 @@ fn serve(board: &Board, exit: VcpuExit<'_>, number: usize) -> After {
 
 fn write_port(board: &Board, at: u16, data: &[u8]) -> After {
     match (at, data) {
+        (RESET_PORT, [RESET_CPU, ..]) => return After::End(MachineEvent::GuestExit(0)),
         (port::EXIT, [value, ..]) => return After::End(MachineEvent::GuestExit(*value)),
         (port::SLEEP, &[a, b, c, d]) => {
             return After::Sleep(Duration::from_micros(

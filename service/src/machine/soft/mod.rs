@@ -110,6 +110,12 @@ impl SoftMachine {
         backends: Vec<Box<dyn Backend>>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
+        if config.linux.is_some() {
+            return Err(MachineError::Config(
+                "a kernel needs KVM: here the guest's program is our own, on host threads"
+                    .to_owned(),
+            ));
+        }
         config.workload.check(config.mem_bytes, config.vcpus)?;
         let incoming = config.incoming;
         if ram.blocks().pages().to_bytes() != config.mem_bytes {
@@ -133,7 +139,7 @@ impl SoftMachine {
             memory: VcpuMemory::new(&ram)?,
             mem_bytes: config.mem_bytes,
             registers: (0..config.vcpus).map(|_| Mutex::default()).collect(),
-            serial: Mutex::new(SerialPort::new(SERIAL, &config.serial)?),
+            serial: Mutex::new(SerialPort::new(SERIAL, &config.serial, None)?),
             vfio,
             bus,
             events,

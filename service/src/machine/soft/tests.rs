@@ -32,6 +32,7 @@ fn config(vcpus: u32) -> MachineConfig {
         },
         serial: SerialSink::Null,
         vfio: Vec::new(),
+        linux: None,
         workload_disk: false,
         outside: OutsideConfig::default(),
         incoming: false,

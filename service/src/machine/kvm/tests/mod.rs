@@ -37,6 +37,7 @@ fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
         },
         serial: SerialSink::Null,
         vfio: Vec::new(),
+        linux: None,
         workload_disk: false,
         outside: OutsideConfig::default(),
         incoming: false,
