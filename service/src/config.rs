@@ -99,8 +99,10 @@ impl RunConfig {
                 );
             }
         }
-        if self.incoming_cpr.is_some() && !self.machine.vfio.is_empty() {
-            return refuse("VFIO devices cannot be taken over in place yet".to_owned());
+        if self.incoming_cpr.is_some()
+            && let Some(device) = self.machine.stays_behind()
+        {
+            return refuse(format!("{device} cannot be taken over in place yet"));
         }
         Primaries::new(&self.failover_primaries, self.incoming.is_some())?;
         if let Err(error) = Address::unix(&self.qmp) {

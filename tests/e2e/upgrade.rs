@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{says, vmferry};
 use crate::harness::{Accel, Launch, Machine, Vm, program, turn, until};
+use crate::listener::Listener;
 use crate::proc::Holdings;
 use crate::qmp::Qmp;
 
@@ -20,6 +21,7 @@ on_both_accelerators!(
     a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is,
     a_new_process_that_dies_before_the_commit_leaves_the_guest_where_it_is,
     an_old_process_that_dies_before_the_commit_takes_the_new_one_with_it,
+    a_veto_leaves_the_guest_where_it_is_and_nothing_with_an_owner_leaves,
     a_cancelled_upgrade_leaves_the_guest_where_it_is,
     a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places,
 );
@@ -63,6 +65,9 @@ impl At {
         let passes = || {
             let workload = self.ask("x-query-workload");
             assert_eq!(workload["errors"], 0, "{workload}");
+            if let Some(errors) = workload.get("disk-errors") {
+                assert_eq!(errors, 0, "{workload}");
+            }
             workload["passes"].as_u64().unwrap()
         };
         let before = passes();
@@ -95,7 +100,11 @@ fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
     let machine = Machine::small(accel);
     let folder = tempfile::tempdir().unwrap();
     let metrics = folder.path().join("metrics");
-    let launch = Launch::default().with(&["--metrics", &format!("unix:{}", metrics.display())]);
+    let disk = folder.path().join("disk.raw");
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let launch = Launch::default()
+        .with(&["--metrics", &format!("unix:{}", metrics.display())])
+        .with(&["--disk", disk.to_str().unwrap(), "--workload-disk"]);
     let mut vm = machine.start_source(launch);
     vm.warm_up();
     let at = At(vm.qmp_path());
@@ -249,6 +258,34 @@ fn an_old_process_that_dies_before_the_commit_takes_the_new_one_with_it(accel: A
     let (mut vm, mut waiting) = paused_half_way(&Machine::small(accel));
     vm.kill();
     assert_eq!(waiting.wait_exit().code(), Some(1));
+}
+
+fn a_veto_leaves_the_guest_where_it_is_and_nothing_with_an_owner_leaves(accel: Accel) {
+    let listener = Listener::new();
+    let mut vm = Machine::small(accel).start_source(listener.attend(Launch::default()));
+    vm.warm_up();
+    listener.knows(&vm);
+    listener.veto(true);
+    let path = vm.qmp_path();
+    let said = says(&path, &["upgrade"], 1);
+    assert!(said.contains("not now"), "{said}");
+    vm.assert_guest_works();
+    let heard = listener.heard();
+    let events: Vec<_> = heard.iter().map(|one| one.event.as_str()).collect();
+    assert_eq!(
+        events,
+        ["setup", "failed"],
+        "told when the guest was stopped, and once each"
+    );
+    assert!(
+        !heard[1].guest_ran,
+        "FAILED comes before the guest runs again"
+    );
+    listener.veto(false);
+    let at = At(path);
+    let (_new, _) = at.upgrade();
+    at.assert_guest_works();
+    listener.assert_order("after the upgrade");
 }
 
 fn a_cancelled_upgrade_leaves_the_guest_where_it_is(accel: Accel) {

@@ -253,10 +253,10 @@ impl Engine {
         for reason in passthrough::blockers(machine.as_ref()) {
             blockers.add(reason, vec![MigrationMode::Normal])?;
         }
-        if !config.machine.vfio.is_empty() {
+        if let Some(device) = config.machine.stays_behind() {
             let in_place = MigrationMode::ALL.into_iter();
             blockers.add(
-                "VFIO devices cannot stay in place yet".to_owned(),
+                format!("{device} cannot be handed over in place yet"),
                 in_place
                     .filter(|mode| *mode != MigrationMode::Normal)
                     .collect(),

@@ -87,6 +87,21 @@ pub struct MachineConfig {
     pub incoming: bool,
 }
 
+impl MachineConfig {
+    /// What it has that only one process can use, and that is not passed from process to process yet.
+    pub fn stays_behind(&self) -> Option<&'static str> {
+        if !self.vfio.is_empty() {
+            Some("a VFIO device")
+        } else if !self.outside.nets.is_empty() {
+            Some("a tap")
+        } else if !self.outside.blks.is_empty() {
+            Some("the connection to a vhost-user back end")
+        } else {
+            None
+        }
+    }
+}
+
 /// Where the serial port's output goes.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum SerialSink {

@@ -488,7 +488,8 @@ fn soft_and_kvm_machines_refuse_each_others_state() {
         return;
     }
     let config = config(1);
-    let build = |choice| build_machine(&config, None, Vec::new(), choice, Arc::new(|_| ())).unwrap();
+    let build =
+        |choice| build_machine(&config, None, Vec::new(), choice, Arc::new(|_| ())).unwrap();
     let (kvm, soft) = (build(AccelChoice::Kvm), build(AccelChoice::Soft));
     assert_eq!(build(AccelChoice::Auto).accel(), Accel::Kvm);
     assert_eq!((kvm.accel(), soft.accel()), (Accel::Kvm, Accel::Soft));
