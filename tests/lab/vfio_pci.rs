@@ -148,6 +148,7 @@ fn what_a_pci_device_writes_is_in_the_dirty_log() {
             id: "0".to_owned(),
             echo: false,
         }],
+        linux: None,
         workload_disk: false,
         outside: OutsideConfig::default(),
         incoming: false,
