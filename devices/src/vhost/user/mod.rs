@@ -28,6 +28,8 @@
 
 mod inflight;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

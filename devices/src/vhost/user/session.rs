@@ -24,7 +24,11 @@ use crate::vhost::log::LogPages;
 
 /// Longest time for an answer. A back end answers GET_VRING_BASE when what is under way has ended, so this is the longest that a
 /// request of the guest may take while it is stopped.
-pub const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+pub const ANSWER_DEADLINE: Duration = if cfg!(test) {
+    Duration::from_secs(2)
+} else {
+    Duration::from_secs(30)
+};
 
 /// VHOST_USER_SET_LOG_BASE, and the header's flags: version 1, a reply.
 const SET_LOG_BASE: u32 = 6;
