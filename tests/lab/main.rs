@@ -33,4 +33,5 @@ mod kvm; // KVM with page tables of the hardware
 mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to
 mod vfio_pci; // PCI devices behind an IOMMU
+mod union; // every writer is in the united dirty log
 mod vhost; // back ends in the kernel: packets, sockets, their log and their owner

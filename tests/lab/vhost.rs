@@ -26,7 +26,7 @@ use crate::harness::{Accel, Launch, Machine, until};
 use crate::modules::{load, load_for};
 use crate::net::Tap;
 
-const PAGES: u64 = 512;
+pub(crate) const PAGES: u64 = 512;
 const SIZE: u16 = 128;
 /// Requests that each ring may have.
 const SLOTS: u16 = 32;
@@ -37,13 +37,13 @@ const PORT: u16 = 7000;
 
 /// Two rings, to the guest and from it, with a page for each request.
 #[derive(Clone)]
-struct Guest {
-    to: Driver,
-    from: Driver,
+pub(crate) struct Guest {
+    pub(crate) to: Driver,
+    pub(crate) from: Driver,
 }
 
 impl Guest {
-    fn new(memory: &VhostMemory) -> Self {
+    pub(crate) fn new(memory: &VhostMemory) -> Self {
         let mut guest = Self {
             to: Driver::new(memory, 0, SIZE),
             from: Driver::new(memory, 4 * PAGE_SIZE, SIZE),
@@ -61,7 +61,7 @@ impl Guest {
         }
     }
 
-    fn page(slot: u16, from: bool) -> u64 {
+    pub(crate) fn page(slot: u16, from: bool) -> u64 {
         16 + u64::from(slot) + if from { u64::from(SLOTS) } else { 0 }
     }
 
@@ -72,7 +72,7 @@ impl Guest {
     }
 
     /// What has come, if anything has: the slot and the bytes. The page is not offered again.
-    fn take(&mut self) -> Option<(u16, Vec<u8>)> {
+    pub(crate) fn take(&mut self) -> Option<(u16, Vec<u8>)> {
         let (slot, bytes) = self.to.answer()?;
         let mut data = vec![0; bytes as usize];
         let address = GuestAddress(Self::page(slot, false) * PAGE_SIZE);
@@ -98,8 +98,8 @@ impl Guest {
 }
 
 /// A device with its events.
-struct Host {
-    device: Arc<Mutex<VhostDevice>>,
+pub(crate) struct Host {
+    pub(crate) device: Arc<Mutex<VhostDevice>>,
     kicks: [EventFd; 2],
 }
 
@@ -114,12 +114,12 @@ impl Host {
         }
     }
 
-    fn net(vhost: File, tap: &File, memory: &VhostMemory) -> Self {
+    pub(crate) fn net(vhost: File, tap: &File, memory: &VhostMemory) -> Self {
         let tap = tap.try_clone().unwrap();
         Self::new(|queues| VhostDevice::net("net/0", vhost, tap, memory.clone(), queues))
     }
 
-    fn start_anew(&self, guest: &Guest) {
+    pub(crate) fn start_anew(&self, guest: &Guest) {
         let mut device = self.device.lock().unwrap();
         device.set_features(VERSION_1).unwrap();
         device.set_rings(&guest.rings()).unwrap();
@@ -132,21 +132,21 @@ impl Host {
 }
 
 /// A network of the host and the guest, and how the host speaks in it.
-struct Net {
+pub(crate) struct Net {
     tap: Tap,
-    file: File,
+    pub(crate) file: File,
     host: UdpSocket,
     host_mac: [u8; 6],
 }
 
-fn open_vhost(kind: &str) -> File {
+pub(crate) fn open_vhost(kind: &str) -> File {
     let path = format!("/dev/vhost-{kind}");
     load_for(&path, &format!("vhost_{kind}"));
     File::options().read(true).write(true).open(path).unwrap()
 }
 
 impl Net {
-    fn new(number: u8) -> Self {
+    pub(crate) fn new(number: u8) -> Self {
         let tap = Tap::new(&format!("10.98.{number}.1/24"));
         let name = tap.name();
         // Nobody but us shall speak there.
@@ -174,7 +174,7 @@ impl Net {
         }
     }
 
-    fn host_sends(&self, number: u32) {
+    pub(crate) fn host_sends(&self, number: u32) {
         assert_eq!(self.host.send(&number.to_le_bytes()).unwrap(), 4);
     }
 
@@ -214,7 +214,7 @@ impl Net {
 }
 
 /// The number in a packet to the guest, if it is one of ours.
-fn number_in(packet: &[u8]) -> Option<u32> {
+pub(crate) fn number_in(packet: &[u8]) -> Option<u32> {
     let udp = packet.get(HEADER + 34..)?;
     let ours = packet[HEADER + 23] == 17 && udp.get(2..4)? == PORT.to_be_bytes();
     ours.then(|| u32::from_le_bytes(udp[8..12].try_into().unwrap()))

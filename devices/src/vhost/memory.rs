@@ -52,6 +52,11 @@ impl VhostMemory {
         &self.memory
     }
 
+    /// The mappings, in the order of the block list.
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
     /// The table that back ends get.
     ///
     /// # Errors
