@@ -35,3 +35,4 @@ mod vfio_migration; // VFIO devices that migrate, and fail to
 mod vfio_pci; // PCI devices behind an IOMMU
 mod union; // every writer is in the united dirty log
 mod vhost; // back ends in the kernel: packets, sockets, their log and their owner
+mod virtio_net; // the machine's network interface, driven by hand

@@ -32,7 +32,7 @@ const SIZE: u16 = 128;
 const SLOTS: u16 = 32;
 const VERSION_1: u64 = 1 << 32;
 const HEADER: usize = NET_HEADER_BYTES as usize;
-const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
+pub(crate) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
 const PORT: u16 = 7000;
 
 /// Two rings, to the guest and from it, with a page for each request.
@@ -54,7 +54,7 @@ impl Guest {
         guest
     }
 
-    fn moved(&self, memory: &VhostMemory) -> Self {
+    pub(crate) fn moved(&self, memory: &VhostMemory) -> Self {
         Self {
             to: self.to.moved(memory),
             from: self.from.moved(memory),
@@ -66,7 +66,7 @@ impl Guest {
     }
 
     /// Offers a page for what is to come.
-    fn offer(&mut self, slot: u16) {
+    pub(crate) fn offer(&mut self, slot: u16) {
         self.to
             .post(slot, &[(Self::page(slot, false) * PAGE_SIZE, 4096, true)]);
     }
@@ -84,7 +84,7 @@ impl Guest {
         Some((slot, data))
     }
 
-    fn send(&mut self, slot: u16, data: &[u8]) {
+    pub(crate) fn send(&mut self, slot: u16, data: &[u8]) {
         let address = Self::page(slot, true) * PAGE_SIZE;
         let memory = self.from.memory().memory();
         memory.write_slice(data, GuestAddress(address)).unwrap();
@@ -134,7 +134,6 @@ impl Host {
 /// A network of the host and the guest, and how the host speaks in it.
 pub(crate) struct Net {
     tap: Tap,
-    pub(crate) file: File,
     host: UdpSocket,
     host_mac: [u8; 6],
 }
@@ -162,23 +161,30 @@ impl Net {
         for (byte, digits) in host_mac.iter_mut().zip(mac.trim().split(':')) {
             *byte = u8::from_str_radix(digits, 16).unwrap();
         }
-        let file = open_tap(name).unwrap();
         let host = UdpSocket::bind((format!("10.98.{number}.1"), PORT)).unwrap();
         host.connect((format!("10.98.{number}.2"), PORT)).unwrap();
         host.set_nonblocking(true).unwrap();
         Self {
             tap,
-            file,
             host,
             host_mac,
         }
+    }
+
+    /// The tap, for one user at a time.
+    pub(crate) fn open(&self) -> File {
+        open_tap(self.tap.name()).unwrap()
+    }
+
+    pub(crate) fn tap(&self) -> &Tap {
+        &self.tap
     }
 
     pub(crate) fn host_sends(&self, number: u32) {
         assert_eq!(self.host.send(&number.to_le_bytes()).unwrap(), 4);
     }
 
-    fn host_hears(&self) -> Option<u32> {
+    pub(crate) fn host_hears(&self) -> Option<u32> {
         let mut number = [0; 4];
         match self.host.recv(&mut number) {
             Ok(bytes) => {
@@ -191,7 +197,7 @@ impl Net {
     }
 
     /// A packet from the guest, header and all.
-    fn packet(&self, subnet: u8, number: u32) -> Vec<u8> {
+    pub(crate) fn packet(&self, subnet: u8, number: u32) -> Vec<u8> {
         let mut packet = vec![0; HEADER];
         packet.extend_from_slice(&self.host_mac);
         packet.extend_from_slice(&GUEST_MAC);
@@ -223,9 +229,10 @@ pub(crate) fn number_in(packet: &[u8]) -> Option<u32> {
 #[test]
 fn packets_go_on_where_they_were_after_a_move_to_another_owner() {
     let net = Net::new(1);
+    let tap = net.open();
     let (memory, _ram) = ram(PAGES);
     let mut guest = Guest::new(&memory);
-    let mut host = Host::net(open_vhost("net"), &net.file, &memory);
+    let mut host = Host::net(open_vhost("net"), &tap, &memory);
     host.start_anew(&guest);
     let (mut to_guest, mut heard, mut sent) = (0, 0, 0);
     for turn in 0..10 {
@@ -251,7 +258,7 @@ fn packets_go_on_where_they_were_after_a_move_to_another_owner() {
         let (to, _ram) = ram(PAGES);
         copy(guest.to.memory(), &to);
         guest = guest.moved(&to);
-        host = Host::net(open_vhost("net"), &net.file, &to);
+        host = Host::net(open_vhost("net"), &tap, &to);
         {
             let mut device = host.device.lock().unwrap();
             device.restore(&saved).unwrap();
@@ -279,7 +286,6 @@ fn packets_go_on_where_they_were_after_a_move_to_another_owner() {
         });
     }
     assert_eq!((to_guest, sent, net.host_hears()), (150, 100, None));
-    drop(net.tap);
 }
 
 /// What a log reports, by page.
@@ -292,9 +298,10 @@ fn fetch(log: &mut impl DirtyLog, ram: &GuestRam) -> BTreeSet<u64> {
 #[test]
 fn the_log_of_packets_has_the_buffers_and_the_used_rings_and_nothing_else() {
     let net = Net::new(2);
+    let tap = net.open();
     let (memory, ram) = ram(PAGES);
     let mut guest = Guest::new(&memory);
-    let host = Host::net(open_vhost("net"), &net.file, &memory);
+    let host = Host::net(open_vhost("net"), &tap, &memory);
     host.start_anew(&guest);
     let mut log = VhostLog::new(memory, vec![host.device.clone()]);
     log.start().unwrap();
@@ -345,11 +352,12 @@ fn busy(error: &DeviceError) -> bool {
 #[test]
 fn a_back_end_has_one_owner_who_gives_it_away_and_takes_it_back() {
     let net = Net::new(3);
+    let tap = net.open();
     let (memory, _ram) = ram(PAGES);
     let mut guest = Guest::new(&memory);
     let vhost = open_vhost("net");
-    let old = Host::net(vhost.try_clone().unwrap(), &net.file, &memory);
-    let new = Host::net(vhost, &net.file, &memory);
+    let old = Host::net(vhost.try_clone().unwrap(), &tap, &memory);
+    let new = Host::net(vhost, &tap, &memory);
     old.start_anew(&guest);
     let error = new.device.lock().unwrap().own().unwrap_err();
     assert!(busy(&error), "{error:?}");
@@ -401,7 +409,7 @@ fn a_back_end_has_one_owner_who_gives_it_away_and_takes_it_back() {
 }
 
 /// How many packets the host has received over a tap.
-fn received(tap: &Tap) -> u64 {
+pub(crate) fn received(tap: &Tap) -> u64 {
     let path = format!("/sys/class/net/{}/statistics/rx_packets", tap.name());
     std::fs::read_to_string(path)
         .unwrap()
