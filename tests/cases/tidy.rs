@@ -145,7 +145,10 @@ const EDGES: &[(&str, &[&str])] = &[
 
 /// Crates that belong to certain layers, and which of our crates those are.
 const KEPT_TO: &[(&str, &[&str])] = &[
-    ("kvm-ioctls", &["vmferry-devices", "vmferry", "vmferry-tests"]),
+    (
+        "kvm-ioctls",
+        &["vmferry-devices", "vmferry", "vmferry-tests"],
+    ),
     ("kvm-bindings", &["vmferry-devices", "vmferry"]),
     ("vfio-ioctls", &["vmferry-devices", "vmferry"]),
     ("vfio-bindings", &["vmferry-devices", "vmferry"]),

@@ -30,9 +30,9 @@ mod vfio; // what a VFIO device says of itself
 
 mod kernel; // what the lab promises to everything else here
 mod kvm; // KVM with page tables of the hardware
+mod union; // every writer is in the united dirty log
 mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to
 mod vfio_pci; // PCI devices behind an IOMMU
-mod union; // every writer is in the united dirty log
 mod vhost; // back ends in the kernel: packets, sockets, their log and their owner
 mod virtio_net; // the machine's network interface, driven by hand
