@@ -15,12 +15,14 @@ use crate::harness::{Accel, Launch, Machine, Vm, program, turn, until};
 use crate::listener::Listener;
 use crate::proc::Holdings;
 use crate::qmp::Qmp;
+use crate::storage::Daemon;
 
 on_both_accelerators!(
     the_guest_its_sockets_and_its_output_move_to_the_new_process,
     a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is,
     a_new_process_that_dies_before_the_commit_leaves_the_guest_where_it_is,
     an_old_process_that_dies_before_the_commit_takes_the_new_one_with_it,
+    a_disk_of_another_process_keeps_its_connection,
     a_veto_leaves_the_guest_where_it_is_and_nothing_with_an_owner_leaves,
     a_cancelled_upgrade_leaves_the_guest_where_it_is,
     a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places,
@@ -145,6 +147,61 @@ fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
     assert!(!at.0.exists() && !metrics.exists(), "paths are left behind");
 }
 
+/// The sockets that a process has open, by their numbers in the kernel.
+fn sockets(pid: u32) -> Vec<String> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    let mut sockets: Vec<_> = links
+        .map(|link| link.to_string_lossy().into_owned())
+        .filter(|link| link.starts_with("socket:"))
+        .collect();
+    sockets.sort();
+    sockets
+}
+
+fn a_disk_of_another_process_keeps_its_connection(accel: Accel) {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let image = File::create(folder.path().join("image")).unwrap();
+    image.set_len(1 << 20).unwrap();
+    let Some(daemon) = Daemon::start(folder.path(), "daemon") else {
+        return;
+    };
+    let disk = format!("vhost-user:{}", daemon.socket().display());
+    let launch = Launch::default().with(&["--blk", &disk, "--workload-disk"]);
+    let mut vm = Machine::small(accel).start_source(launch);
+    vm.warm_up();
+    let at = At(vm.qmp_path());
+    let blocks = || {
+        let workload = at.ask("x-query-workload");
+        assert_eq!(workload["disk-errors"], 0, "{workload}");
+        workload["disk-blocks-checked"].as_u64().unwrap()
+    };
+    let check_disk = || {
+        let before = blocks();
+        until("the guest has been over its disk", || {
+            (blocks() >= before + 512).then_some(())
+        });
+    };
+    check_disk();
+    let connected = sockets(daemon.pid());
+    says(&at.0, &["upgrade", "--binary", "/bin/false"], 1);
+    check_disk();
+    let mut last = None;
+    for _ in 0..4 {
+        let (next, _) = at.upgrade();
+        check_disk();
+        last = Some(next);
+    }
+    at.assert_guest_works();
+    assert_eq!(
+        sockets(daemon.pid()),
+        connected,
+        "the back end saw another connection"
+    );
+    drop(last);
+}
+
 fn a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is(accel: Accel) {
     let mut vm = Machine::small(accel).source();
     let path = vm.qmp_path();
@@ -169,12 +226,17 @@ struct Waiting {
 
 impl Waiting {
     fn new(vm: &Vm, machine: &Machine) -> Self {
+        Self::with(vm, machine, &[])
+    }
+
+    fn with(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let output = File::create(folder.path().join("log")).unwrap();
         let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
         let child = program()
             .args(["run", "--mem", machine.mem, "--accel", machine.accel.name()])
             .args(SOON)
+            .args(more)
             .args([
                 "--incoming",
                 &address("main"),
@@ -300,8 +362,19 @@ fn a_cancelled_upgrade_leaves_the_guest_where_it_is(accel: Accel) {
 fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: Accel) {
     let _turn = turn();
     let machine = Machine::small(accel);
+    // With a disk whose back end must not be confused by a process that dies while it takes it over.
+    let folder = tempfile::tempdir().unwrap();
+    let image = File::create(folder.path().join("image")).unwrap();
+    image.set_len(1 << 20).unwrap();
+    let mut daemon = Daemon::start(folder.path(), "daemon");
+    let socket = folder.path().join("daemon");
+    let disk = format!("vhost-user:{}", socket.display());
+    let disk = match &daemon {
+        Some(_) => vec!["--blk", &disk, "--workload-disk"],
+        None => Vec::new(),
+    };
     let start = || {
-        let mut vm = machine.start_source(Launch::default().with(&SOON));
+        let mut vm = machine.start_source(Launch::default().with(&SOON).with(&disk));
         vm.warm_up();
         vm.set(json!({"mode": "cpr-transfer"}));
         vm
@@ -309,7 +382,7 @@ fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: 
     let mut vm = start();
     let mut went_on = 0;
     for kill in 0..KILLS {
-        let mut waiting = Waiting::new(&vm, &machine);
+        let mut waiting = Waiting::with(&vm, &machine, &disk);
         vm.qmp.events.clear();
         vm.execute("migrate", json!({"channels": waiting.channels()}));
         // From before the descriptors leave to after the commit.
@@ -339,11 +412,26 @@ fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: 
                 refused.is_err(),
                 "a guest goes on with memory that another process may have used"
             );
+            vm.kill();
+            if daemon.take().is_some() {
+                daemon = Daemon::start(folder.path(), "daemon");
+            }
             vm = start();
             continue;
         }
         went_on += 1;
         vm.assert_guest_works();
+        if daemon.is_some() {
+            let checked = |vm: &mut Vm| {
+                let workload = vm.query("x-query-workload");
+                assert_eq!(workload["disk-errors"], 0, "{workload}");
+                workload["disk-blocks-checked"].as_u64().unwrap()
+            };
+            let before = checked(&mut vm);
+            until("the guest goes on with its disk", || {
+                (checked(&mut vm) > before + 8).then_some(())
+            });
+        }
     }
     assert!(went_on > 0, "every kill came too late");
 }

@@ -11,6 +11,9 @@ use vm_memory::{
 use vmferry_transport::memory::DirtyMap;
 use vmferry_transport::units::{BlockId, PAGE_SIZE, PageCount, PageIndex};
 
+/// Where guest-physical address 0 is in the "user addresses" that back ends in other processes get. Not 0, which some take for "not set".
+const USER_BASE: u64 = 1 << 44;
+
 /// One RAM block's mapping.
 pub type Region = GuestRegionMmap<AtomicBitmap>;
 /// All RAM by guest-physical address.
@@ -57,7 +60,7 @@ impl VhostMemory {
         &self.regions
     }
 
-    /// The table that back ends get.
+    /// The table that the kernel gets, with the addresses that RAM has in this process.
     ///
     /// # Errors
     /// `Unsupported` for RAM that is not backed by a file: a process outside could not map it.
@@ -67,6 +70,19 @@ impl VhostMemory {
                 .map_err(|error| io::Error::new(io::ErrorKind::Unsupported, error))
         };
         self.regions.iter().map(entry).collect()
+    }
+
+    /// The table that back ends in other processes get. Its "user addresses" are names only, by which rings are found again: the same in
+    /// every process that has this RAM, because a back end may outlive its VMM and looks for the rings that it knows.
+    ///
+    /// # Errors
+    /// As [`table`](Self::table).
+    pub(super) fn table_by_name(&self) -> io::Result<Vec<VhostUserMemoryRegionInfo>> {
+        let mut table = self.table()?;
+        for region in &mut table {
+            region.userspace_addr = USER_BASE + region.guest_phys_addr;
+        }
+        Ok(table)
     }
 
     /// Whether `bytes` from `address` on are RAM, in one piece.

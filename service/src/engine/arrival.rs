@@ -124,7 +124,8 @@ impl Engine {
                 };
                 match std::mem::replace(&mut self.guest, Guest::Away) {
                     Guest::Stopped(stopped) => {
-                        incoming.load(&self.jobs, stopped, sections, verify);
+                        let connections = self.house.take_connections();
+                        incoming.load(&self.jobs, stopped, connections, sections, verify);
                     }
                     guest => {
                         self.guest = guest;

@@ -22,6 +22,7 @@ use vmferry_transport::units::MigrationId;
 use super::event::SourceEvent;
 use super::outgoing::chain;
 use super::software;
+use crate::machine::virtio::Connection;
 
 /// Role of RAM in the manifest; its name is the block's.
 pub(super) const RAM: &str = "ram";
@@ -36,11 +37,24 @@ pub(super) const STDOUT: &str = "stdout";
 /// Role of the standard error, where the log goes.
 pub(super) const STDERR: &str = "stderr";
 
+/// Role of the connection to a vhost-user back end; its name is the device's.
+pub(super) const VHOST_USER: &str = "vhost-user";
+
+/// Something that leaves when the guest is stopped.
+#[derive(Debug)]
+struct Heirloom {
+    name: String,
+    role: &'static str,
+    kind: FdKind,
+    value: u64,
+    fd: OwnedFd,
+}
+
 /// What leaves with the guest: duplicates, so that whoever owns the originals goes on using them until the commit.
 #[derive(Debug, Default)]
 pub(super) struct Heirlooms {
     ram: Vec<(String, u64, File)>,
-    rest: Vec<(&'static str, FdKind, OwnedFd)>,
+    rest: Vec<Heirloom>,
 }
 
 impl Heirlooms {
@@ -66,7 +80,24 @@ impl Heirlooms {
 
     /// Something else that belongs to the process.
     pub(super) fn add(&mut self, role: &'static str, kind: FdKind, fd: OwnedFd) {
-        self.rest.push((role, kind, fd));
+        self.rest.push(Heirloom {
+            name: PROCESS.to_owned(),
+            role,
+            kind,
+            value: 0,
+            fd,
+        });
+    }
+
+    /// The connection of a device to its back end.
+    pub(super) fn add_connection(&mut self, connection: Connection) {
+        self.rest.push(Heirloom {
+            name: connection.name,
+            role: VHOST_USER,
+            kind: FdKind::VhostUser,
+            value: connection.features,
+            fd: connection.socket,
+        });
     }
 
     /// A standard stream may be closed, or be something that cannot be written to.
@@ -86,8 +117,9 @@ impl Heirlooms {
         for (block, bytes, file) in &self.ram {
             handout.add_ram(block, *bytes, file)?;
         }
-        for (role, kind, fd) in &self.rest {
-            handout.add((PROCESS, role), *kind, Stage::HandOver, 0, fd)?;
+        for one in &self.rest {
+            let names = (one.name.as_str(), one.role);
+            handout.add(names, one.kind, Stage::HandOver, one.value, &one.fd)?;
         }
         Ok(handout)
     }

@@ -549,6 +549,7 @@ impl Incoming {
         &mut self,
         jobs: &JobThread,
         stopped: StoppedGuest,
+        connections: Vec<(String, OwnedFd)>,
         sections: Vec<Section>,
         verify: bool,
     ) {
@@ -556,7 +557,9 @@ impl Incoming {
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
         jobs.run(move || {
             let proof = stopped.lend();
-            let loaded = load(machine.as_ref(), &proof, &sections, verify);
+            let loaded = machine
+                .take_over(&proof, connections)
+                .and_then(|()| load(machine.as_ref(), &proof, &sections, verify));
             drop(proof);
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::Loaded(stopped, loaded)));

@@ -1,13 +1,12 @@
 //! The target's part in an upgrade in place: takes RAM over before the machine is built, and the rest when the guest of the old process
 //! is stopped.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::socket_acceptconn;
-use vmferry_cpr::manifest::{FdKind, Stage};
+use vmferry_cpr::manifest::{FdEntry, FdKind, Stage};
 use vmferry_cpr::socket::CprSocket;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
@@ -15,14 +14,15 @@ use vmferry_cpr::{memfd, spawn};
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
-use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT};
+use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT, VHOST_USER};
 use super::software;
 use crate::config::CprOrigin;
+use crate::machine::Given;
 
 /// The first stage has arrived: the guest's memory, while the guest runs on it in another process.
 #[derive(Debug)]
 pub(super) struct Legacy {
-    ram: Vec<File>,
+    given: Given,
     id: MigrationId,
     arrived: Arrived,
 }
@@ -34,6 +34,8 @@ pub(super) struct Inherited {
     pub(super) metrics: Option<OwnedFd>,
     pub(super) stdout: Option<OwnedFd>,
     pub(super) stderr: Option<OwnedFd>,
+    /// Connections to back ends, by the names of their devices.
+    pub(super) connections: Vec<(String, OwnedFd)>,
 }
 
 impl Legacy {
@@ -62,17 +64,24 @@ impl Legacy {
             offered.refuse(&text);
             bail!(text);
         }
-        let known = |role: &str| [QMP, METRICS, STDOUT, STDERR].contains(&role);
+        let is_known = |entry: &FdEntry| match entry.kind {
+            FdKind::VhostUser => entry.role == VHOST_USER,
+            _ => {
+                let roles = [QMP, METRICS, STDOUT, STDERR];
+                entry.name == PROCESS && roles.contains(&entry.role.as_str())
+            }
+        };
         let range = offered.manifest().range(Stage::HandOver);
         let rest = &offered.manifest().entries()[range];
-        if let Some(foreign) = rest
-            .iter()
-            .find(|entry| entry.name != PROCESS || !known(&entry.role))
-        {
+        if let Some(foreign) = rest.iter().find(|entry| !is_known(entry)) {
             let text = format!("{:?} {:?} is not known here", foreign.name, foreign.role);
             offered.refuse(&text);
             bail!(text);
         }
+        let connections = offered.manifest().of_kind(FdKind::VhostUser);
+        let connections = connections
+            .map(|entry| (entry.name.clone(), entry.value))
+            .collect();
         let id = offered.id();
         let mut arrived = offered.accept().context("taking guest memory over")?;
         let mut ram = Vec::new();
@@ -86,12 +95,16 @@ impl Legacy {
                 }
             }
         }
-        Ok(Self { ram, id, arrived })
+        Ok(Self {
+            given: Given { ram, connections },
+            id,
+            arrived,
+        })
     }
 
-    /// The files of guest memory, in the order of the blocks. Once.
-    pub(super) fn take_ram(&mut self) -> Vec<File> {
-        std::mem::take(&mut self.ram)
+    /// What the machine is built from. Once.
+    pub(super) fn take_given(&mut self) -> Given {
+        std::mem::take(&mut self.given)
     }
 
     /// Which migration it belongs to.
@@ -136,6 +149,13 @@ fn take_rest(ready: Ready, report: impl Fn(TargetEvent)) -> anyhow::Result<()> {
         if rest.table().peek(PROCESS, role).is_some() {
             *place = Some(rest.claim(PROCESS, role, kind)?);
         }
+    }
+    let table = rest.table();
+    let connections = table.manifest().of_kind(FdKind::VhostUser);
+    let names: Vec<_> = connections.map(|entry| entry.name.clone()).collect();
+    for name in names {
+        let socket = rest.claim(&name, VHOST_USER, FdKind::VhostUser)?;
+        inherited.connections.push((name, socket));
     }
     report(TargetEvent::Inherited(inherited));
     let accounts = rest.taken().context("the hand-over")?.accounts();

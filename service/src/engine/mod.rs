@@ -105,10 +105,10 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
         Some(origin) => Some(Legacy::receive(origin, config.machine.mem_bytes)?),
         None => None,
     };
-    let ram = legacy.as_mut().map(Legacy::take_ram);
+    let given = legacy.as_mut().map(Legacy::take_given);
     let disks = Disks::open(&config.disks).context("cannot open the disks")?;
     let devices = machine::virtio::backends(&disks);
-    let machine = machine::build(&config.machine, ram, devices, config.accel, tell)
+    let machine = machine::build(&config.machine, given, devices, config.accel, tell)
         .context("cannot build the machine")?;
     if config.incoming.is_none() {
         // An incoming guest's disks belong to the source until the guest starts here.

@@ -1,6 +1,7 @@
 //! Moving house: what belongs to the process and not to the machine, when a guest is taken over in place. The sockets of QMP and of the
 //! metrics stay the same sockets at the same paths, so clients that connect meanwhile wait for a moment and are lost by nobody.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use vmferry_cpr::manifest::FdKind;
@@ -45,6 +46,14 @@ impl House {
         }
     }
 
+    /// Connections to back ends, for the machine.
+    pub(super) fn take_connections(&mut self) -> Vec<(String, OwnedFd)> {
+        let inherited = self.inherited.as_mut();
+        inherited.map_or_else(Vec::new, |inherited| {
+            std::mem::take(&mut inherited.connections)
+        })
+    }
+
     pub(super) fn inherit(&mut self, inherited: Inherited) {
         self.inherited = Some(inherited);
     }
@@ -58,6 +67,9 @@ impl Engine {
     pub(super) fn heirlooms(&self) -> Result<Heirlooms, String> {
         let text = |error: std::io::Error| format!("what is to be handed over: {error}");
         let mut heirlooms = Heirlooms::of(self.machine.ram()).map_err(text)?;
+        for connection in self.machine.connections().map_err(text)? {
+            heirlooms.add_connection(connection);
+        }
         if let Some(server) = &self.house.server {
             let listener = server.duplicate_listener().map_err(text)?;
             heirlooms.add(QMP, FdKind::Qmp, listener);

@@ -18,6 +18,7 @@ mod vcpu_thread;
 mod wires;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -45,7 +46,7 @@ use super::linux::{self, LinuxConfig};
 use super::ram::MachineRam;
 use super::serial::SerialPort;
 use super::vfio::{VfioConfig, VfioDevices};
-use super::virtio::{Backend, Bus};
+use super::virtio::{Backend, Bus, Connection};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
@@ -470,6 +471,18 @@ impl Machine for KvmMachine {
 
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {
         self.board.vfio.set()
+    }
+
+    fn connections(&self) -> io::Result<Vec<Connection>> {
+        self.board.bus.connections()
+    }
+
+    fn take_over(
+        &self,
+        _: &VcpusStopped,
+        connections: Vec<(String, OwnedFd)>,
+    ) -> Result<(), DeviceError> {
+        self.board.bus.take_over(connections)
     }
 
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {

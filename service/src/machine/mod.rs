@@ -17,8 +17,10 @@ pub mod vfio;
 pub mod virtio;
 pub mod workload;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use vmferry_devices::announce::Announce;
@@ -87,6 +89,15 @@ pub struct MachineConfig {
     pub incoming: bool,
 }
 
+/// What a machine is built from that comes from another process on this host.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// The files of guest memory, in the order of the blocks.
+    pub ram: Vec<File>,
+    /// Devices whose connections to their back ends come later, and the features that these offer.
+    pub connections: BTreeMap<String, u64>,
+}
+
 impl MachineConfig {
     /// What it has that only one process can use, and that is not passed from process to process yet.
     pub fn stays_behind(&self) -> Option<&'static str> {
@@ -94,8 +105,6 @@ impl MachineConfig {
             Some("a VFIO device")
         } else if !self.outside.nets.is_empty() {
             Some("a tap")
-        } else if !self.outside.blks.is_empty() {
-            Some("the connection to a vhost-user back end")
         } else {
             None
         }
@@ -183,7 +192,7 @@ pub struct ResumeError {
 /// When the configuration makes no machine, or the host lacks what was asked for.
 pub fn build(
     config: &MachineConfig,
-    ram: Option<Vec<File>>,
+    given: Option<Given>,
     mut backends: Vec<Box<dyn Backend>>,
     choice: AccelChoice,
     events: EventSink,
@@ -200,11 +209,14 @@ pub fn build(
             }
         },
     };
-    let ram = match ram {
-        Some(files) => MachineRam::from_files(config.mem_bytes, files)?,
-        None => MachineRam::create(config.mem_bytes)?,
+    let (ram, waiting) = match given {
+        Some(given) => (
+            MachineRam::from_files(config.mem_bytes, given.ram)?,
+            Some(given.connections),
+        ),
+        None => (MachineRam::create(config.mem_bytes)?, None),
     };
-    backends.extend(config.outside.backends(&ram)?);
+    backends.extend(config.outside.backends(&ram, waiting.as_ref())?);
     Ok(if soft {
         let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(
@@ -285,6 +297,22 @@ pub trait Machine: Send + Sync {
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {
         Vec::new()
     }
+
+    /// Connections to back ends that serve one process, for a process that takes the guest over.
+    ///
+    /// # Errors
+    /// One that cannot be passed on.
+    fn connections(&self) -> std::io::Result<Vec<virtio::Connection>>;
+
+    /// Takes such connections over, by the names of their devices; before [`load`](Self::load).
+    ///
+    /// # Errors
+    /// There is no such device, or the connection is of no use to it.
+    fn take_over(
+        &self,
+        stopped: &VcpusStopped,
+        connections: Vec<(String, OwnedFd)>,
+    ) -> Result<(), DeviceError>;
 
     /// What the workload says of itself, read from guest memory; `None` if another guest runs, or none is loaded yet.
     fn workload_stats(&self) -> Option<WorkloadStats>;

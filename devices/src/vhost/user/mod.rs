@@ -306,7 +306,7 @@ impl UserDevice {
     }
 
     fn tell_all(&mut self) -> Result<(), DeviceError> {
-        let table = self.memory.table();
+        let table = self.memory.table_by_name();
         let table = table.map_err(|error| refused(&self.name, "sharing memory", error))?;
         self.ask("setting features and memory", |session| {
             self.tell_features(session)?;
@@ -368,9 +368,9 @@ impl UserDevice {
         session.ask(|frontend| frontend.set_vring_enable(index, true))
     }
 
-    /// The back end knows memory by our addresses, the log by those of the guest.
+    /// The back end knows memory by the names in the table, the log by addresses of the guest.
     fn tell_ring_address(&self, session: &Session, index: usize, ring: &Ring) -> io::Result<()> {
-        let table = self.memory.table()?;
+        let table = self.memory.table_by_name()?;
         let ours = |address: u64| {
             let holds = |region: &&VhostUserMemoryRegionInfo| {
                 address

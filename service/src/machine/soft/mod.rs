@@ -18,6 +18,7 @@ mod vcpu;
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -35,7 +36,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
 use super::vfio::VfioDevices;
-use super::virtio::{Backend, Bus};
+use super::virtio::{Backend, Bus, Connection};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
@@ -324,6 +325,18 @@ impl Machine for SoftMachine {
 
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {
         self.shared.vfio.set()
+    }
+
+    fn connections(&self) -> io::Result<Vec<Connection>> {
+        self.shared.bus.connections()
+    }
+
+    fn take_over(
+        &self,
+        _: &VcpusStopped,
+        connections: Vec<(String, OwnedFd)>,
+    ) -> Result<(), DeviceError> {
+        self.shared.bus.take_over(connections)
     }
 
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {

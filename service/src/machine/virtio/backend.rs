@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -93,6 +94,36 @@ pub trait Backend: fmt::Debug + Send {
 
     /// The network interface, if it is one: what tells the network where the guest is.
     fn announcer(&self) -> Option<Arc<dyn Announce>>;
+
+    /// The connection to a back end that serves one process, if it has one: for a process that takes the guest over in place.
+    ///
+    /// # Errors
+    /// It cannot be passed on.
+    fn connection(&self) -> io::Result<Option<Connection>> {
+        Ok(None)
+    }
+
+    /// Takes over the connection that another process had, whose device stands. Only while stopped, before anything is loaded.
+    ///
+    /// # Errors
+    /// It is of no use.
+    fn take_over(&mut self, _connection: OwnedFd) -> Result<(), DeviceError> {
+        Err(DeviceError::BadState {
+            device: self.name().to_owned(),
+            reason: "it has no use for a connection".to_owned(),
+        })
+    }
+}
+
+/// A connection to a back end that serves one process.
+#[derive(Debug)]
+pub struct Connection {
+    /// Name of the device.
+    pub name: String,
+    /// Features that the back end offers.
+    pub features: u64,
+    /// A copy of the socket.
+    pub socket: OwnedFd,
 }
 
 /// What a back end is given to serve a driver.

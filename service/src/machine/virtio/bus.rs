@@ -1,6 +1,7 @@
 //! All virtio devices of a machine.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmferry_devices::announce::Announce;
@@ -9,6 +10,7 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::backend::Connection;
 use super::blk::{F_READ_ONLY, TYPE_BLOCK};
 use super::transport::Transport;
 use super::{Backend, DEVICES_MAX, GSI_FIRST, Interrupt, WINDOW_BYTES, WINDOWS_GPA};
@@ -231,6 +233,36 @@ impl Bus {
             .iter()
             .map(|device| lock(device).backend().announcer());
         announcers.flatten().collect()
+    }
+
+    /// Connections to back ends that serve one process.
+    ///
+    /// # Errors
+    /// One that cannot be passed on.
+    pub fn connections(&self) -> io::Result<Vec<Connection>> {
+        let connections = self
+            .devices
+            .iter()
+            .map(|device| lock(device).backend().connection());
+        connections.filter_map(Result::transpose).collect()
+    }
+
+    /// Takes such connections over, each for the device of its name. Only while stopped, before anything is loaded.
+    ///
+    /// # Errors
+    /// There is no such device, or the connection is of no use to it.
+    pub fn take_over(&self, connections: Vec<(String, OwnedFd)>) -> Result<(), DeviceError> {
+        for (name, connection) in connections {
+            let device = self
+                .devices
+                .iter()
+                .find(|device| lock(device).backend().name() == name);
+            match device {
+                Some(device) => lock(device).backend_mut().take_over(connection)?,
+                None => return Err(DeviceError::Missing { device: name }),
+            }
+        }
+        Ok(())
     }
 
     /// What of the devices must hear of migrations.

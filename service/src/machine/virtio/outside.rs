@@ -1,5 +1,6 @@
 //! What `--blk` and `--net` say: devices whose back end is outside of this process.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -138,14 +139,31 @@ impl OutsideConfig {
         )
     }
 
-    /// Connects to all back ends; the devices in the order of their windows.
+    /// Connects to all back ends; the devices in the order of their windows. Those named in `waiting`, with what their back ends offer, get
+    /// the connections of another process later, and no other is connected.
     ///
     /// # Errors
     /// The back end that is not there.
-    pub fn backends(&self, ram: &MachineRam) -> Result<Vec<Box<dyn Backend>>, MachineError> {
+    pub fn backends(
+        &self,
+        ram: &MachineRam,
+        waiting: Option<&BTreeMap<String, u64>>,
+    ) -> Result<Vec<Box<dyn Backend>>, MachineError> {
         let mut backends: Vec<Box<dyn Backend>> = Vec::new();
         for blk in &self.blks {
-            backends.push(Box::new(VhostUserBlk::connect(blk, ram)?));
+            let Some(waiting) = waiting else {
+                backends.push(Box::new(VhostUserBlk::connect(blk, ram)?));
+                continue;
+            };
+            let features = waiting.get(&format!("virtio-blk/{}", blk.id));
+            let features = features.ok_or_else(|| {
+                wrong(
+                    "disk",
+                    &blk.id,
+                    "the process that is taken over from does not have it",
+                )
+            })?;
+            backends.push(Box::new(VhostUserBlk::waiting(blk, ram, *features)?));
         }
         for net in &self.nets {
             backends.push(Box::new(VhostNet::open(net, ram)?));

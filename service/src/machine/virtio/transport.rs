@@ -120,6 +120,11 @@ impl Transport {
         &*self.backend
     }
 
+    /// The same, to be changed.
+    pub fn backend_mut(&mut self) -> &mut dyn Backend {
+        &mut *self.backend
+    }
+
     /// The interrupt line.
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -17,7 +18,7 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::backend::{Backend, Interrupt, QueueBase, QueueStart, Start};
+use super::backend::{Backend, Connection, Interrupt, QueueBase, QueueStart, Start};
 use super::blk::TYPE_BLOCK;
 use super::outside::{BlkConfig, host};
 use crate::machine::MachineError;
@@ -40,7 +41,9 @@ type Shared = Arc<Mutex<UserDevice>>;
 #[derive(Debug)]
 pub struct VhostUserBlk {
     name: String,
-    device: Shared,
+    described: BlkConfig,
+    /// Absent until the connection of another process was taken over.
+    device: Option<Shared>,
     memory: VhostMemory,
     features: u64,
     config: Vec<u8>,
@@ -71,11 +74,40 @@ impl VhostUserBlk {
             features: device.offered() & !F_NOT_OFFERED,
             config: device.config(0, CONFIG_BYTES)?,
             own_state: device.has_own_state(),
-            device: Arc::new(Mutex::new(device)),
+            device: Some(Arc::new(Mutex::new(device))),
+            described: config.clone(),
             name,
             memory,
             watcher: None,
         })
+    }
+
+    /// Waits for the connection of another process, whose back end offers `features`.
+    ///
+    /// # Errors
+    /// When memory cannot be shared with it.
+    pub fn waiting(
+        config: &BlkConfig,
+        ram: &MachineRam,
+        features: u64,
+    ) -> Result<Self, MachineError> {
+        let name = format!("virtio-blk/{}", config.id);
+        let failed = |source| host(format!("prepare {name}"), source);
+        Ok(Self {
+            memory: VhostMemory::new(ram.regions().to_vec()).map_err(failed)?,
+            features,
+            config: Vec::new(),
+            own_state: false,
+            device: None,
+            described: config.clone(),
+            name,
+            watcher: None,
+        })
+    }
+
+    fn device(&self) -> io::Result<&Shared> {
+        let missing = || io::Error::other("the connection to its back end has not come");
+        self.device.as_ref().ok_or_else(missing)
     }
 }
 
@@ -176,8 +208,9 @@ impl Backend for VhostUserBlk {
     }
 
     fn start(&mut self, start: Start) -> io::Result<()> {
+        let shared = Arc::clone(self.device()?);
         {
-            let mut device = lock(&self.device);
+            let mut device = lock(&shared);
             if !device.is_alive() {
                 // It went while the guest stood; the next one may be there.
                 device.reconnect(Lost::Refuse).map_err(io::Error::other)?;
@@ -189,12 +222,15 @@ impl Backend for VhostUserBlk {
                 .and_then(|()| device.start());
             started.map_err(io::Error::other)?;
         }
-        self.watcher = Some(Watcher::start(&self.device, start.interrupt)?);
+        self.watcher = Some(Watcher::start(&shared, start.interrupt)?);
         Ok(())
     }
 
     fn stop(&mut self) -> io::Result<Vec<QueueBase>> {
-        let mut device = lock(&self.device);
+        let Some(device) = &self.device else {
+            return Ok(Vec::new());
+        };
+        let mut device = lock(device);
         device.stop().map_err(io::Error::other)?;
         let bases = bases(device.queues());
         drop(device);
@@ -205,24 +241,27 @@ impl Backend for VhostUserBlk {
     fn reset(&mut self) {}
 
     fn schemas(&self) -> Vec<DeviceSchema> {
-        let own_state = self.own_state.then(|| lock(&self.device).schema());
-        own_state.into_iter().collect()
+        let own_state = self.device.iter().filter(|_| self.own_state);
+        own_state.map(|device| lock(device).schema()).collect()
     }
 
     fn save(&mut self) -> Result<Vec<Section>, DeviceError> {
-        let own_state = self.own_state.then(|| lock(&self.device).save());
-        own_state.into_iter().collect()
+        let own_state = self.device.iter().filter(|_| self.own_state);
+        own_state.map(|device| lock(device).save()).collect()
     }
 
     fn load(&mut self, sections: &[&Section]) -> Result<(), DeviceError> {
-        let mut device = lock(&self.device);
+        let Some(device) = &self.device else {
+            return Ok(());
+        };
+        let mut device = lock(device);
         sections
             .iter()
             .try_for_each(|section| device.restore(section))
     }
 
     fn dirty_log(&self) -> io::Result<Option<Box<dyn DirtyLog>>> {
-        let devices = vec![Arc::clone(&self.device) as _];
+        let devices = vec![Arc::clone(self.device()?) as _];
         Ok(Some(Box::new(VhostLog::new(self.memory.clone(), devices))))
     }
 
@@ -232,6 +271,51 @@ impl Backend for VhostUserBlk {
 
     fn announcer(&self) -> Option<Arc<dyn Announce>> {
         None
+    }
+
+    fn connection(&self) -> io::Result<Option<Connection>> {
+        if self.own_state {
+            let text = format!("{}: its back end has state of its own", self.name);
+            return Err(io::Error::other(text));
+        }
+        let device = lock(self.device()?);
+        let gone = || io::Error::other(format!("{}: its back end has gone", self.name));
+        let socket = device.socket().ok_or_else(gone)?.try_clone_to_owned()?;
+        Ok(Some(Connection {
+            name: self.name.clone(),
+            features: self.features,
+            socket,
+        }))
+    }
+
+    fn take_over(&mut self, connection: OwnedFd) -> Result<(), DeviceError> {
+        let refuse = |reason: String| DeviceError::BadState {
+            device: self.name.clone(),
+            reason,
+        };
+        if self.device.is_some() {
+            return Err(refuse("it has a connection already".to_owned()));
+        }
+        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+        // Until the first start.
+        let (Ok(kick), Ok(call)) = (event(), event()) else {
+            return Err(refuse("no event can be made".to_owned()));
+        };
+        let device = UserDevice::over(
+            format!("vhost-user/{}", self.described.id),
+            UnixStream::from(connection),
+            &self.described.socket,
+            self.memory.clone(),
+            vec![Queue::new(kick, call)],
+            Requests::Answered,
+        )?;
+        let offered = device.offered() & !F_NOT_OFFERED;
+        if device.has_own_state() || offered != self.features {
+            return Err(refuse("its back end is not what it was".to_owned()));
+        }
+        self.config = device.config(0, CONFIG_BYTES)?;
+        self.device = Some(Arc::new(Mutex::new(device)));
+        Ok(())
     }
 }
 
