@@ -16,6 +16,7 @@ on_both_accelerators!(
     a_block_changed_behind_its_back_is_found_by_the_guest,
     no_block_is_lost_or_stale_between_two_storage_daemons,
     a_guest_that_stays_keeps_its_disk_of_another_process,
+    a_guest_outlives_the_back_end_of_its_disk_and_still_moves,
 );
 
 /// 256 blocks of the guest's size.
@@ -198,4 +199,40 @@ fn a_guest_that_stays_keeps_its_disk_of_another_process(accel: Accel) {
     vm.move_to(&mut target);
     drop(daemon);
     check_whole_disk(&mut target);
+}
+
+fn a_guest_outlives_the_back_end_of_its_disk_and_still_moves(accel: Accel) {
+    let _turn = turn();
+    let machine = fast(accel);
+    let folder = TempDir::with_prefix("vmferry-disk-").unwrap();
+    image_file(folder.path(), IMAGE_BYTES);
+    let Some(daemon) = Daemon::start(folder.path(), "daemon") else {
+        return;
+    };
+    let mut vm = machine.start_source(served_by(&daemon));
+    vm.warm_up();
+    check_whole_disk(&mut vm);
+    drop(daemon);
+    until("its end is seen", || {
+        vm.said().contains("a back end has gone").then_some(())
+    });
+    vm.assert_guest_works();
+    let _again = Daemon::start(folder.path(), "daemon").unwrap();
+    // Which of the two hangs on whether a request was under way.
+    let goes_on = until("the next one is seen", || {
+        let said = vm.said();
+        let goes_on = said.contains("a back end is there again");
+        (goes_on || said.contains("has to reset it")).then_some(goes_on)
+    });
+    if goes_on {
+        check_whole_disk(&mut vm);
+    }
+    let next = Daemon::start(folder.path(), "next").unwrap();
+    let mut target = machine.start_target("tcp:127.0.0.1:0", served_by(&next));
+    vm.move_to(&mut target);
+    let workload = target.query("x-query-workload");
+    assert_eq!(number(&workload, "disk-errors"), 0, "{workload}");
+    if goes_on {
+        check_whole_disk(&mut target);
+    }
 }

@@ -378,7 +378,7 @@ fn watch(device: &Shared, interrupt: &Interrupt, quit: &OwnedFd) {
             );
         }
         match device.reconnect(Lost::Refuse) {
-            Ok(()) => tracing::info!(device = device.name(), "a back end is there again"),
+            Ok(()) => tracing::warn!(device = device.name(), "a back end is there again"),
             Err(error @ DeviceError::Stuck { .. }) => {
                 let error = &error as &dyn std::error::Error;
                 tracing::error!(error, "the guest's driver has to reset it");
