@@ -10,6 +10,7 @@
 //! - [`handout`], [`takeover`]: both halves with a real socket, step by step
 //! - [`spawn`]: starting the new process with one inherited socket
 //! - [`memfd`]: guest RAM as a sealed memfd, and taking over one that another process made
+//! - [`shared`]: guest RAM in a file with a name, which outlives its VM
 //! - [`error`]: what can go wrong, sorted by who is at fault
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ pub mod handout;
 pub mod manifest;
 pub mod memfd;
 pub mod message;
+pub mod shared;
 #[cfg(test)]
 mod simulation;
 pub mod socket;

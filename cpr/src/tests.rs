@@ -133,6 +133,31 @@ fn a_vm_of_hundreds_of_descriptors_changes_hands_and_they_are_the_same_ones() {
     });
 }
 
+/// The most that a user of QEMU has been seen with, as far as this process may have so many: each counts twice here.
+#[test]
+fn thousands_of_descriptors_change_hands() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let room = limit.current.map_or(1 << 20, |most| most / 2);
+    let kicks = usize::try_from(room)
+        .unwrap()
+        .saturating_sub(500)
+        .min(7_530);
+    let (ours, theirs) = sockets();
+    let vm = Vm::new(kicks);
+    thread::scope(|scope| {
+        let new = scope.spawn(move || {
+            let (_ram, ready) = prepare(theirs).unwrap();
+            take_rest(ready, kicks).unwrap().1.accounts()
+        });
+        vm.offer(ours).unwrap().hand_over().unwrap();
+        let accounts = new.join().unwrap();
+        assert_eq!((accounts.claimed, accounts.closed), (kicks + 2, 0));
+    });
+}
+
 #[test]
 fn a_new_process_that_dies_at_any_step_leaves_everything_with_the_old_one() {
     for step in 0..4 {
