@@ -80,6 +80,13 @@ fn frames() -> Vec<(&'static str, Frame)> {
     let source = [
         ("hello", SourceFrame::Hello(hello(id))),
         (
+            "hello_in_place",
+            SourceFrame::Hello(Hello {
+                data_connections: 0,
+                ..hello(id)
+            }),
+        ),
+        (
             "data_hello",
             SourceFrame::DataHello(DataHello {
                 version: 1,
