@@ -256,7 +256,9 @@ mod tests {
         let mut child = Command::new("sleep").arg("100").spawn().unwrap();
         let process = VmProcess::open(Pid::from_child(&child)).unwrap();
         // It is there a moment later than the process.
-        let command = std::iter::repeat_with(|| process.command()).find_map(Result::ok);
+        let command = std::iter::repeat_with(|| process.command())
+            .take(1_000_000)
+            .find_map(Result::ok);
         assert_eq!(command.unwrap(), ["sleep", "100"]);
         assert!(!process.ends(Duration::ZERO).unwrap());
         child.kill().unwrap();
