@@ -14,13 +14,19 @@ pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Most MSRs accepted from a stream. KVM lists less than 200.
 const MSRS_MAX: usize = 1024;
 
-/// Those of `listed` that `vcpu` lets us read, without the TSC, which has a way of its own. The order of the list is kept, the TSC
+/// Where the guest wants the wall clock, under its old and its new number. Setting it makes KVM write the clock there at once, into memory
+/// that has just been made equal to the source's; nothing else is remembered, and a guest that wants the clock again sets it again.
+const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
+/// Those of `listed` that `vcpu` lets us read, without the TSC, which has a way of its own, and without those that only ask KVM to write
+/// something. The order of the list is kept, the TSC
 /// deadline comes last.
 pub(super) fn readable_msrs(vcpu: &VcpuFd, listed: &[u32]) -> io::Result<Vec<u32>> {
     let mut candidates: Vec<u32> = listed
         .iter()
         .copied()
         .filter(|index| !matches!(*index, IA32_TSC | IA32_TSC_DEADLINE))
+        .filter(|index| !KVM_WALL_CLOCK.contains(index))
         .collect();
     if listed.contains(&IA32_TSC_DEADLINE) {
         candidates.push(IA32_TSC_DEADLINE);

@@ -170,7 +170,15 @@ fn every_field_counts_as_a_difference() {
     }
     let mut moved = saved.clone();
     moved.tsc.value += 1000;
+    // The timer of the local APIC has run out; then, what another vector's bit would be.
+    let lapic = moved.lapic.as_mut().unwrap();
+    let vector = usize::from(lapic[0x320]);
+    lapic[0x390] ^= 1;
+    lapic[0x200 + vector / 32 * 16 + vector % 32 / 8] ^= 1 << (vector % 8);
     assert_eq!(saved.differences(&moved), Vec::<String>::new());
+    let lapic = moved.lapic.as_mut().unwrap();
+    lapic[0x200 + 0x60 + 1] ^= 1;
+    assert_eq!(saved.differences(&moved).len(), 1);
 }
 
 #[test]

@@ -6,8 +6,8 @@
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -23,8 +23,13 @@ use crate::DeviceError;
 /// Offset and length of XSTATE_BV in the XSAVE area: which components are not in their initial state. The CPU may keep or drop the bit
 /// of a component that is.
 const XSTATE_BV: std::ops::Range<usize> = 512..520;
-/// Current count of the local APIC's timer.
-const LAPIC_TIMER_CURRENT: std::ops::Range<usize> = 0x390..0x394;
+/// Current count of the local APIC's timer, and the priority that follows from what waits.
+const LAPIC_MOVING: [std::ops::Range<usize>; 2] = [0x390..0x394, 0xa0..0xa4];
+/// The timer's entry of the local APIC, whose first byte is its vector; and the first 32 of the vectors that wait, 16 bytes for each 32.
+const LAPIC_TIMER: usize = 0x320;
+const LAPIC_WAITING: usize = 0x200;
+/// Stack and entry of SYSENTER. Processors of AMD have 32 bits of them, wherever the rest was seen before.
+const SYSENTER_MSRS: [u32; 2] = [0x175, 0x176];
 /// MSRs that count by themselves: the TSC deadline is cleared when it passes, the Hyper-V ones are clocks.
 const MOVING_MSRS: [u32; 3] = [IA32_TSC_DEADLINE, 0x4000_0010, 0x4000_0020];
 
@@ -355,13 +360,13 @@ impl VcpuV1 {
         bytes("xsave", xsave, &other.xsave, XSTATE_BV);
         bytes(
             "lapic",
-            lapic.as_deref().unwrap_or_default(),
-            other.lapic.as_deref().unwrap_or_default(),
-            LAPIC_TIMER_CURRENT,
+            &steady_lapic(lapic.as_deref()),
+            &steady_lapic(other.lapic.as_deref()),
+            0..0,
         );
         bytes("events", events, &other.events, 0..0);
         bytes("debug_regs", debug_regs, &other.debug_regs, 0..0);
-        found.extend(msr_differences(msrs, &other.msrs));
+        found.extend(msr_differences(msrs, &other.msrs, is_intel(cpuid)));
         if tsc.khz != other.tsc.khz {
             found.push(format!("tsc: {} kHz, then {} kHz", tsc.khz, other.tsc.khz));
         }
@@ -392,7 +397,38 @@ fn first_difference(
     ))
 }
 
-fn msr_differences(ours: &[(u32, u64)], theirs: &[(u32, u64)]) -> Vec<String> {
+/// State of a local APIC without what moves on by itself. Its timer counts, and may have run out since.
+fn steady_lapic(lapic: Option<&[u8]>) -> Vec<u8> {
+    let mut lapic = lapic.unwrap_or_default().to_vec();
+    for range in LAPIC_MOVING {
+        if let Some(bytes) = lapic.get_mut(range) {
+            bytes.fill(0);
+        }
+    }
+    let vector = lapic.get(LAPIC_TIMER).copied().map(usize::from);
+    if let Some(vector) = vector
+        && let Some(byte) = lapic.get_mut(LAPIC_WAITING + vector / 32 * 16 + vector % 32 / 8)
+    {
+        *byte &= !(1 << (vector % 8));
+    }
+    lapic
+}
+
+/// Whether a CPUID, as it is saved, names a processor of Intel: in leaf 0, whose first word of the name is EBX.
+fn is_intel(cpuid: &[u8]) -> bool {
+    let mut entries = cpuid.chunks_exact(size_of::<kvm_cpuid_entry2>());
+    let leaf = entries.find(|entry| entry.starts_with(&[0; 4]));
+    leaf.is_some_and(|entry| entry[16..].starts_with(b"Genu"))
+}
+
+fn msr_differences(ours: &[(u32, u64)], theirs: &[(u32, u64)], intel: bool) -> Vec<String> {
+    let known = |index: u32, value: u64| {
+        if !intel && SYSENTER_MSRS.contains(&index) {
+            value & u64::from(u32::MAX)
+        } else {
+            value
+        }
+    };
     let value_in = |list: &[(u32, u64)], index: u32| {
         list.iter()
             .find(|(other, _)| *other == index)
@@ -402,7 +438,7 @@ fn msr_differences(ours: &[(u32, u64)], theirs: &[(u32, u64)]) -> Vec<String> {
         .iter()
         .filter(|(index, _)| !MOVING_MSRS.contains(index))
         .filter_map(|&(index, value)| match value_in(theirs, index) {
-            Some(other) if other == value => None,
+            Some(other) if known(index, other) == known(index, value) => None,
             Some(other) => Some(format!("MSR {index:#x}: {value:#x}, then {other:#x}")),
             None => Some(format!("MSR {index:#x}: {value:#x}, then missing")),
         })
