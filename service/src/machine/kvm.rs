@@ -19,6 +19,7 @@ mod wires;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -59,6 +60,9 @@ pub use state::{MachineV1, WorkloadV1};
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How often KVM is asked for a VM while something comes in between.
 const CREATE_TRIES: u32 = 100;
+
+/// There where KVM is kvm-pvm, which runs the user mode of guests and emulates the rest.
+const EMULATES_KERNELS: &str = "/sys/module/kvm_pvm";
 
 /// What a caller may choose besides [`MachineConfig`].
 #[derive(Clone, Debug, Default)]
@@ -237,6 +241,11 @@ impl KvmMachine {
         let MachineConfig {
             mem_bytes, vcpus, ..
         } = self.config;
+        if Path::new(EMULATES_KERNELS).exists() {
+            tracing::warn!(
+                "KVM emulates the kernel mode of guests here: Linux will hardly come up"
+            );
+        }
         let windows = self.board.bus.windows();
         let entry = linux::load(linux, self.ram.memory(), mem_bytes, vcpus, &windows)?;
         if let Some(first) = self.board.vcpus.first() {
@@ -246,7 +255,7 @@ impl KvmMachine {
         Ok(())
     }
 
-    /// Whether the VM has interrupt controllers and a timer in the kernel. The workload polls and needs none.
+    /// Whether the VM has interrupt controllers in the kernel. The workload polls and needs none.
     fn has_irqchip(&self) -> bool {
         self.config.linux.is_some()
     }
@@ -410,7 +419,7 @@ impl Machine for KvmMachine {
                 .save()?,
         );
         if self.has_irqchip() {
-            sections.push(save_irqchip(&self.vm, state::IRQCHIP, true)?);
+            sections.push(save_irqchip(&self.vm, state::IRQCHIP, false)?);
         }
         sections.extend(self.board.bus.save()?);
         Ok(sections)
@@ -446,7 +455,7 @@ impl Machine for KvmMachine {
                 return Err(missing());
             };
             // Behind the vCPUs: what waits in it goes to their local APICs.
-            restore_irqchip(&self.vm, irqchip, true)?;
+            restore_irqchip(&self.vm, irqchip, false)?;
             virtio
         } else {
             virtio
@@ -461,7 +470,7 @@ impl Machine for KvmMachine {
         Some(Box::new(KvmNotifier::new(
             self.vm.clone(),
             has_irqchip,
-            has_irqchip,
+            false,
         )))
     }
 

@@ -209,7 +209,10 @@ fn serve(board: &Board, exit: VcpuExit<'_>, number: usize) -> After {
         // Nothing can wake it: there are no interrupts. It stays until somebody pauses the machine.
         VcpuExit::Hlt => return After::Sleep(Duration::from_secs(3600)),
         VcpuExit::Shutdown => return After::End(failed(number, "triple fault")),
-        VcpuExit::InternalError => return After::End(failed(number, "KVM internal error")),
+        VcpuExit::InternalError => {
+            let what = "KVM internal error, such as an instruction that it cannot emulate";
+            return After::End(failed(number, what));
+        }
         VcpuExit::FailEntry(reason, cpu) => {
             return After::End(failed(
                 number,

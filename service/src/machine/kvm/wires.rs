@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmferry_devices::kvm::mask_pics;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -17,7 +16,8 @@ use crate::machine::virtio::{Bus, QUEUE_NOTIFY};
 const TSS_GPA: usize = 0xfffb_d000;
 const IDENTITY_MAP_GPA: u64 = 0xfffb_c000;
 
-/// Gives `vm` interrupt controllers and a timer. To be called before it has vCPUs.
+/// Gives `vm` interrupt controllers. To be called before it has vCPUs. A kernel on hardware without legacy, as the ACPI tables tell it,
+/// takes its time from the clock of KVM and from the local APICs: there is no PIT.
 pub(super) fn make_platform(vm: &VmFd) -> Result<(), MachineError> {
     vm.set_identity_map_address(IDENTITY_MAP_GPA)
         .map_err(host("KVM_SET_IDENTITY_MAP_ADDR"))?;
@@ -26,11 +26,7 @@ pub(super) fn make_platform(vm: &VmFd) -> Result<(), MachineError> {
     vm.create_irq_chip().map_err(host("KVM_CREATE_IRQCHIP"))?;
     // The guest's firmware would have, and the guest believes in none.
     mask_pics(vm)?;
-    let pit = kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    };
-    vm.create_pit2(pit).map_err(host("KVM_CREATE_PIT2"))
+    Ok(())
 }
 
 /// Ties the kicks of all devices of `bus` to `vm`, and their interrupts if it has interrupt controllers.

@@ -10,7 +10,7 @@
 //! ...          initial RAM disk, at the end of low RAM
 //! ```
 //!
-//! The kernel finds its devices by the tables; its console is the first serial port. Interrupt controllers and a timer are in KVM. There
+//! The kernel finds its devices by the tables; its console is the first serial port. Interrupt controllers are in KVM. There
 //! is no PCI. A kernel that resets the machine ends the guest.
 //!
 //! Linux runs in kernel mode, which a KVM without hardware for it (kvm-pvm) emulates an instruction at a time, if at all.

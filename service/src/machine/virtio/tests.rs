@@ -1,4 +1,4 @@
-//! Transport, worker and disk with a driver of our own, without a guest.
+//! Transport, worker and disk with a driver of our own, without a guest. Whatever that driver does must be survived (I5).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
