@@ -115,6 +115,15 @@ fn lock(device: &Shared) -> MutexGuard<'_, UserDevice> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn set_up(device: &mut UserDevice, start: &Start) -> io::Result<()> {
+    device.set_events(events(&start.queues, &start.interrupt, 1)?);
+    let started = device
+        .set_features(start.features)
+        .and_then(|()| device.set_rings(&rings(&start.queues, 1)))
+        .and_then(|()| device.start());
+    started.map_err(io::Error::other)
+}
+
 /// One entry per queue of a device that has `count` of them.
 pub(super) fn rings(queues: &[QueueStart], count: usize) -> Vec<Option<Ring>> {
     let ring = |index: usize| {
@@ -215,12 +224,14 @@ impl Backend for VhostUserBlk {
                 // It went while the guest stood; the next one may be there.
                 device.reconnect(Lost::Refuse).map_err(io::Error::other)?;
             }
-            device.set_events(events(&start.queues, &start.interrupt, 1)?);
-            let started = device
-                .set_features(start.features)
-                .and_then(|()| device.set_rings(&rings(&start.queues, 1)))
-                .and_then(|()| device.start());
-            started.map_err(io::Error::other)?;
+            if let Err(error) = set_up(&mut device, &start) {
+                // A process that was to take the connection over may have died in the middle of a word. A new connection begins afresh,
+                // and nothing is under way: the device stands.
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, device = device.name(), "connecting again");
+                device.reconnect(Lost::Refuse).map_err(io::Error::other)?;
+                set_up(&mut device, &start)?;
+            }
         }
         self.watcher = Some(Watcher::start(&shared, start.interrupt)?);
         Ok(())
