@@ -179,7 +179,7 @@ impl KeptSockets {
 }
 
 /// Where process `pid` listens.
-fn listening(pid: u32) -> io::Result<Vec<PathBuf>> {
+pub(super) fn listening(pid: u32) -> io::Result<Vec<PathBuf>> {
     let mut inodes = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         // Descriptors come and go while we look.

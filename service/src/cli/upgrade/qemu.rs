@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-use super::process::{KeptSockets, VmProcess, wait_for};
+use super::process::{KeptSockets, VmProcess, listening, wait_for};
 use super::same_process;
 use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
@@ -56,8 +56,10 @@ pub(super) fn upgrade(
     }
     let began = Instant::now();
     let mut new = Successor(Some(old.start_another(&command)?));
+    let (pid, cpr) = (new.child().id(), dir.path().join("cpr"));
+    // The path is there a moment before anybody listens, and who only tries to connect is taken for the old process.
     wait_for(new.child(), "waited for the VM", START, || {
-        dir.path().join("cpr").exists()
+        listening(pid).is_ok_and(|paths| paths.contains(&cpr))
     })?;
     client
         .execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))
