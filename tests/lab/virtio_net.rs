@@ -40,7 +40,7 @@ impl Side {
         };
         outside.name().unwrap();
         let ram = MachineRam::create(MEM).unwrap();
-        let bus = Bus::new(outside.backends(&ram).unwrap(), &ram).unwrap();
+        let bus = Bus::new(outside.backends(&ram, None).unwrap(), &ram).unwrap();
         Self {
             memory: VhostMemory::new(ram.regions().to_vec()).unwrap(),
             ram,
