@@ -29,8 +29,8 @@ mod net; // several hosts in one kernel
 mod vfio; // what a VFIO device says of itself
 
 mod kernel; // what the lab promises to everything else here
-mod linux; // Linux guests that are moved
 mod kvm; // KVM with page tables of the hardware
+mod linux; // Linux guests that are moved
 mod union; // every writer is in the united dirty log
 mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to
