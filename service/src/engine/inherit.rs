@@ -1,8 +1,11 @@
 //! The target's part in an upgrade in place: takes RAM over before the machine is built, and the rest when the guest of the old process
 //! is stopped.
 
+use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::socket_acceptconn;
@@ -178,12 +181,49 @@ fn connect(origin: &CprOrigin) -> anyhow::Result<OwnedFd> {
             }
         }
         CprOrigin::Listen(path) => {
-            let listener = UnixListener::bind(path)
-                .with_context(|| format!("cannot listen on {}", path.display()))?;
+            let listener =
+                listen(path).with_context(|| format!("cannot listen on {}", path.display()))?;
             let accepted = accept(&listener);
             // Nobody else is to come.
-            let _ = std::fs::remove_file(path);
+            let _ = fs::remove_file(path);
             accepted
         }
+    }
+}
+
+/// The path comes into being when somebody listens at it, and not a moment before: whoever waits for it connects at once.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let mut early = path.as_os_str().to_owned();
+    early.push("~");
+    let listener = UnixListener::bind(&early)?;
+    // Unlike a rename this never takes a path away from somebody else.
+    let linked = fs::hard_link(&early, path);
+    fs::remove_file(&early)?;
+    linked.map(|()| listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_sees_the_path_can_connect_and_nobody_loses_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cpr");
+        let connected = std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                let looks = std::iter::repeat_with(|| path.exists()).take(10_000_000);
+                assert!(looks.into_iter().any(|there| there));
+                UnixStream::connect(&path)
+            });
+            let listener = listen(&path).unwrap();
+            let connected = client.join().unwrap();
+            assert!(listen(&path).is_err(), "it is somebody else's");
+            drop(listener);
+            connected
+        });
+        connected.unwrap();
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 }
