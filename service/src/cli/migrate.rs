@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 use vmferry_transport::control::{Address, AddressError};
 
-use super::client::{ClientError, QmpClient};
+use super::client::QmpClient;
 use super::exit::Exit;
 use super::follow::{OnInterrupt, Options, Outcome, Show, follow, summary};
 use super::record::Record;
@@ -117,7 +117,7 @@ pub(super) fn conclude(record: &Record, client: &mut QmpClient) -> anyhow::Resul
 }
 
 /// Says that the VM cannot be asked any more, and what that means.
-pub(super) fn lost(error: &ClientError, last: &Record) -> Exit {
+pub(super) fn lost(error: &dyn std::error::Error, last: &Record) -> Exit {
     output::message(&format!(
         "lost sight of the migration, which was in `{}`: {}",
         last.status_name(),

@@ -12,9 +12,10 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use super::process::{KeptSockets, VmProcess, listening, wait_for};
-use super::same_process;
+use super::{Failed, channels, hand_over, same_process};
 use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
+use crate::cli::migrate::lost;
 use crate::cli::output;
 use crate::cli::record::Record;
 use crate::cli::size::duration;
@@ -23,8 +24,6 @@ use crate::migration::status::MigrationStatus;
 
 /// How long a process may take to start and to listen.
 const START: Duration = Duration::from_secs(30);
-/// How long handing over may take, before it is cancelled.
-const HAND_OVER: Duration = Duration::from_secs(60);
 /// How long the old process may take to end.
 const QUIT: Duration = Duration::from_secs(30);
 
@@ -42,13 +41,7 @@ pub(super) fn upgrade(
         bail!("{} cannot be upgraded in place", client.name());
     };
     let dir = tempfile::TempDir::with_prefix("vmferry-upgrade-")?;
-    let channel = |kind: &str| {
-        json!({
-            "channel-type": kind,
-            "addr": { "transport": "socket", "type": "unix", "path": dir.path().join(kind) },
-        })
-    };
-    let channels = [channel("main"), channel("cpr")];
+    let channels = channels(dir.path());
     let mut command = without_incoming(command);
     for channel in &channels {
         command.push("-incoming".into());
@@ -64,12 +57,28 @@ pub(super) fn upgrade(
     client
         .execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))
         .context("this QEMU hands nothing over; it takes 10.0 or newer")?;
-    let record = hand_over(&mut client, &channels);
-    if !matches!(&record, Ok(record) if record.status() == MigrationStatus::Completed) {
-        // As it was, for those who migrate it some other day. What went wrong is told by the record.
+    // As it was, for those who migrate it some other day.
+    let go_back = |client: &mut QmpClient| {
+        // What went wrong is told anyway.
         let _ = client.execute("migrate-set-parameters", json!({ "mode": mode }));
+    };
+    let record = match hand_over(&mut client, &channels) {
+        Ok(record) => record,
+        Err(Failed::Refused(error)) => {
+            go_back(&mut client);
+            return Err(error.into());
+        }
+        Err(Failed::Lost(error, last)) => {
+            // The new process may have the guest: it must live, and whoever finds out decides.
+            new.0 = None;
+            // Where the old process asks for the outcome.
+            let _ = dir.keep();
+            return Ok(lost(error.as_ref(), &last));
+        }
+    };
+    if record.status() != MigrationStatus::Completed {
+        go_back(&mut client);
     }
-    let record = record?;
     match (record.status(), record.error()) {
         (MigrationStatus::Completed, _) => {}
         (status, Some(reason)) => bail!("the hand-over {status}: {reason}"),
@@ -130,24 +139,6 @@ fn show(
         output::line(format_args!("blackout {}", duration(downtime * 1000)))?;
     }
     Ok(())
-}
-
-/// Starts the migration and waits for its end.
-fn hand_over(client: &mut QmpClient, channels: &[Value]) -> anyhow::Result<Record> {
-    client.execute("migrate", json!({ "channels": channels }))?;
-    let deadline = Instant::now() + HAND_OVER;
-    let mut cancelled = false;
-    loop {
-        let record = Record::new(client.execute("query-migrate", json!({}))?);
-        if record.status().is_end() {
-            return Ok(record);
-        }
-        if Instant::now() >= deadline && !cancelled {
-            cancelled = true;
-            client.execute("migrate_cancel", json!({}))?;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// Looks whether the new process has the guest, and lets it run if it did before.

@@ -7,7 +7,6 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,8 +18,10 @@ use anyhow::{Context, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
-use crate::cli::client::{ClientError, QmpClient};
+use super::{Failed, channels, hand_over};
+use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
 use crate::cli::migrate::lost;
 use crate::cli::output;
@@ -64,16 +65,25 @@ pub(super) fn upgrade(
         Some(program) => program,
         None => std::env::current_exe().context("cannot find the program that is running")?,
     };
-    let place = Place::new()?;
+    // Where both processes meet; nobody else may enter.
+    let place = TempDir::with_prefix("vmferry-upgrade-")?;
     let mut child = start(&program, old, &place)?;
-    let record = match hand_over(&mut client, &place) {
+    let mode = json!({"mode": "cpr-transfer"});
+    let asked = client.execute("migrate-set-parameters", mode);
+    let handed = asked
+        .map_err(Failed::Refused)
+        .and_then(|_| hand_over(&mut client, &channels(place.path())));
+    let record = match handed {
         Ok(record) => record,
         Err(Failed::Refused(error)) => {
             give_up(&mut client, &mut child);
-            return Err(error);
+            return Err(error.into());
         }
-        // The new process may have the guest.
-        Err(Failed::Lost(error, last)) => return Ok(lost(&error, &last)),
+        Err(Failed::Lost(error, last)) => {
+            // Where the old process asks for the outcome.
+            let _ = place.keep();
+            return Ok(lost(error.as_ref(), &last));
+        }
     };
     if record.status() != MigrationStatus::Completed {
         let reason = record
@@ -104,42 +114,8 @@ pub(super) fn upgrade(
     Ok(Exit::Done)
 }
 
-/// A folder of our own for the sockets that both processes meet at.
-#[derive(Debug)]
-struct Place(PathBuf);
-
-impl Place {
-    fn new() -> anyhow::Result<Self> {
-        let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .context("no random name")?;
-        let name = format!("vmferry-{:016x}", u64::from_ne_bytes(random));
-        let path = std::env::temp_dir().join(name);
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(Self(path))
-    }
-
-    fn main(&self) -> PathBuf {
-        self.0.join("main")
-    }
-
-    fn cpr(&self) -> PathBuf {
-        self.0.join("cpr")
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Nobody meets there any more.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Starts the new process as the old one was started, with a socket that the old one will find it at.
-fn start(program: &Path, old: Pid, place: &Place) -> anyhow::Result<Child> {
+fn start(program: &Path, old: Pid, place: &TempDir) -> anyhow::Result<Child> {
     let proc = PathBuf::from(format!("/proc/{old}"));
     let read = |name: &str| {
         fs::read(proc.join(name))
@@ -150,9 +126,10 @@ fn start(program: &Path, old: Pid, place: &Place) -> anyhow::Result<Child> {
         words.iter().any(|word| word == "run"),
         "process {old} was not started with `vmferry run`"
     );
-    let listener = UnixListener::bind(place.cpr()).context("cannot listen for the old process")?;
+    let listener = UnixListener::bind(place.path().join("cpr"))
+        .context("cannot listen for the old process")?;
     let mut incoming = OsString::from("unix:");
-    incoming.push(place.main());
+    incoming.push(place.path().join("main"));
     let mut command = Command::new(program);
     command
         .args(words)
@@ -209,40 +186,6 @@ fn split(bytes: &[u8]) -> impl Iterator<Item = OsString> {
     bytes
         .split(|byte| *byte == 0)
         .map(|word| OsStr::from_bytes(word).to_owned())
-}
-
-/// Why there is no final record.
-enum Failed {
-    /// Nothing has begun.
-    Refused(anyhow::Error),
-    /// The VM stopped answering in the middle.
-    Lost(ClientError, Record),
-}
-
-fn hand_over(client: &mut QmpClient, place: &Place) -> Result<Record, Failed> {
-    let refused = |error: ClientError| Failed::Refused(error.into());
-    let channel = |kind: &str, path: PathBuf| {
-        let addr = json!({"transport": "socket", "type": "unix", "path": path});
-        json!({"channel-type": kind, "addr": addr})
-    };
-    let channels = [channel("main", place.main()), channel("cpr", place.cpr())];
-    client
-        .execute("migrate-set-parameters", json!({"mode": "cpr-transfer"}))
-        .map_err(refused)?;
-    client
-        .execute("migrate", json!({"channels": channels}))
-        .map_err(refused)?;
-    let mut last = Record::new(Value::Null);
-    loop {
-        match client.execute("query-migrate", json!({})) {
-            Ok(answer) => last = Record::new(answer),
-            Err(error) => return Err(Failed::Lost(error, last)),
-        }
-        if last.status().is_end() {
-            return Ok(last);
-        }
-        thread::sleep(LOOK_EVERY);
-    }
 }
 
 /// The guest stays in the old process: the new one ends, and the next migration is an ordinary one again.
