@@ -16,7 +16,7 @@ use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
-use super::{Ending, Engine, passthrough, software};
+use super::{Ending, Engine, software};
 use crate::machine::ResumeError;
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
@@ -39,8 +39,8 @@ impl Engine {
         self.listened += 1;
         let config = TargetConfig {
             blocks: self.block_infos(),
-            devices: passthrough::schemas(self.machine.as_ref()),
-            streamed: passthrough::streamed(self.machine.as_ref()),
+            devices: self.schemas.clone(),
+            streamed: self.streamed.clone(),
             software: software(),
             uuid: self.uuid,
             in_place,

@@ -16,7 +16,7 @@ use super::hand_over::HandOver;
 use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
-use super::{Engine, Reply, passthrough, software};
+use super::{Engine, Reply, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
 use crate::migration::params::MigrationMode;
@@ -156,7 +156,7 @@ impl Engine {
                 verify: self.parameters.x_verify,
                 software: software(),
                 blocks: self.block_infos(),
-                devices: passthrough::schemas(self.machine.as_ref()),
+                devices: self.schemas.clone(),
                 guest_runs: matches!(self.guest, Guest::Running),
                 uuid: self.uuid.filter(|_| self.capabilities.validate_uuid),
                 switchover_ack: self.capabilities.switchover_ack,

@@ -75,6 +75,7 @@ use inherit::Legacy;
 use jobs::JobThread;
 use outgoing::Outgoing;
 use settle::House;
+use vmferry_transport::wire::DeviceSchema;
 
 /// How often the data threads' progress is looked at while a migration runs.
 const TICK: Duration = Duration::from_millis(100);
@@ -192,6 +193,9 @@ struct Ending {
 struct Engine {
     name: Option<String>,
     machine: Arc<dyn Machine>,
+    /// What the hello lists, and the names of those that have a stream. Asked once: a device that is busy must not hold up the loop.
+    schemas: Vec<DeviceSchema>,
+    streamed: Vec<String>,
     disks: Arc<Disks>,
     guest: Guest,
     runstate: RunState,
@@ -264,6 +268,8 @@ impl Engine {
         }
         Ok(Self {
             name: config.name.clone(),
+            schemas: passthrough::schemas(machine.as_ref()),
+            streamed: passthrough::streamed(machine.as_ref()),
             machine,
             disks,
             guest: Guest::Stopped(StoppedGuest::new(proof)),

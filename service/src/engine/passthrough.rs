@@ -1,5 +1,5 @@
-//! The VFIO devices' part in running, stopping and moving the guest. Everything here blocks, and is called on the job thread only, so that
-//! nobody ever waits for the lock.
+//! The VFIO devices' part in running, stopping and moving the guest. Everything here may block. What a device is asked once is asked before
+//! the engine's loop begins, all else on the job thread, so that the loop never waits for the lock.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -72,6 +72,9 @@ impl<P: fmt::Debug> Source<P> {
                     "accept all data connections",
                 )
             }
+            State::LastRound { sent: false, .. } if self.config.data_connections == 0 => {
+                (self.config.deadlines.stall_us, "take the descriptors")
+            }
             State::Sending { .. } | State::LastRound { sent: false, .. } => {
                 (self.config.deadlines.stall_us, "take any page")
             }
