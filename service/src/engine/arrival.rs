@@ -124,8 +124,8 @@ impl Engine {
                 };
                 match std::mem::replace(&mut self.guest, Guest::Away) {
                     Guest::Stopped(stopped) => {
-                        let connections = self.house.take_connections();
-                        incoming.load(&self.jobs, stopped, connections, sections, verify);
+                        let fds = self.house.take_devices();
+                        incoming.load(&self.jobs, stopped, fds, sections, verify);
                     }
                     guest => {
                         self.guest = guest;

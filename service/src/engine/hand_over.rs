@@ -22,7 +22,7 @@ use vmferry_transport::units::MigrationId;
 use super::event::SourceEvent;
 use super::outgoing::chain;
 use super::software;
-use crate::machine::virtio::Connection;
+use crate::machine::heirloom::DeviceFd;
 
 /// Role of RAM in the manifest; its name is the block's.
 pub(super) const RAM: &str = "ram";
@@ -37,14 +37,11 @@ pub(super) const STDOUT: &str = "stdout";
 /// Role of the standard error, where the log goes.
 pub(super) const STDERR: &str = "stderr";
 
-/// Role of the connection to a vhost-user back end; its name is the device's.
-pub(super) const VHOST_USER: &str = "vhost-user";
-
 /// Something that leaves when the guest is stopped.
 #[derive(Debug)]
 struct Heirloom {
     name: String,
-    role: &'static str,
+    role: String,
     kind: FdKind,
     value: u64,
     fd: OwnedFd,
@@ -82,21 +79,21 @@ impl Heirlooms {
     pub(super) fn add(&mut self, role: &'static str, kind: FdKind, fd: OwnedFd) {
         self.rest.push(Heirloom {
             name: PROCESS.to_owned(),
-            role,
+            role: role.to_owned(),
             kind,
             value: 0,
             fd,
         });
     }
 
-    /// The connection of a device to its back end.
-    pub(super) fn add_connection(&mut self, connection: Connection) {
+    /// Something of a device.
+    pub(super) fn add_of_device(&mut self, fd: DeviceFd) {
         self.rest.push(Heirloom {
-            name: connection.name,
-            role: VHOST_USER,
-            kind: FdKind::VhostUser,
-            value: connection.features,
-            fd: connection.socket,
+            name: fd.device,
+            role: fd.role,
+            kind: fd.kind,
+            value: fd.value,
+            fd: fd.fd,
         });
     }
 
@@ -118,7 +115,7 @@ impl Heirlooms {
             handout.add_ram(block, *bytes, file)?;
         }
         for one in &self.rest {
-            let names = (one.name.as_str(), one.role);
+            let names = (one.name.as_str(), one.role.as_str());
             handout.add(names, one.kind, Stage::HandOver, one.value, &one.fd)?;
         }
         Ok(handout)

@@ -32,6 +32,7 @@ use super::outgoing::{YANKED, chain};
 use super::ownership::start_arrived_guest;
 use super::passthrough::{self, Sinks};
 use crate::machine::disk::Disks;
+use crate::machine::heirloom::DeviceFd;
 use crate::machine::read_back::state_differences;
 use crate::machine::{Machine, VcpusStopped};
 
@@ -549,7 +550,7 @@ impl Incoming {
         &mut self,
         jobs: &JobThread,
         stopped: StoppedGuest,
-        connections: Vec<(String, OwnedFd)>,
+        fds: Vec<DeviceFd>,
         sections: Vec<Section>,
         verify: bool,
     ) {
@@ -558,7 +559,7 @@ impl Incoming {
         jobs.run(move || {
             let proof = stopped.lend();
             let loaded = machine
-                .take_over(&proof, connections)
+                .take_over(&proof, fds)
                 .and_then(|()| load(machine.as_ref(), &proof, &sections, verify));
             drop(proof);
             // The engine ends only with the process.

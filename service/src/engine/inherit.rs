@@ -17,10 +17,11 @@ use vmferry_cpr::{memfd, spawn};
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
-use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT, VHOST_USER};
+use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT};
 use super::software;
 use crate::config::CprOrigin;
-use crate::machine::Given;
+use crate::machine::heirloom::DeviceFd;
+use crate::machine::{Given, MachineConfig};
 
 /// The first stage has arrived: the guest's memory, while the guest runs on it in another process.
 #[derive(Debug)]
@@ -37,16 +38,16 @@ pub(super) struct Inherited {
     pub(super) metrics: Option<OwnedFd>,
     pub(super) stdout: Option<OwnedFd>,
     pub(super) stderr: Option<OwnedFd>,
-    /// Connections to back ends, by the names of their devices.
-    pub(super) connections: Vec<(String, OwnedFd)>,
+    /// What is of devices.
+    pub(super) devices: Vec<DeviceFd>,
 }
 
 impl Legacy {
     /// Waits for the old process, for ever, and takes RAM from it.
     ///
     /// # Errors
-    /// Nobody can connect, somebody else did, or what is offered is not a VM of `mem_bytes`.
-    pub(super) fn receive(origin: &CprOrigin, mem_bytes: u64) -> anyhow::Result<Self> {
+    /// Nobody can connect, somebody else did, or what is offered is not a VM like `machine`.
+    pub(super) fn receive(origin: &CprOrigin, machine: &MachineConfig) -> anyhow::Result<Self> {
         let socket = CprSocket::new(connect(origin)?).context("the socket of the old process")?;
         let offered = Offered::receive(socket, &software(), TakerDeadlines::default())
             .context("no VM was offered by the old process")?;
@@ -60,6 +61,7 @@ impl Legacy {
         let bytes: u64 = blocks
             .iter()
             .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+        let mem_bytes = machine.mem_bytes;
         if bytes != mem_bytes {
             let text = format!(
                 "the VM has {bytes} bytes of memory, this process was started for {mem_bytes}"
@@ -67,12 +69,12 @@ impl Legacy {
             offered.refuse(&text);
             bail!(text);
         }
-        let is_known = |entry: &FdEntry| match entry.kind {
-            FdKind::VhostUser => entry.role == VHOST_USER,
-            _ => {
+        let is_known = |entry: &FdEntry| {
+            if is_of_process(entry) {
                 let roles = [QMP, METRICS, STDOUT, STDERR];
-                entry.name == PROCESS && roles.contains(&entry.role.as_str())
+                return roles.contains(&entry.role.as_str());
             }
+            machine.expects(entry)
         };
         let range = offered.manifest().range(Stage::HandOver);
         let rest = &offered.manifest().entries()[range];
@@ -81,10 +83,8 @@ impl Legacy {
             offered.refuse(&text);
             bail!(text);
         }
-        let connections = offered.manifest().of_kind(FdKind::VhostUser);
-        let connections = connections
-            .map(|entry| (entry.name.clone(), entry.value))
-            .collect();
+        let devices = rest.iter().filter(|entry| !is_of_process(entry));
+        let devices = devices.cloned().collect();
         let id = offered.id();
         let mut arrived = offered.accept().context("taking guest memory over")?;
         let mut ram = Vec::new();
@@ -99,7 +99,7 @@ impl Legacy {
             }
         }
         Ok(Self {
-            given: Given { ram, connections },
+            given: Given { ram, devices },
             id,
             arrived,
         })
@@ -139,6 +139,10 @@ impl Legacy {
     }
 }
 
+fn is_of_process(entry: &FdEntry) -> bool {
+    entry.name == PROCESS
+}
+
 /// The engine has everything before the old process hears that it was taken.
 fn take_rest(ready: Ready, report: impl Fn(TargetEvent)) -> anyhow::Result<()> {
     let mut rest = ready.wait().context("the hand-over")?;
@@ -153,12 +157,17 @@ fn take_rest(ready: Ready, report: impl Fn(TargetEvent)) -> anyhow::Result<()> {
             *place = Some(rest.claim(PROCESS, role, kind)?);
         }
     }
-    let table = rest.table();
-    let connections = table.manifest().of_kind(FdKind::VhostUser);
-    let names: Vec<_> = connections.map(|entry| entry.name.clone()).collect();
-    for name in names {
-        let socket = rest.claim(&name, VHOST_USER, FdKind::VhostUser)?;
-        inherited.connections.push((name, socket));
+    let manifest = rest.table().manifest();
+    let entries = &manifest.entries()[manifest.range(Stage::HandOver)];
+    let of_devices = entries.iter().filter(|entry| !is_of_process(entry));
+    for entry in of_devices.cloned().collect::<Vec<_>>() {
+        inherited.devices.push(DeviceFd {
+            fd: rest.claim(&entry.name, &entry.role, entry.kind)?,
+            device: entry.name,
+            role: entry.role,
+            kind: entry.kind,
+            value: entry.value,
+        });
     }
     report(TargetEvent::Inherited(inherited));
     let accounts = rest.taken().context("the hand-over")?.accounts();

@@ -103,7 +103,7 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
         let _ = machine_events.send(Event::Machine(event));
     });
     let mut legacy = match &config.incoming_cpr {
-        Some(origin) => Some(Legacy::receive(origin, config.machine.mem_bytes)?),
+        Some(origin) => Some(Legacy::receive(origin, &config.machine)?),
         None => None,
     };
     let given = legacy.as_mut().map(Legacy::take_given);

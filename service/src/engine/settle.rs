@@ -1,7 +1,6 @@
 //! Moving house: what belongs to the process and not to the machine, when a guest is taken over in place. The sockets of QMP and of the
 //! metrics stay the same sockets at the same paths, so clients that connect meanwhile wait for a moment and are lost by nobody.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use vmferry_cpr::manifest::FdKind;
@@ -11,6 +10,7 @@ use super::Engine;
 use super::hand_over::{Heirlooms, METRICS, QMP};
 use super::inherit::Inherited;
 use crate::config::RunConfig;
+use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
 use crate::qmp::{EngineHandle, QmpServer};
 
@@ -46,12 +46,10 @@ impl House {
         }
     }
 
-    /// Connections to back ends, for the machine.
-    pub(super) fn take_connections(&mut self) -> Vec<(String, OwnedFd)> {
+    /// What is of devices, for the machine.
+    pub(super) fn take_devices(&mut self) -> Vec<DeviceFd> {
         let inherited = self.inherited.as_mut();
-        inherited.map_or_else(Vec::new, |inherited| {
-            std::mem::take(&mut inherited.connections)
-        })
+        inherited.map_or_else(Vec::new, |inherited| std::mem::take(&mut inherited.devices))
     }
 
     pub(super) fn inherit(&mut self, inherited: Inherited) {
@@ -67,8 +65,8 @@ impl Engine {
     pub(super) fn heirlooms(&self) -> Result<Heirlooms, String> {
         let text = |error: std::io::Error| format!("what is to be handed over: {error}");
         let mut heirlooms = Heirlooms::of(self.machine.ram()).map_err(text)?;
-        for connection in self.machine.connections().map_err(text)? {
-            heirlooms.add_connection(connection);
+        for fd in self.machine.heirlooms().map_err(text)? {
+            heirlooms.add_of_device(fd);
         }
         if let Some(server) = &self.house.server {
             let listener = server.duplicate_listener().map_err(text)?;

@@ -18,7 +18,6 @@ mod vcpu_thread;
 mod wires;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,11 +42,12 @@ use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use super::heirloom::{DeviceFd, all_claimed};
 use super::linux::{self, LinuxConfig};
 use super::ram::MachineRam;
 use super::serial::SerialPort;
 use super::vfio::{VfioConfig, VfioDevices};
-use super::virtio::{Backend, Bus, Connection};
+use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
@@ -482,16 +482,13 @@ impl Machine for KvmMachine {
         self.board.vfio.set()
     }
 
-    fn connections(&self) -> io::Result<Vec<Connection>> {
-        self.board.bus.connections()
+    fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        self.board.bus.heirlooms()
     }
 
-    fn take_over(
-        &self,
-        _: &VcpusStopped,
-        connections: Vec<(String, OwnedFd)>,
-    ) -> Result<(), DeviceError> {
-        self.board.bus.take_over(connections)
+    fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.board.bus.take_over(&mut fds)?;
+        all_claimed(&fds)
     }
 
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {

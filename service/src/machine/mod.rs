@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod failover;
+pub mod heirloom;
 pub mod kvm;
 pub mod linux;
 pub mod notify;
@@ -17,18 +18,18 @@ pub mod vfio;
 pub mod virtio;
 pub mod workload;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
+use vmferry_cpr::manifest::FdEntry;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vfio::VfioSet;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use heirloom::DeviceFd;
 use ram::MachineRam;
 use virtio::Backend;
 use workload::WorkloadStats;
@@ -94,11 +95,16 @@ pub struct MachineConfig {
 pub struct Given {
     /// The files of guest memory, in the order of the blocks.
     pub ram: Vec<File>,
-    /// Devices whose connections to their back ends come later, and the features that these offer.
-    pub connections: BTreeMap<String, u64>,
+    /// What is said of the descriptors of its devices, which come later.
+    pub devices: Vec<FdEntry>,
 }
 
 impl MachineConfig {
+    /// Whether a machine built from this waits for this descriptor of another process.
+    pub fn expects(&self, entry: &FdEntry) -> bool {
+        self.outside.expects(entry)
+    }
+
     /// What it has that only one process can use, and that is not passed from process to process yet.
     pub fn stays_behind(&self) -> Option<&'static str> {
         if !self.vfio.is_empty() {
@@ -209,14 +215,14 @@ pub fn build(
             }
         },
     };
-    let (ram, waiting) = match given {
+    let (ram, promised) = match given {
         Some(given) => (
             MachineRam::from_files(config.mem_bytes, given.ram)?,
-            Some(given.connections),
+            Some(given.devices),
         ),
         None => (MachineRam::create(config.mem_bytes)?, None),
     };
-    backends.extend(config.outside.backends(&ram, waiting.as_ref())?);
+    backends.extend(config.outside.backends(&ram, promised.as_deref())?);
     Ok(if soft {
         let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(
@@ -298,21 +304,18 @@ pub trait Machine: Send + Sync {
         Vec::new()
     }
 
-    /// Connections to back ends that serve one process, for a process that takes the guest over.
+    /// Copies of what a process that takes the guest over in place must have of the devices.
     ///
     /// # Errors
-    /// One that cannot be passed on.
-    fn connections(&self) -> std::io::Result<Vec<virtio::Connection>>;
+    /// A device has something that cannot be passed on.
+    fn heirlooms(&self) -> std::io::Result<Vec<DeviceFd>>;
 
-    /// Takes such connections over, by the names of their devices; before [`load`](Self::load).
+    /// Takes over what has come from another process, whose devices have let go; before [`load`](Self::load). An ordinary machine gets
+    /// nothing, and waits for nothing.
     ///
     /// # Errors
-    /// There is no such device, or the connection is of no use to it.
-    fn take_over(
-        &self,
-        stopped: &VcpusStopped,
-        connections: Vec<(String, OwnedFd)>,
-    ) -> Result<(), DeviceError>;
+    /// A device misses something or cannot use it, or there is no such device.
+    fn take_over(&self, stopped: &VcpusStopped, fds: Vec<DeviceFd>) -> Result<(), DeviceError>;
 
     /// What the workload says of itself, read from guest memory; `None` if another guest runs, or none is loaded yet.
     fn workload_stats(&self) -> Option<WorkloadStats>;

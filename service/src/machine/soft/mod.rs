@@ -18,7 +18,6 @@ mod vcpu;
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -33,10 +32,11 @@ use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use super::heirloom::{DeviceFd, all_claimed};
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
 use super::vfio::VfioDevices;
-use super::virtio::{Backend, Bus, Connection};
+use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
@@ -327,16 +327,13 @@ impl Machine for SoftMachine {
         self.shared.vfio.set()
     }
 
-    fn connections(&self) -> io::Result<Vec<Connection>> {
-        self.shared.bus.connections()
+    fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        self.shared.bus.heirlooms()
     }
 
-    fn take_over(
-        &self,
-        _: &VcpusStopped,
-        connections: Vec<(String, OwnedFd)>,
-    ) -> Result<(), DeviceError> {
-        self.shared.bus.take_over(connections)
+    fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.shared.bus.take_over(&mut fds)?;
+        all_claimed(&fds)
     }
 
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {

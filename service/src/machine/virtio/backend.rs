@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -13,6 +12,7 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::machine::heirloom::DeviceFd;
 use crate::machine::ram::MachineRam;
 
 /// Interrupt reason: used buffers.
@@ -95,35 +95,22 @@ pub trait Backend: fmt::Debug + Send {
     /// The network interface, if it is one: what tells the network where the guest is.
     fn announcer(&self) -> Option<Arc<dyn Announce>>;
 
-    /// The connection to a back end that serves one process, if it has one: for a process that takes the guest over in place.
+    /// Copies of what a process that takes the guest over in place must have of it: connections, descriptors of the kernel.
     ///
     /// # Errors
-    /// It cannot be passed on.
-    fn connection(&self) -> io::Result<Option<Connection>> {
-        Ok(None)
+    /// One cannot be passed on.
+    fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        Ok(Vec::new())
     }
 
-    /// Takes over the connection that another process had, whose device stands. Only while stopped, before anything is loaded.
+    /// Takes its own out of what has come from another process, whose device stands and has let go. Only while stopped, before anything
+    /// is loaded. Does nothing for a device that waits for nothing.
     ///
     /// # Errors
-    /// It is of no use.
-    fn take_over(&mut self, _connection: OwnedFd) -> Result<(), DeviceError> {
-        Err(DeviceError::BadState {
-            device: self.name().to_owned(),
-            reason: "it has no use for a connection".to_owned(),
-        })
+    /// Something is missing, or of no use.
+    fn take_over(&mut self, _fds: &mut Vec<DeviceFd>) -> Result<(), DeviceError> {
+        Ok(())
     }
-}
-
-/// A connection to a back end that serves one process.
-#[derive(Debug)]
-pub struct Connection {
-    /// Name of the device.
-    pub name: String,
-    /// Features that the back end offers.
-    pub features: u64,
-    /// A copy of the socket.
-    pub socket: OwnedFd,
 }
 
 /// What a back end is given to serve a driver.

@@ -1,7 +1,6 @@
 //! All virtio devices of a machine.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmferry_devices::announce::Announce;
@@ -10,10 +9,10 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::Connection;
 use super::blk::{F_READ_ONLY, TYPE_BLOCK};
 use super::transport::Transport;
 use super::{Backend, DEVICES_MAX, GSI_FIRST, Interrupt, WINDOW_BYTES, WINDOWS_GPA};
+use crate::machine::heirloom::DeviceFd;
 use crate::machine::ram::MachineRam;
 use crate::machine::{MachineConfig, MachineError};
 
@@ -235,34 +234,26 @@ impl Bus {
         announcers.flatten().collect()
     }
 
-    /// Connections to back ends that serve one process.
+    /// What a process that takes the guest over in place must have of the devices.
     ///
     /// # Errors
-    /// One that cannot be passed on.
-    pub fn connections(&self) -> io::Result<Vec<Connection>> {
-        let connections = self
-            .devices
-            .iter()
-            .map(|device| lock(device).backend().connection());
-        connections.filter_map(Result::transpose).collect()
+    /// A device has something that cannot be passed on.
+    pub fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        let mut all = Vec::new();
+        for device in &self.devices {
+            all.extend(lock(device).backend().heirlooms()?);
+        }
+        Ok(all)
     }
 
-    /// Takes such connections over, each for the device of its name. Only while stopped, before anything is loaded.
+    /// Lets every device take its own out of what has come from another process. Only while stopped, before anything is loaded.
     ///
     /// # Errors
-    /// There is no such device, or the connection is of no use to it.
-    pub fn take_over(&self, connections: Vec<(String, OwnedFd)>) -> Result<(), DeviceError> {
-        for (name, connection) in connections {
-            let device = self
-                .devices
-                .iter()
-                .find(|device| lock(device).backend().name() == name);
-            match device {
-                Some(device) => lock(device).backend_mut().take_over(connection)?,
-                None => return Err(DeviceError::Missing { device: name }),
-            }
-        }
-        Ok(())
+    /// The device that misses something, or that has no use for it.
+    pub fn take_over(&self, fds: &mut Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.devices
+            .iter()
+            .try_for_each(|device| lock(device).backend_mut().take_over(fds))
     }
 
     /// What of the devices must hear of migrations.

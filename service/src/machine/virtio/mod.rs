@@ -36,7 +36,7 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, Connection, Interrupt, QueueBase, QueueStart, Start};
+pub use backend::{Backend, Interrupt, QueueBase, QueueStart, Start};
 pub use bus::{Bus, Window};
 pub use outside::{BlkConfig, NetConfig, OutsideConfig};
 

@@ -1,15 +1,17 @@
 //! What `--blk` and `--net` say: devices whose back end is outside of this process.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use vmferry_cpr::manifest::{FdEntry, FdKind};
+
 use super::backend::Backend;
 use super::vhost_net::VhostNet;
-use super::vhost_user::VhostUserBlk;
+use super::vhost_user::{self, VhostUserBlk};
 use crate::machine::MachineError;
 use crate::machine::disk::{is_id, split_path};
+use crate::machine::heirloom::promised;
 use crate::machine::ram::MachineRam;
 
 /// Devices with a back end outside, all with names of their own.
@@ -139,31 +141,37 @@ impl OutsideConfig {
         )
     }
 
-    /// Connects to all back ends; the devices in the order of their windows. Those named in `waiting`, with what their back ends offer, get
-    /// the connections of another process later, and no other is connected.
+    /// Whether a device described here waits for this descriptor of another process.
+    pub fn expects(&self, entry: &FdEntry) -> bool {
+        let of = |kind: &str, id: &str| entry.name == format!("{kind}/{id}");
+        match (entry.kind, entry.role.as_str()) {
+            (FdKind::VhostUser, vhost_user::ROLE) => {
+                self.blks.iter().any(|blk| of("virtio-blk", &blk.id))
+            }
+            _ => false,
+        }
+    }
+
+    /// Connects to all back ends; the devices in the order of their windows. With `given`, which another process has promised, nothing is
+    /// connected: they get the descriptors of that process later.
     ///
     /// # Errors
-    /// The back end that is not there.
+    /// The back end that is not there, or not promised.
     pub fn backends(
         &self,
         ram: &MachineRam,
-        waiting: Option<&BTreeMap<String, u64>>,
+        given: Option<&[FdEntry]>,
     ) -> Result<Vec<Box<dyn Backend>>, MachineError> {
         let mut backends: Vec<Box<dyn Backend>> = Vec::new();
         for blk in &self.blks {
-            let Some(waiting) = waiting else {
+            let Some(given) = given else {
                 backends.push(Box::new(VhostUserBlk::connect(blk, ram)?));
                 continue;
             };
-            let features = waiting.get(&format!("virtio-blk/{}", blk.id));
-            let features = features.ok_or_else(|| {
-                wrong(
-                    "disk",
-                    &blk.id,
-                    "the process that is taken over from does not have it",
-                )
-            })?;
-            backends.push(Box::new(VhostUserBlk::waiting(blk, ram, *features)?));
+            let name = format!("virtio-blk/{}", blk.id);
+            let entry = promised(given, &name, vhost_user::ROLE)
+                .ok_or_else(|| wrong("disk", &blk.id, NOT_PROMISED))?;
+            backends.push(Box::new(VhostUserBlk::waiting(blk, ram, entry.value)?));
         }
         for net in &self.nets {
             backends.push(Box::new(VhostNet::open(net, ram)?));
@@ -171,6 +179,9 @@ impl OutsideConfig {
         Ok(backends)
     }
 }
+
+/// Of a device that the other process does not hand over.
+const NOT_PROMISED: &str = "the process that is taken over from does not have it";
 
 fn name_all<'a>(what: &str, ids: impl Iterator<Item = &'a mut String>) -> Result<(), MachineError> {
     let mut names: Vec<String> = Vec::new();

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vhost::user::{Lost, Requests, UserDevice};
 use vmferry_devices::vhost::{Queue, Ring, VhostLog, VhostMemory};
@@ -18,12 +19,15 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::backend::{Backend, Connection, Interrupt, QueueBase, QueueStart, Start};
+use super::backend::{Backend, Interrupt, QueueBase, QueueStart, Start};
 use super::blk::TYPE_BLOCK;
 use super::outside::{BlkConfig, host};
 use crate::machine::MachineError;
+use crate::machine::heirloom::{DeviceFd, claim};
 use crate::machine::ram::MachineRam;
 
+/// Role of the connection to the back end. Its value: the features that are offered to the driver.
+pub(super) const ROLE: &str = "vhost-user";
 const QUEUE_SIZE: u16 = 128;
 /// Bytes of a disk's configuration space that every back end has: up to the number of queues, which stays 1.
 const CONFIG_BYTES: u32 = 32;
@@ -284,7 +288,7 @@ impl Backend for VhostUserBlk {
         None
     }
 
-    fn connection(&self) -> io::Result<Option<Connection>> {
+    fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
         if self.own_state {
             let text = format!("{}: its back end has state of its own", self.name);
             return Err(io::Error::other(text));
@@ -292,21 +296,24 @@ impl Backend for VhostUserBlk {
         let device = lock(self.device()?);
         let gone = || io::Error::other(format!("{}: its back end has gone", self.name));
         let socket = device.socket().ok_or_else(gone)?.try_clone_to_owned()?;
-        Ok(Some(Connection {
-            name: self.name.clone(),
-            features: self.features,
-            socket,
-        }))
+        Ok(vec![DeviceFd {
+            device: self.name.clone(),
+            role: ROLE.to_owned(),
+            kind: FdKind::VhostUser,
+            value: self.features,
+            fd: socket,
+        }])
     }
 
-    fn take_over(&mut self, connection: OwnedFd) -> Result<(), DeviceError> {
+    fn take_over(&mut self, fds: &mut Vec<DeviceFd>) -> Result<(), DeviceError> {
+        if self.device.is_some() {
+            return Ok(());
+        }
+        let connection = claim(fds, &self.name, ROLE, FdKind::VhostUser)?;
         let refuse = |reason: String| DeviceError::BadState {
             device: self.name.clone(),
             reason,
         };
-        if self.device.is_some() {
-            return Err(refuse("it has a connection already".to_owned()));
-        }
         let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
         // Until the first start.
         let (Ok(kick), Ok(call)) = (event(), event()) else {
