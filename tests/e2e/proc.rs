@@ -4,6 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::harness::until;
+
+/// A process in which nothing has come or gone for so long has nothing left to do.
+const SETTLED_AFTER: Duration = Duration::from_millis(200);
+/// Begins the names of threads that end with a migration.
+const OF_A_MIGRATION: [&str; 5] = ["send-", "receive-", "vm-join", "connect", "resolve"];
 
 /// What a process holds. Sizes in bytes.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -48,6 +56,29 @@ impl Holdings {
             anon_bytes: status_kib(pid, "RssAnon:") << 10,
             populated_bytes: memfds.values().sum(),
         }
+    }
+
+    /// Of a process that lives, when the last threads and sockets of a migration or of a client are gone.
+    pub(crate) fn settled(pid: u32) -> Self {
+        let mut seen = Self::of(pid);
+        let mut since = Instant::now();
+        until("the process settles", || {
+            let now = Self::of(pid);
+            let mut threads = now.threads.keys();
+            let busy = threads.any(|name| OF_A_MIGRATION.iter().any(|of| name.starts_with(of)));
+            if busy || now.counted() != seen.counted() {
+                since = Instant::now();
+            }
+            seen = now;
+            (since.elapsed() > SETTLED_AFTER).then(|| seen.clone())
+        })
+    }
+
+    /// Waits until a process holds the same, memory apart.
+    #[track_caller]
+    pub(crate) fn await_at(&self, pid: u32) {
+        let now = Self::settled(pid);
+        assert_eq!(now.counted(), self.counted(), "left: now, right: before");
     }
 
     /// Without memory, for comparing with `==`.

@@ -1,8 +1,6 @@
 //! Many migrations of running guests, back and forth over changing links: no page is lost, and nothing is leaked, neither in processes
 //! that take part in one migration nor in one that tries many.
 
-use std::time::{Duration, Instant};
-
 use serde_json::json;
 use vmferry_transport::wire::frame::{SourceFrame, TargetFrame};
 
@@ -23,8 +21,6 @@ const CHAIN: u64 = 10;
 const ATTEMPTS: u64 = 12;
 /// What a heap may grow by without being suspicious: allocators keep what they had, per thread.
 const HEAP_NOISE: u64 = 8 << 20;
-/// A process that has changed nothing for so long has nothing left to do.
-const SETTLED_AFTER: Duration = Duration::from_millis(200);
 
 fn a_guest_survives_many_migrations_and_nothing_is_leaked(accel: Accel) {
     let _turn = turn();
@@ -96,7 +92,10 @@ fn chain(accel: Accel, chance: &Chance, length: u64) {
         } else {
             target.assert_guest_works();
         }
-        let now = [settled(&mut source), settled(&mut target)];
+        let now = [
+            Holdings::settled(source.pid()),
+            Holdings::settled(target.pid()),
+        ];
         for side in &now {
             // The guest touches no more than it was told to.
             let most = mib(working_set) + mib(fill) + 16;
@@ -128,23 +127,6 @@ fn wait_pages(vm: &mut Vm) {
     until("the guest writes", || (pages() > before).then_some(()));
     // And has found none of them wrong.
     vm.passes();
-}
-
-/// What a process holds when the last threads and sockets of a migration are gone.
-fn settled(vm: &mut Vm) -> Holdings {
-    let mut seen = vm.holdings();
-    let mut since = Instant::now();
-    until("the process settles", || {
-        let holdings = vm.holdings();
-        let of_a_migration = ["send-", "receive-", "vm-join", "connect", "resolve"];
-        let mut threads = holdings.threads.keys();
-        let busy = threads.any(|name| of_a_migration.iter().any(|known| name.starts_with(known)));
-        if busy || holdings.counted() != seen.counted() {
-            since = Instant::now();
-        }
-        seen = holdings;
-        (since.elapsed() > SETTLED_AFTER).then(|| seen.clone())
-    })
 }
 
 /// Processes that did the same hold the same.
@@ -184,7 +166,7 @@ fn attempts_that_fail_leave_nothing_behind(accel: Accel) {
         source.assert_guest_works();
         target.kill();
         drop(proxy);
-        let now = settled(&mut source);
+        let now = Holdings::settled(source.pid());
         // The first few attempts warm up what is made once: helper threads, caches of the allocator.
         if number < 4 {
             first = Some(now);

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::proc::Holdings;
 
 on_both_accelerators!(
     precopy_file,
@@ -142,7 +143,7 @@ fn precopy_file_connect_outgoing_fd_leak(accel: Accel) {
         let info = source.wait_migration();
         source.assert_failed(&info, "No space left on device");
         // The first may have opened what stays open.
-        let holdings = source.holdings().counted();
+        let holdings = Holdings::settled(source.pid()).counted();
         assert_eq!(*before.get_or_insert_with(|| holdings.clone()), holdings);
     }
     source.migrate("file:/nowhere/vm");
@@ -272,7 +273,7 @@ fn precopy_exec_cancelled_while_it_takes_nothing(accel: Accel) {
     let _turn = turn();
     let (machine, folder) = (Machine::small(accel), folder());
     let mut source = machine.source();
-    let before = source.holdings().counted();
+    let before = Holdings::settled(source.pid());
     let mark: PathBuf = folder.path().join("pid");
     // It ends only when its whole process group is ended.
     let command = format!(
@@ -289,7 +290,7 @@ fn precopy_exec_cancelled_while_it_takes_nothing(accel: Accel) {
     assert_eq!(info["status"], "cancelled", "{info}");
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
     source.assert_guest_works();
-    assert_eq!(source.holdings().counted(), before);
+    before.await_at(source.pid());
 
     // A save that was cancelled leaves nothing to load.
     let path = folder.path().join("vm");
@@ -361,7 +362,7 @@ fn precopy_fd_tcp(accel: Accel) {
     let _turn = turn();
     let machine = Machine::small(accel);
     let mut source = machine.source();
-    let before = source.holdings().counted();
+    let before = Holdings::settled(source.pid());
     let mut target = machine.target_at("defer");
     let (a, b) = tcp_pair();
     getfd(&mut source, "fd-mig", a);
@@ -370,7 +371,7 @@ fn precopy_fd_tcp(accel: Accel) {
     source.set(json!({ "multifd-channels": 4 }));
     source.move_to_at(&mut target, "fd:fd-mig");
     // Nothing of it is left: what is gone cannot be used again.
-    assert_eq!(source.holdings().counted().fds, before.fds);
+    assert_eq!(Holdings::settled(source.pid()).fds, before.fds);
     let reason = source.refusal("closefd", json!({ "fdname": "fd-mig" }));
     assert!(reason.contains("no file descriptor named"), "{reason}");
 
@@ -405,7 +406,7 @@ fn precopy_fd_cancelled_and_cut(accel: Accel) {
     let _turn = turn();
     let machine = Machine::small(accel);
     let mut source = machine.source();
-    let before = source.holdings().counted();
+    let before = Holdings::settled(source.pid());
     source.set(json!({ "max-bandwidth": 1 << 20 }));
     for cut in [false, true] {
         let mut target = machine.target_at("defer");
@@ -429,7 +430,7 @@ fn precopy_fd_cancelled_and_cut(accel: Accel) {
             target.assert_gave_up("cancelled by the operator");
         }
     }
-    assert_eq!(source.holdings().counted(), before);
+    before.await_at(source.pid());
 
     // A target whose only socket ends before anything came gives up.
     let mut target = machine.target_at("defer");

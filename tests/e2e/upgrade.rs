@@ -122,7 +122,7 @@ fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
         populated,
         "memory was copied or touched"
     );
-    let held = Holdings::of(first.0).counted();
+    let held = Holdings::settled(first.0);
     assert!(scrape(&metrics).starts_with("HTTP/1.1 200"));
     // A process that was upgraded to is upgraded from like any other, and nothing grows.
     let mut last = first;
@@ -132,9 +132,7 @@ fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
         at.assert_guest_works();
         last = next;
     }
-    until("connections are closed", || {
-        (Holdings::of(last.0).counted() == held).then_some(())
-    });
+    held.await_at(last.0);
     assert!(scrape(&metrics).starts_with("HTTP/1.1 200"));
     let said = vm.said();
     assert_eq!(said.matches("took the guest over").count(), 4, "{said}");
