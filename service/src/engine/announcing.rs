@@ -65,7 +65,10 @@ impl Engine {
             .into_iter()
             .filter_map(|(name, value)| Some((name.to_owned(), json!(value?))))
             .collect();
-        let parameters = self.parameters.with(&ParameterPatch::parse(&given)?)?;
+        let parameters = self
+            .parameters
+            .clone()
+            .with(&ParameterPatch::parse(&given)?)?;
         if id.len() > ID_BYTES_MAX {
             return Err(QmpError::generic(format!(
                 "argument `id` may have at most {ID_BYTES_MAX} bytes"

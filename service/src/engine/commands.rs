@@ -84,7 +84,7 @@ impl Engine {
             Command::MigrateContinue { .. } => self.migrate_continue(),
             Command::MigrateCancel => self.cancel(),
             Command::MigrateSetParameters(patch) => self.set_parameters(&patch),
-            Command::QueryMigrateParameters => value(self.parameters),
+            Command::QueryMigrateParameters => value(&self.parameters),
             Command::MigrateSetCapabilities(changes) => self.set_capabilities(&changes),
             Command::QueryMigrateCapabilities => value(self.capabilities.list()),
             Command::AnnounceSelf(arguments) => self.announce_self(arguments),

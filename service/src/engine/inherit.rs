@@ -9,8 +9,10 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::socket_acceptconn;
-use vmferry_cpr::manifest::{FdEntry, FdKind, Stage};
+use vmferry_cpr::manifest::{FdEntry, FdKind, Manifest, Stage};
+use vmferry_cpr::message::HandOverError;
 use vmferry_cpr::socket::CprSocket;
+use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
 use vmferry_cpr::{memfd, spawn};
@@ -51,53 +53,23 @@ impl Legacy {
         let socket = CprSocket::new(connect(origin)?).context("the socket of the old process")?;
         let offered = Offered::receive(socket, &software(), TakerDeadlines::default())
             .context("no VM was offered by the old process")?;
-        let mut blocks: Vec<_> = offered
-            .manifest()
-            .of_kind(FdKind::RamMemfd)
-            .map(|entry| (entry.name.clone(), entry.value))
-            .collect();
-        // As the machine numbers them.
-        blocks.sort();
-        let bytes: u64 = blocks
-            .iter()
-            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
-        let mem_bytes = machine.mem_bytes;
-        if bytes != mem_bytes {
-            let text = format!(
-                "the VM has {bytes} bytes of memory, this process was started for {mem_bytes}"
-            );
-            offered.refuse(&text);
-            bail!(text);
-        }
-        let is_known = |entry: &FdEntry| {
-            if is_of_process(entry) {
-                let roles = [QMP, METRICS, STDOUT, STDERR];
-                return roles.contains(&entry.role.as_str());
+        let judged = judge(offered.manifest(), machine);
+        let (blocks, devices) = match judged {
+            Ok(judged) => judged,
+            Err(text) => {
+                offered.refuse(&text);
+                bail!(text);
             }
-            machine.expects(entry)
         };
-        let range = offered.manifest().range(Stage::HandOver);
-        let rest = &offered.manifest().entries()[range];
-        if let Some(foreign) = rest.iter().find(|entry| !is_known(entry)) {
-            let text = format!("{:?} {:?} is not known here", foreign.name, foreign.role);
-            offered.refuse(&text);
-            bail!(text);
-        }
-        let devices = rest.iter().filter(|entry| !is_of_process(entry));
-        let devices = devices.cloned().collect();
         let id = offered.id();
         let mut arrived = offered.accept().context("taking guest memory over")?;
-        let mut ram = Vec::new();
-        for (name, bytes) in blocks {
-            let claimed = arrived.claim(&name, RAM, FdKind::RamMemfd)?;
-            match memfd::reattach(&name, claimed, bytes) {
-                Ok(file) => ram.push(file),
-                Err(error) => {
-                    arrived.refuse(&error.to_string());
-                    return Err(error.into());
-                }
+        let ram = match claim_ram(blocks, arrived.table()) {
+            Ok(ram) => ram,
+            Err(error) => {
+                arrived.refuse(&format!("{error:#}"));
+                return Err(error);
             }
-        }
+        };
         Ok(Self {
             given: Given { ram, devices },
             id,
@@ -139,36 +111,105 @@ impl Legacy {
     }
 }
 
+/// RAM blocks of a VM that is offered, by name and bytes, and what will come of its devices.
+type Judged = (Vec<(String, u64)>, Vec<FdEntry>);
+
+/// Looks whether a VM like `machine` is offered, and nothing that this build would not know what to do with.
+///
+/// # Errors
+/// What is wrong, for the old process and people.
+pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judged, String> {
+    let mut blocks: Vec<_> = manifest
+        .of_kind(FdKind::RamMemfd)
+        .map(|entry| (entry.name.clone(), entry.value))
+        .collect();
+    // As the machine numbers them.
+    blocks.sort();
+    let bytes: u64 = blocks
+        .iter()
+        .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+    let mem_bytes = machine.mem_bytes;
+    if bytes != mem_bytes {
+        return Err(format!(
+            "the VM has {bytes} bytes of memory, this process was started for {mem_bytes}"
+        ));
+    }
+    let is_known = |entry: &FdEntry| {
+        if is_of_process(entry) {
+            let roles = [QMP, METRICS, STDOUT, STDERR];
+            return roles.contains(&entry.role.as_str());
+        }
+        machine.expects(entry)
+    };
+    let rest = &manifest.entries()[manifest.range(Stage::HandOver)];
+    if let Some(foreign) = rest.iter().find(|entry| !is_known(entry)) {
+        return Err(format!(
+            "{:?} {:?} is not known here",
+            foreign.name, foreign.role
+        ));
+    }
+    let devices = rest.iter().filter(|entry| !is_of_process(entry));
+    Ok((blocks, devices.cloned().collect()))
+}
+
 fn is_of_process(entry: &FdEntry) -> bool {
     entry.name == PROCESS
+}
+
+/// Takes the files of RAM, in the order of the blocks.
+fn claim_ram(
+    blocks: Vec<(String, u64)>,
+    table: &mut FdTable<OwnedFd>,
+) -> anyhow::Result<Vec<fs::File>> {
+    let mut ram = Vec::new();
+    for (name, bytes) in blocks {
+        let claimed = table.claim(&name, RAM, FdKind::RamMemfd)?;
+        ram.push(memfd::reattach(&name, claimed, bytes)?);
+    }
+    Ok(ram)
+}
+
+impl Inherited {
+    /// Takes everything of the second stage that this build knows.
+    ///
+    /// # Errors
+    /// A descriptor is of another kind than its role says.
+    pub(super) fn claim(table: &mut FdTable<OwnedFd>) -> Result<Self, HandOverError> {
+        let mut inherited = Self::default();
+        for (role, kind, place) in [
+            (QMP, FdKind::Qmp, &mut inherited.qmp),
+            (METRICS, FdKind::Listener, &mut inherited.metrics),
+            (STDOUT, FdKind::Log, &mut inherited.stdout),
+            (STDERR, FdKind::Log, &mut inherited.stderr),
+        ] {
+            if table.peek(PROCESS, role).is_some() {
+                *place = Some(table.claim(PROCESS, role, kind)?);
+            }
+        }
+        let manifest = table.manifest();
+        let entries = manifest.entries()[manifest.range(Stage::HandOver)].iter();
+        let entries: Vec<_> = entries
+            .filter(|entry| !is_of_process(entry))
+            .cloned()
+            .collect();
+        for entry in entries {
+            let fd = table.claim(&entry.name, &entry.role, entry.kind)?;
+            inherited.devices.push(DeviceFd {
+                device: entry.name,
+                role: entry.role,
+                kind: entry.kind,
+                value: entry.value,
+                fd,
+            });
+        }
+        Ok(inherited)
+    }
 }
 
 /// The engine has everything before the old process hears that it was taken.
 fn take_rest(ready: Ready, report: impl Fn(TargetEvent)) -> anyhow::Result<()> {
     let mut rest = ready.wait().context("the hand-over")?;
-    let mut inherited = Inherited::default();
-    for (role, kind, place) in [
-        (QMP, FdKind::Qmp, &mut inherited.qmp),
-        (METRICS, FdKind::Listener, &mut inherited.metrics),
-        (STDOUT, FdKind::Log, &mut inherited.stdout),
-        (STDERR, FdKind::Log, &mut inherited.stderr),
-    ] {
-        if rest.table().peek(PROCESS, role).is_some() {
-            *place = Some(rest.claim(PROCESS, role, kind)?);
-        }
-    }
-    let manifest = rest.table().manifest();
-    let entries = &manifest.entries()[manifest.range(Stage::HandOver)];
-    let of_devices = entries.iter().filter(|entry| !is_of_process(entry));
-    for entry in of_devices.cloned().collect::<Vec<_>>() {
-        inherited.devices.push(DeviceFd {
-            fd: rest.claim(&entry.name, &entry.role, entry.kind)?,
-            device: entry.name,
-            role: entry.role,
-            kind: entry.kind,
-            value: entry.value,
-        });
-    }
+    let inherited = Inherited::claim(rest.table())?;
     report(TargetEvent::Inherited(inherited));
     let accounts = rest.taken().context("the hand-over")?.accounts();
     tracing::debug!(?accounts, "the old process has handed everything over");

@@ -113,7 +113,7 @@ impl Engine {
     }
 
     fn beginning(&self, side: Side) -> Beginning {
-        let parameters = match serde_json::to_value(self.parameters) {
+        let parameters = match serde_json::to_value(&self.parameters) {
             Ok(Value::Object(parameters)) => parameters,
             _ => Map::new(),
         };

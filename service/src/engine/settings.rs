@@ -12,7 +12,7 @@ use crate::qmp::{Command, QmpError};
 
 impl Engine {
     pub(super) fn set_parameters(&mut self, patch: &ParameterPatch) -> Answer {
-        self.parameters = self.parameters.with(patch)?;
+        self.parameters = self.parameters.clone().with(patch)?;
         self.bandwidth
             .set(self.parameters.max_bandwidth_bytes_per_sec);
         let tuning = self.tuning();

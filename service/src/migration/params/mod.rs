@@ -21,6 +21,8 @@ pub(crate) use table::{PARAMETERS, Parameter, Shape};
 
 /// Longest blackout an operator may ask for: QEMU's limit.
 pub const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+/// Longest `cpr-exec-command`, in bytes, with an end for each word. Linux takes 2 MiB with the environment.
+pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 
 /// A setting was refused and nothing was changed. The operator is at fault.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -73,7 +75,7 @@ pub enum SettingError {
 }
 
 /// How to migrate. The names on QMP are in `table.rs`; the order here is theirs by subject.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MigrationParameters {
     /// Longest predicted blackout that allows the switchover, in milliseconds, at most [`DOWNTIME_LIMIT_MS_MAX`].
     pub downtime_limit_ms: u64,
@@ -85,6 +87,8 @@ pub struct MigrationParameters {
     pub multifd_channels: u8,
     /// Which kind of migration.
     pub mode: MigrationMode,
+    /// The program that a migration of mode `cpr-exec` turns this process into, and its arguments; empty while there is none.
+    pub cpr_exec_command: Vec<String>,
     /// Look for pages that are zero and send them without their content.
     pub detect_zero_pages: bool,
 
@@ -123,6 +127,7 @@ impl Default for MigrationParameters {
             avail_switchover_bandwidth_bytes_per_sec: 0,
             multifd_channels: 2,
             mode: MigrationMode::Normal,
+            cpr_exec_command: Vec::new(),
             detect_zero_pages: true,
             throttle_trigger_threshold_percent: 50,
             cpu_throttle_initial_percent: 20,
@@ -146,7 +151,7 @@ impl MigrationParameters {
     /// The result would not fit together.
     pub fn with(mut self, patch: &ParameterPatch) -> Result<Self, SettingError> {
         for (parameter, setting) in &patch.0 {
-            parameter.apply(&mut self, *setting);
+            parameter.apply(&mut self, setting.clone());
         }
         let Self {
             cpu_throttle_initial_percent: initial,
@@ -224,8 +229,15 @@ mod tests {
         ParameterPatch::parse(arguments.as_object().unwrap())
     }
 
-    fn set(params: MigrationParameters, arguments: Value) -> MigrationParameters {
-        params.with(&parse(arguments).unwrap()).unwrap()
+    fn set(
+        params: impl std::borrow::Borrow<MigrationParameters>,
+        arguments: Value,
+    ) -> MigrationParameters {
+        params
+            .borrow()
+            .clone()
+            .with(&parse(arguments).unwrap())
+            .unwrap()
     }
 
     #[test]
@@ -267,7 +279,7 @@ mod tests {
                     _ => continue,
                 },
             };
-            let after = set(before, json!({ parameter.name: new }));
+            let after = set(&before, json!({ parameter.name: new }));
             for other in PARAMETERS {
                 let expected = match other.name == parameter.name {
                     true => Some(new.clone()),
@@ -302,6 +314,13 @@ mod tests {
             (json!({"mode": "fast"}), "`mode` takes one of normal, cpr-"),
             (json!({"mode": 1}), "`mode` takes one of"),
             (json!({"tls-creds": 1}), "`tls-creds` takes a string"),
+            (json!({"cpr-exec-command": "x"}), "takes a list of strings"),
+            (json!({"cpr-exec-command": ["x", 1]}), "a list of strings"),
+            (json!({"cpr-exec-command": ["x\0"]}), "without NUL"),
+            (
+                json!({"cpr-exec-command": ["x".repeat(COMMAND_BYTES_MAX)]}),
+                "bytes in all",
+            ),
         ] {
             let error = parse(arguments.clone()).unwrap_err().to_string();
             assert!(error.contains(text), "{arguments}: {error}");
@@ -312,7 +331,6 @@ mod tests {
     fn values_that_only_qemu_has_are_refused_by_name() {
         for (arguments, text) in [
             (json!({"mode": "cpr-reboot"}), "`mode`: `cpr-reboot`"),
-            (json!({"mode": "cpr-exec"}), "`mode`: `cpr-exec`"),
             (
                 json!({"zero-page-detection": "legacy"}),
                 "`zero-page-detection`: `legacy`",
@@ -324,7 +342,6 @@ mod tests {
             (json!({"tls-creds": "tls0"}), "`tls-creds`"),
             (json!({"direct-io": true}), "`direct-io`"),
             (json!({"multifd-zlib-level": 9}), "`multifd-zlib-level`"),
-            (json!({"cpr-exec-command": ["x"]}), "`cpr-exec-command`"),
             (
                 json!({"block-bitmap-mapping": []}),
                 "`block-bitmap-mapping`",
@@ -343,10 +360,27 @@ mod tests {
             json!({"zero-page-detection": "none", "mode": "normal"}),
         );
         assert!(!none.detect_zero_pages);
-        let json = serde_json::to_value(none).unwrap();
+        let json = serde_json::to_value(&none).unwrap();
         assert_eq!(json["zero-page-detection"], "none");
         let back = set(none, json!({"zero-page-detection": "multifd"}));
         assert_eq!(back, MigrationParameters::default());
+    }
+
+    #[test]
+    fn the_command_of_an_exec_is_kept_whole_and_shown_while_there_is_one() {
+        let words = json!(["/opt/new", "run", "--name", "a b", ""]);
+        let before = MigrationParameters::default();
+        let after = set(
+            before.clone(),
+            json!({"cpr-exec-command": words.clone(), "mode": "cpr-exec"}),
+        );
+        let shown = serde_json::to_value(&after).unwrap();
+        assert_eq!(
+            (&shown["cpr-exec-command"], &shown["mode"]),
+            (&words, &json!("cpr-exec"))
+        );
+        let cleared = json!({"cpr-exec-command": [], "mode": "normal"});
+        assert_eq!(set(&after, cleared), before);
     }
 
     #[test]
@@ -364,20 +398,20 @@ mod tests {
     #[test]
     fn the_throttle_limits_must_fit_whichever_of_them_changes() {
         let default = MigrationParameters::default();
-        let bad = |params: MigrationParameters, arguments: Value| {
-            let error = params.with(&parse(arguments).unwrap()).unwrap_err();
+        let bad = |params: &MigrationParameters, arguments: Value| {
+            let error = params.clone().with(&parse(arguments).unwrap()).unwrap_err();
             assert!(error.to_string().contains("`max-cpu-throttle`"), "{error}");
         };
-        bad(default, json!({"max-cpu-throttle": 19}));
+        bad(&default, json!({"max-cpu-throttle": 19}));
         bad(
-            default,
+            &default,
             json!({"max-cpu-throttle": 40, "cpu-throttle-initial": 41}),
         );
         let low = set(
-            default,
+            &default,
             json!({"max-cpu-throttle": 10, "cpu-throttle-initial": 10}),
         );
-        bad(low, json!({"cpu-throttle-initial": 11}));
+        bad(&low, json!({"cpu-throttle-initial": 11}));
         assert_eq!(low.max_cpu_throttle_percent, 10);
     }
 
@@ -404,10 +438,10 @@ mod tests {
             MigrationParameters::default(),
             json!({"max-bandwidth": 5, "announce-step": 7}),
         );
-        let json = serde_json::to_value(params).unwrap();
+        let json = serde_json::to_value(&params).unwrap();
         assert_eq!(set(MigrationParameters::default(), json), params);
         let cleared = json!({"tls-creds": null, "tls-hostname": "", "tls-authz": null});
-        assert_eq!(set(params, cleared), params);
+        assert_eq!(set(&params, cleared), params);
     }
 
     #[test]

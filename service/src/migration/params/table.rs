@@ -4,7 +4,9 @@
 
 use serde_json::{Value, json};
 
-use super::{DOWNTIME_LIMIT_MS_MAX, MigrationMode, MigrationParameters, SettingError};
+use super::{
+    COMMAND_BYTES_MAX, DOWNTIME_LIMIT_MS_MAX, MigrationMode, MigrationParameters, SettingError,
+};
 
 /// One parameter.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +55,11 @@ enum Access {
     Integer(Get<u64>, Set<u64>),
     Boolean(Get<bool>, Set<bool>),
     Word(fn(&MigrationParameters) -> &'static str, SetWord),
+    /// Absent from the query while empty.
+    Texts(
+        fn(&MigrationParameters) -> &[String],
+        fn(&mut MigrationParameters, Vec<String>),
+    ),
     /// Not supported: always this integer.
     FixedInteger(u64),
     /// Not supported: always off.
@@ -71,11 +78,12 @@ type Set<T> = fn(&mut MigrationParameters, T);
 type SetWord = fn(&mut MigrationParameters, &str) -> bool;
 
 /// A value that was read and is in range.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Setting {
     Integer(u64),
     Boolean(bool),
     Word(&'static str),
+    Texts(Vec<String>),
     /// The value it has anyway.
     Same,
 }
@@ -182,7 +190,11 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
         access: Access::Word(
             |p| p.mode.name(),
             |p, word| {
-                let supported = [MigrationMode::Normal, MigrationMode::CprTransfer];
+                let supported = [
+                    MigrationMode::Normal,
+                    MigrationMode::CprTransfer,
+                    MigrationMode::CprExec,
+                ];
                 let wanted = supported.into_iter().find(|mode| mode.name() == word);
                 p.mode = wanted.unwrap_or(p.mode);
                 wanted.is_some()
@@ -204,7 +216,14 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
         ),
     },
     fixed("direct-io", Shape::Boolean, Access::FixedOff),
-    fixed("cpr-exec-command", Shape::Texts, Access::Unset),
+    Parameter {
+        name: "cpr-exec-command",
+        shape: Shape::Texts,
+        access: Access::Texts(
+            |p| &p.cpr_exec_command,
+            |p, words| p.cpr_exec_command = words,
+        ),
+    },
     fixed_integer("x-rdma-chunk-size", 1 << 20..=1 << 30, 1 << 20),
     boolean("x-verify", |p| p.x_verify, |p, on| p.x_verify = on),
     boolean("x-checksum", |p| p.x_checksum, |p, on| p.x_checksum = on),
@@ -254,6 +273,16 @@ const fn fixed_integer(
     fixed(name, shape, Access::FixedInteger(value))
 }
 
+/// What a command line is made of.
+fn read_texts(value: &Value) -> Option<Vec<String>> {
+    let words = value.as_array()?.iter();
+    let words: Option<Vec<_>> = words.map(|word| word.as_str().map(str::to_owned)).collect();
+    let words = words?;
+    let bytes: usize = words.iter().map(|word| word.len() + 1).sum();
+    let fits = bytes <= COMMAND_BYTES_MAX && words.iter().all(|word| !word.contains('\0'));
+    fits.then_some(words)
+}
+
 /// For what was found to be within the range of a byte before.
 fn byte(value: u64) -> u8 {
     u8::try_from(value).unwrap_or(u8::MAX)
@@ -265,7 +294,7 @@ impl Parameter {
     pub(super) fn is_supported(&self) -> bool {
         matches!(
             self.access,
-            Access::Integer(..) | Access::Boolean(..) | Access::Word(..)
+            Access::Integer(..) | Access::Boolean(..) | Access::Word(..) | Access::Texts(..)
         )
     }
 
@@ -275,6 +304,10 @@ impl Parameter {
             Access::Integer(get, _) => json!(get(parameters)),
             Access::Boolean(get, _) => json!(get(parameters)),
             Access::Word(get, _) => json!(get(parameters)),
+            Access::Texts(get, _) => match get(parameters) {
+                [] => return None,
+                words => json!(words),
+            },
             Access::FixedInteger(value) => json!(value),
             Access::FixedOff => json!(false),
             Access::FixedWord(word) => json!(word),
@@ -308,11 +341,12 @@ impl Parameter {
                     None => Err(self.wrong_value()),
                 };
             }
-            Shape::Texts | Shape::Anything => return Err(self.not_supported()),
+            Shape::Texts => read_texts(value).map(Setting::Texts),
+            Shape::Anything => return Err(self.not_supported()),
         };
         let setting = setting.ok_or_else(|| self.wrong_value())?;
-        match (self.access, setting) {
-            (Access::FixedInteger(only), Setting::Integer(given)) if given == only => {
+        match (self.access, &setting) {
+            (Access::FixedInteger(only), Setting::Integer(given)) if *given == only => {
                 Ok(Setting::Same)
             }
             (Access::FixedOff, Setting::Boolean(false)) => Ok(Setting::Same),
@@ -332,7 +366,8 @@ impl Parameter {
                 let supported = set(parameters, word);
                 debug_assert!(supported, "{} was checked", self.name);
             }
-            _ => debug_assert_eq!(setting, Setting::Same, "{}", self.name),
+            (Access::Texts(_, set), Setting::Texts(words)) => set(parameters, words),
+            (_, setting) => debug_assert_eq!(setting, Setting::Same, "{}", self.name),
         }
     }
 
@@ -362,7 +397,10 @@ impl Parameter {
             Shape::Boolean => "true or false".to_owned(),
             Shape::Choice(words) => format!("one of {}", words().join(", ")),
             Shape::TextOrNull => "a string or null".to_owned(),
-            Shape::Texts | Shape::Anything => "a list".to_owned(),
+            Shape::Texts => {
+                format!("a list of strings without NUL, at most {COMMAND_BYTES_MAX} bytes in all")
+            }
+            Shape::Anything => "a list".to_owned(),
         };
         SettingError::Value {
             name: self.name.to_owned(),
