@@ -23,7 +23,20 @@ const WRITE: &str = "VMFERRY_WRITE_FIXTURES";
 type Frame = (Vec<u8>, Vec<u8>);
 
 fn hello() -> Frame {
+    bare(SourceFrame::Hello(words_of_hello()).encode())
+}
+
+/// Of a guest whose memory stays in place.
+fn hello_in_place() -> Frame {
     let hello = Hello {
+        data_connections: 0,
+        ..words_of_hello()
+    };
+    bare(SourceFrame::Hello(hello).encode())
+}
+
+fn words_of_hello() -> Hello {
+    Hello {
         versions: VersionRange { min: 1, max: 1 },
         migration_id: MigrationId(*b"0123456789abcdef"),
         data_connections: 1,
@@ -43,8 +56,7 @@ fn hello() -> Frame {
         }],
         uuid: Some(Uuid(*b"fedcba9876543210")),
         switchover_ack: false,
-    };
-    bare(SourceFrame::Hello(hello).encode())
+    }
 }
 
 fn bare(frame: Vec<u8>) -> Frame {
@@ -166,9 +178,30 @@ fn stopped() -> Vec<Frame> {
     ]
 }
 
+/// Memory stays in place.
+fn in_place() -> Vec<Frame> {
+    vec![hello_in_place(), switchover(0), section(), state_end(1, 0)]
+}
+
+/// Format and name of each good archive.
+fn good_archives() -> Vec<(u16, &'static str, Vec<Frame>)> {
+    vec![
+        (1, "running", running()),
+        (1, "stopped", stopped()),
+        (2, "in_place", in_place()),
+    ]
+}
+
 fn archive(frames: &[Frame]) -> Vec<u8> {
+    archive_of(1, frames)
+}
+
+fn archive_of(version: u16, frames: &[Frame]) -> Vec<u8> {
     let mut encoder = ArchiveEncoder::default();
-    let mut bytes = encoder.start();
+    let mut bytes = match version {
+        1 => encoder.start(),
+        _ => encoder.start_in_place(),
+    };
     for (frame, payload) in frames {
         encoder.frame(frame, payload.len() as u64);
         bytes.extend_from_slice(frame);
@@ -180,6 +213,38 @@ fn archive(frames: &[Frame]) -> Vec<u8> {
 
 /// Name, what is done to a good archive, and a part of the reason for refusing it.
 type Corruption = (&'static str, fn() -> Vec<u8>, &'static str);
+
+fn corruptions_in_place() -> Vec<Corruption> {
+    vec![
+        (
+            "memory_announced",
+            || archive_of(2, &[&[hello()], &in_place()[1..]].concat()),
+            "the number of data connections is 1, not 0",
+        ),
+        (
+            "with_pages",
+            || {
+                let pages = ram(0, &[(0, 8, RunKind::Hole)], Vec::new());
+                let mut frames = in_place();
+                frames.insert(1, pages);
+                archive_of(2, &frames)
+            },
+            "page data where the switchover belongs",
+        ),
+        (
+            "memory_left_out",
+            || archive_of(1, &in_place()),
+            "the number of data connections is 0, not 1",
+        ),
+    ]
+}
+
+fn all_corruptions() -> impl Iterator<Item = (u16, Corruption)> {
+    let of = |version, corruptions: Vec<Corruption>| {
+        corruptions.into_iter().map(move |one| (version, one))
+    };
+    of(1, corruptions()).chain(of(2, corruptions_in_place()))
+}
 
 fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut bytes = archive(&running());
@@ -210,12 +275,12 @@ fn corruptions() -> Vec<Corruption> {
             "newer_version",
             || {
                 changed(|bytes| {
-                    bytes[8] = 2;
+                    bytes[8] = 3;
                     let crc = crc32c(&bytes[..12]).to_le_bytes();
                     bytes[12..16].copy_from_slice(&crc);
                 })
             },
-            "archive format 2, this version reads 1",
+            "archive format 3, this version reads 1 to 2",
         ),
         (
             "cut_in_the_hello",
@@ -341,15 +406,15 @@ fn read(mut bytes: &[u8]) -> Result<Vec<ArchiveItem>, ArchiveError> {
     }
 }
 
-fn folder(name: &str) -> PathBuf {
+fn folder(version: u16, kind: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("fixtures/archive/v1")
-        .join(name)
+        .join(format!("fixtures/archive/v{version}"))
+        .join(kind)
 }
 
 /// The fixture, written first if the environment asks for it.
-fn fixture(kind: &str, name: &str, bytes: &[u8]) -> Vec<u8> {
-    let folder = folder(kind);
+fn fixture(version: u16, kind: &str, name: &str, bytes: &[u8]) -> Vec<u8> {
+    let folder = folder(version, kind);
     let path = folder.join(format!("{name}.bin"));
     if std::env::var_os(WRITE).is_some() {
         std::fs::create_dir_all(&folder).unwrap();
@@ -359,11 +424,11 @@ fn fixture(kind: &str, name: &str, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn archives_of_version_1_keep_their_bytes() {
-    for (name, frames) in [("running", running()), ("stopped", stopped())] {
-        let bytes = archive(&frames);
+fn archives_of_versions_1_and_2_keep_their_bytes() {
+    for (version, name, frames) in good_archives() {
+        let bytes = archive_of(version, &frames);
         assert!(
-            fixture("good", name, &bytes) == bytes,
+            fixture(version, "good", name, &bytes) == bytes,
             "{name}: the format has changed, and archives that exist can no longer be loaded"
         );
         // Each frame is an item, and the end is one more.
@@ -372,21 +437,27 @@ fn archives_of_version_1_keep_their_bytes() {
 }
 
 #[test]
-fn corrupt_archives_of_version_1_are_refused_with_the_reason() {
-    for (name, make, reason) in corruptions() {
-        let error = read(&fixture("corrupt", name, &make())).expect_err(name);
+fn corrupt_archives_of_versions_1_and_2_are_refused_with_the_reason() {
+    for (version, (name, make, reason)) in all_corruptions() {
+        let error = read(&fixture(version, "corrupt", name, &make())).expect_err(name);
         assert!(error.to_string().contains(reason), "{name}: {error}");
     }
 }
 
 #[test]
 fn every_archive_belongs_to_a_test() {
-    let corrupt: Vec<_> = corruptions().into_iter().map(|(name, ..)| name).collect();
-    for (kind, names) in [("good", vec!["running", "stopped"]), ("corrupt", corrupt)] {
-        for entry in std::fs::read_dir(folder(kind)).unwrap() {
+    let good = good_archives().into_iter();
+    let good = good.map(|(version, name, _)| (version, "good", name));
+    let corrupt = all_corruptions().map(|(version, (name, ..))| (version, "corrupt", name));
+    let known: Vec<_> = good.chain(corrupt).collect();
+    for (version, kind) in [(1, "good"), (1, "corrupt"), (2, "good"), (2, "corrupt")] {
+        for entry in std::fs::read_dir(folder(version, kind)).unwrap() {
             let file = entry.unwrap().file_name().into_string().unwrap();
             let name = file.strip_suffix(".bin").unwrap_or(&file);
-            assert!(names.contains(&name), "{kind}/{file}: no test reads it");
+            assert!(
+                known.contains(&(version, kind, name)),
+                "v{version}/{kind}/{file}: no test reads it"
+            );
         }
     }
 }

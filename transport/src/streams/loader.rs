@@ -128,7 +128,10 @@ impl Load {
         let (control, theirs) = socket_pair().map_err(StreamFault::Open)?;
         let target = links.target.insert(Peer::start(control, self.keepalive)?);
         connect(theirs);
-        let data = links.data.insert(open_data(target, hello, connect)?);
+        let data = match open(target, hello, connect)? {
+            Some(data) => Some(links.data.insert(data)),
+            None => None,
+        };
         self.replay(target, data)?;
         match target.hear()? {
             TargetFrame::Ready(ready) => self.check(&ready, verify)?,
@@ -142,15 +145,19 @@ impl Load {
     }
 
     /// Passes on everything up to the end mark, and looks that nothing follows it.
-    fn replay(&mut self, target: &Peer, data: &mut UnixStream) -> Result<(), StreamFault> {
+    fn replay(
+        &mut self,
+        target: &Peer,
+        mut data: Option<&mut UnixStream>,
+    ) -> Result<(), StreamFault> {
         loop {
             match self.next()? {
                 None => {}
                 Some(ArchiveItem::End) => break,
                 Some(ArchiveItem::Ram { payload_bytes }) => {
-                    self.pass(target, data, payload_bytes)?;
+                    self.pass(target, data.as_deref_mut(), payload_bytes)?;
                 }
-                Some(ArchiveItem::RoundEnd(_)) => self.pass(target, data, 0)?,
+                Some(ArchiveItem::RoundEnd(_)) => self.pass(target, data.as_deref_mut(), 0)?,
                 Some(ArchiveItem::Control(frame)) => {
                     if let SourceFrame::StateEnd(end) = &frame {
                         self.end = Some(*end);
@@ -189,9 +196,10 @@ impl Load {
     fn pass(
         &self,
         target: &Peer,
-        data: &mut UnixStream,
+        data: Option<&mut UnixStream>,
         payload_bytes: usize,
     ) -> Result<(), StreamFault> {
+        let data = data.expect("the reader takes no pages where memory stays in place");
         let payload = &self.bytes[..payload_bytes];
         let written = data
             .write_all(self.reader.frame())
@@ -231,13 +239,20 @@ impl Load {
     }
 }
 
-fn open_data(target: &Peer, hello: Hello, connect: &Connect) -> Result<UnixStream, StreamFault> {
-    let migration_id = hello.migration_id;
+/// Introduces the archive to the target; the data connection unless memory stays in place.
+fn open(target: &Peer, hello: Hello, connect: &Connect) -> Result<Option<UnixStream>, StreamFault> {
+    let (migration_id, in_place) = (hello.migration_id, hello.is_in_place());
     target.say(&SourceFrame::Hello(hello))?;
     let version = match target.hear()? {
         TargetFrame::HelloReply(reply) => reply.version,
         other => return Err(unexpected(&other)),
     };
+    if in_place {
+        return match target.hear()? {
+            TargetFrame::DataReady => Ok(None),
+            other => Err(unexpected(&other)),
+        };
+    }
     let (mut data, theirs) = socket_pair().map_err(StreamFault::Open)?;
     let first = SourceFrame::DataHello(DataHello {
         version,
@@ -249,7 +264,7 @@ fn open_data(target: &Peer, hello: Hello, connect: &Connect) -> Result<UnixStrea
     data.write_all(&first.encode()).map_err(StreamFault::Open)?;
     connect(theirs);
     match target.hear()? {
-        TargetFrame::DataReady => Ok(data),
+        TargetFrame::DataReady => Ok(Some(data)),
         other => Err(unexpected(&other)),
     }
 }

@@ -1,6 +1,7 @@
 //! The target's half of the protocol, for a source whose guest goes into an archive.
 //!
-//! Per control connection a thread that answers; one thread that takes pages and writes everything. It says READY when all but the
+//! Per control connection a thread that answers; one thread that takes pages and writes everything. If memory stays in place there are
+//! no pages and no data connection, and the thread writes the rest. It says READY when all but the
 //! end mark is written and on the disk, and RUNNING when the end mark is too. What goes wrong before or after COMMIT reaches the
 //! source as ABORT: the archive has no end mark then, or is discarded, and the guest goes on at the source.
 
@@ -101,8 +102,11 @@ impl ArchiveWriter {
     /// When the process is out of descriptors or threads.
     pub fn connect_control(&self) -> io::Result<OwnedFd> {
         let (ours, theirs) = socket_pair()?;
-        self.shared.lock().control = Some(ours.try_clone()?);
+        let first = self.shared.lock().control.replace(ours.try_clone()?);
         self.spawn("save-control", move |shared| shared.serve(&ours))?;
+        if first.is_none() {
+            self.spawn("save-in-place", Shared::save_in_place)?;
+        }
         Ok(theirs)
     }
 
@@ -113,7 +117,7 @@ impl ArchiveWriter {
     pub fn connect_data(&self) -> io::Result<OwnedFd> {
         let (ours, theirs) = socket_pair()?;
         self.shared.lock().data = Some(ours.try_clone()?);
-        self.spawn("save-data", move |shared| shared.save(ours))?;
+        self.spawn("save-data", move |shared| shared.save(Some(ours)))?;
         Ok(theirs)
     }
 
@@ -243,11 +247,14 @@ impl Shared {
         match frame {
             SourceFrame::Hello(hello) => {
                 state.hello = Some(hello);
-                drop(state);
-                self.say(&TargetFrame::HelloReply(HelloReply {
+                let reply = TargetFrame::HelloReply(HelloReply {
                     version: VersionRange::OURS.max,
                     software: self.software.clone(),
-                }));
+                });
+                // Under the lock, so that the answer comes before whatever the thread that writes says. It fails only if the source has
+                // closed the link, which this thread sees next.
+                let _ = (&*control).write_all(&reply.encode());
+                self.changed.notify_all();
             }
             SourceFrame::Switchover(_) | SourceFrame::Section(_) => state.switchover.push(frame),
             SourceFrame::StateEnd(end) => {
@@ -299,8 +306,24 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Body of the thread that writes if no data connection will come.
+    fn save_in_place(&self) {
+        let mut state = self.lock();
+        let in_place = loop {
+            match &state.hello {
+                _ if state.decision == Decision::GivenUp => return,
+                Some(hello) => break hello.is_in_place(),
+                None => state = self.wait(state),
+            }
+        };
+        drop(state);
+        if in_place {
+            self.save(None);
+        }
+    }
+
     /// Body of the thread that writes.
-    fn save(&self, data: UnixStream) {
+    fn save(&self, data: Option<UnixStream>) {
         let outlet = self
             .outlet
             .lock()
@@ -341,8 +364,10 @@ impl Shared {
         if !asked {
             self.say(&word);
         }
-        // After the reason, so that the source hears it first.
-        let _ = data.shutdown(Shutdown::Both);
+        if let Some(data) = data {
+            // After the reason, so that the source hears it first. Fails only if it is closed already.
+            let _ = data.shutdown(Shutdown::Both);
+        }
     }
 }
 
@@ -351,15 +376,20 @@ struct Save<'a> {
     shared: &'a Shared,
     outlet: Outlet,
     encoder: ArchiveEncoder,
-    data: UnixStream,
+    /// None if memory stays in place.
+    data: Option<UnixStream>,
     blocks: Vec<PageCount>,
     began: Instant,
 }
 
 impl Save<'_> {
     fn run(&mut self) -> Result<(), StreamFault> {
-        self.greet()?;
-        while !self.round()? {}
+        if self.data.is_some() {
+            self.greet()?;
+            while !self.round()? {}
+        } else {
+            self.greet_in_place()?;
+        }
         let end = self.state()?;
         self.shared.say(&TargetFrame::Ready(self.ready(&end)));
         let mut state = self.shared.lock();
@@ -386,18 +416,33 @@ impl Save<'_> {
                 flags: header.flags,
             }));
         }
-        let hello = self.shared.lock().hello.clone();
-        let hello = hello.ok_or(StreamFault::GivenUp)?;
+        let hello = self.hello()?;
         if hello.data_connections != 1 || !hello.checksum {
             let text = "an archive takes one data connection, with checksums";
             return Err(StreamFault::Refused(text.to_owned()));
         }
         self.blocks = hello.blocks.iter().map(|block| block.pages).collect();
+        let start = self.encoder.start();
+        self.begin(start, hello)
+    }
+
+    fn greet_in_place(&mut self) -> Result<(), StreamFault> {
+        let hello = self.hello()?;
+        let start = self.encoder.start_in_place();
+        self.begin(start, hello)
+    }
+
+    fn hello(&self) -> Result<Hello, StreamFault> {
+        let hello = self.shared.lock().hello.clone();
+        hello.ok_or(StreamFault::GivenUp)
+    }
+
+    /// Says that everything is ready, and writes what an archive begins with.
+    fn begin(&mut self, mut start: Vec<u8>, hello: Hello) -> Result<(), StreamFault> {
         self.shared.say(&TargetFrame::DataReady);
         if hello.switchover_ack {
             self.shared.say(&TargetFrame::SwitchoverAck);
         }
-        let mut start = self.encoder.start();
         let hello = SourceFrame::Hello(hello).encode();
         self.encoder.frame(&hello, 0);
         start.extend_from_slice(&hello);
@@ -423,7 +468,7 @@ impl Save<'_> {
             if let Some(payload_bytes) = payload_bytes {
                 let payload = usize::try_from(payload_bytes).unwrap_or(usize::MAX);
                 bytes.resize(head + payload, 0);
-                self.data.read_exact(&mut bytes[head..]).map_err(lost)?;
+                self.read(&mut bytes[head..])?;
                 self.encoder.frame(&bytes[..head], payload_bytes);
                 self.outlet.put(&bytes)?;
                 continue;
@@ -444,13 +489,18 @@ impl Save<'_> {
         body_bytes: impl FnOnce(&FrameHeader) -> Result<usize, WireError>,
     ) -> Result<(FrameHeader, Vec<u8>), StreamFault> {
         let mut head = [0; HEADER_BYTES];
-        self.data.read_exact(&mut head).map_err(lost)?;
+        self.read(&mut head)?;
         let header = FrameHeader::decode(&head).map_err(wrong)?;
         let mut bytes = head.to_vec();
         bytes.resize(HEADER_BYTES + body_bytes(&header).map_err(wrong)?, 0);
-        let body = &mut bytes[HEADER_BYTES..];
-        self.data.read_exact(body).map_err(lost)?;
+        self.read(&mut bytes[HEADER_BYTES..])?;
         Ok((header, bytes))
+    }
+
+    /// Receives from the source.
+    fn read(&mut self, bytes: &mut [u8]) -> Result<(), StreamFault> {
+        let data = self.data.as_mut().ok_or(StreamFault::GivenUp)?;
+        data.read_exact(bytes).map_err(lost)
     }
 
     /// Writes the state of the devices when all of it is here.

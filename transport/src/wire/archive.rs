@@ -13,7 +13,7 @@
 //! | offset | size | field |
 //! |---|---|---|
 //! | 0 | 8 | magic `VMFYSAVE` |
-//! | 8 | 2 | version of the archive format, 1 |
+//! | 8 | 2 | version of the archive format: 1 with memory, 2 without |
 //! | 10 | 2 | reserved, zero |
 //! | 12 | 4 | CRC32C of bytes 0 to 11 |
 //!
@@ -21,6 +21,8 @@
 //! [`hello`](super::hello), [`ram`] and [`frame`](super::frame). Beyond what is said there:
 //!
 //! - The hello announces one data connection. Its migration id names the archive.
+//! - An archive of format 2 is of a guest whose memory stays in place, in a file of its own: the hello says so and announces no data
+//!   connection, SWITCHOVER follows it at once, and there are no rounds.
 //! - Every RAM_RUNS frame has its payload checksummed. Rounds count up from 0; only the last says that it is the last.
 //! - SWITCHOVER and STATE_END name the last round, and STATE_END counts the sections.
 //!
@@ -50,8 +52,10 @@ use crate::units::{PageCount, RoundId};
 
 /// First bytes of an archive.
 pub const MAGIC: [u8; 8] = *b"VMFYSAVE";
-/// Version of the format that is written.
+/// Version of the format that is written with memory.
 pub const VERSION: u16 = 1;
+/// Version of the format that is written without memory, which stays in place. Versions up to this one are read.
+pub const VERSION_IN_PLACE: u16 = 2;
 /// Frame type of END.
 pub const ARCHIVE_END: u8 = 60;
 /// Length of START.
@@ -77,7 +81,7 @@ pub enum ArchiveFault {
     #[error("this is no vmferry archive")]
     NoArchive,
     /// Written by a version that this one does not know. Load it with that one.
-    #[error("archive format {found}, this version reads {VERSION}")]
+    #[error("archive format {found}, this version reads {VERSION} to {VERSION_IN_PLACE}")]
     Version {
         /// The version it names.
         found: u16,
@@ -126,10 +130,19 @@ pub struct ArchiveEncoder {
 }
 
 impl ArchiveEncoder {
-    /// START.
+    /// START of an archive with memory.
     pub fn start(&mut self) -> Vec<u8> {
+        self.start_of(VERSION)
+    }
+
+    /// START of an archive of a guest whose memory stays in place.
+    pub fn start_in_place(&mut self) -> Vec<u8> {
+        self.start_of(VERSION_IN_PLACE)
+    }
+
+    fn start_of(&mut self, version: u16) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&version.to_le_bytes());
         bytes.extend_from_slice(&[0; 2]);
         bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
         self.totals.add_start(&bytes);
@@ -249,6 +262,7 @@ pub enum ArchiveItem {
 #[derive(Clone, Debug)]
 pub struct ArchiveReader {
     stage: Stage,
+    in_place: bool,
     wants: Wants,
     totals: Totals,
     /// Header and body of the present frame.
@@ -285,6 +299,7 @@ impl Default for ArchiveReader {
     fn default() -> Self {
         Self {
             stage: Stage::Hello,
+            in_place: false,
             wants: Wants::Start,
             totals: Totals::default(),
             frame: Vec::new(),
@@ -356,7 +371,7 @@ impl ArchiveReader {
     fn take(&mut self, bytes: &[u8]) -> Result<Option<ArchiveItem>, ArchiveFault> {
         match std::mem::replace(&mut self.wants, Wants::Nothing) {
             Wants::Start => {
-                check_start(bytes)?;
+                self.in_place = check_start(bytes)? == VERSION_IN_PLACE;
                 self.totals.add_start(bytes);
                 self.wants = Wants::Header;
                 Ok(None)
@@ -505,15 +520,19 @@ impl ArchiveReader {
         let frame = SourceFrame::decode(kind, Bytes::copy_from_slice(body))?;
         match &frame {
             SourceFrame::Hello(hello) => {
-                if hello.data_connections != 1 {
+                let expected = u64::from(!self.in_place);
+                if u64::from(hello.data_connections) != expected {
                     return Err(ArchiveFault::Contradiction {
                         what: "the number of data connections",
                         found: hello.data_connections.into(),
-                        expected: 1,
+                        expected,
                     });
                 }
                 self.blocks = hello.blocks.iter().map(|block| block.pages).collect();
-                self.stage = Stage::Round;
+                self.stage = match self.in_place {
+                    true => Stage::Switchover,
+                    false => Stage::Round,
+                };
                 return Ok(ArchiveItem::Hello(Box::new(hello.clone())));
             }
             SourceFrame::Switchover(round) => {
@@ -562,7 +581,8 @@ impl ArchiveReader {
     }
 }
 
-fn check_start(bytes: &[u8]) -> Result<(), ArchiveFault> {
+/// The version of the format.
+fn check_start(bytes: &[u8]) -> Result<u16, ArchiveFault> {
     let mut reader = Reader::new(bytes);
     if reader.bytes(MAGIC.len())? != MAGIC {
         return Err(ArchiveFault::NoArchive);
@@ -573,8 +593,8 @@ fn check_start(bytes: &[u8]) -> Result<(), ArchiveFault> {
         return Err(ArchiveFault::Start);
     }
     match (found, reserved) {
-        (VERSION, 0) => Ok(()),
-        (VERSION, _) => Err(ArchiveFault::Start),
+        (VERSION | VERSION_IN_PLACE, 0) => Ok(found),
+        (VERSION | VERSION_IN_PLACE, _) => Err(ArchiveFault::Start),
         _ => Err(ArchiveFault::Version { found }),
     }
 }

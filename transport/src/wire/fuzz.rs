@@ -312,8 +312,9 @@ mod tests {
     }
 
     fn archives() -> Vec<Vec<u8>> {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/archive/v1");
-        let folders = ["good", "corrupt"].map(|folder| fixtures.join(folder));
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/archive");
+        let folders = ["v1/good", "v1/corrupt", "v2/good", "v2/corrupt"];
+        let folders = folders.map(|folder| fixtures.join(folder));
         let files = folders
             .iter()
             .flat_map(|folder| std::fs::read_dir(folder).unwrap());

@@ -164,11 +164,14 @@ fn what_follows_the_end_is_refused() {
 #[test]
 fn other_versions_and_other_files_are_told_apart() {
     let mut bytes = archive_of(&frames());
-    bytes[8] = 2;
+    bytes[8] = 3;
     let crc = crc32c::crc32c(&bytes[..12]).to_le_bytes();
     bytes[12..16].copy_from_slice(&crc);
     let error = read(&bytes).unwrap_err().to_string();
-    assert_eq!(error, "at byte 0: archive format 2, this version reads 1");
+    assert_eq!(
+        error,
+        "at byte 0: archive format 3, this version reads 1 to 2"
+    );
     let error = read(b"QEVM and then sixteen").unwrap_err().to_string();
     assert_eq!(error, "at byte 0: this is no vmferry archive");
 }
