@@ -10,6 +10,7 @@ use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer};
 use vmferry_transport::wire::header::{Reader, encode_frame};
 
 use crate::give::{Giver, GiverAction, GiverDeadlines};
+use crate::letter::{self, Letter};
 use crate::manifest::{FDS_MAX, Manifest, Stage};
 use crate::message::{BATCH_MAX, GiverMessage, TakerMessage};
 use crate::take::{Taker, TakerAction, TakerDeadlines};
@@ -78,6 +79,40 @@ pub fn conversation(bytes: &[u8]) {
     drop(taker);
     let open = fds.iter().filter(|fd| Rc::strong_count(fd) > 1).count();
     assert_eq!(open, claimed.len(), "descriptors leak");
+}
+
+/// Bytes as they might be in the memfd of a letter, as they are and behind a head with right checksums.
+///
+/// What is read can be written, and is the same bytes again; no number is a standard stream or there twice.
+///
+/// # Panics
+/// If one of this does not hold.
+pub fn letter(bytes: &[u8]) {
+    check_letter(bytes);
+    let Some((leg, body)) = bytes.split_first() else {
+        return;
+    };
+    let mut whole = letter::MAGIC.to_vec();
+    whole.extend_from_slice(&letter::VERSION.to_le_bytes());
+    whole.extend_from_slice(&[leg % 4, 0]);
+    whole.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+    whole.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    whole.extend_from_slice(&crc32c::crc32c(&whole).to_le_bytes());
+    whole.extend_from_slice(body);
+    check_letter(&whole);
+}
+
+fn check_letter(bytes: &[u8]) {
+    let Ok(letter) = Letter::decode(bytes) else {
+        return;
+    };
+    let mut numbers = letter.numbers.clone();
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), letter.numbers.len());
+    assert!(numbers.iter().all(|number| *number >= letter::NUMBER_MIN));
+    assert!(letter.manifest.entries().len() <= FDS_MAX);
+    assert_eq!(letter.encode().as_deref(), Ok(bytes));
 }
 
 fn next_frame(reader: &mut Reader<'_>) -> Option<(Vec<u8>, usize)> {
@@ -158,6 +193,25 @@ mod tests {
         for bytes in inputs {
             stream(&bytes);
             conversation(&bytes);
+        }
+    }
+
+    #[test]
+    fn no_letter_of_the_corpus_or_the_fixtures_breaks_a_promise_whole_cut_or_changed() {
+        let mut letters = files("fuzz/corpus/letter");
+        assert!(letters.len() > 10, "only {} inputs", letters.len());
+        letters.extend(files("../tests/fixtures/cpr/letter/v1/good"));
+        letters.extend(files("../tests/fixtures/cpr/letter/v1/corrupt"));
+        for bytes in letters {
+            letter(&bytes);
+            for cut in 0..bytes.len() {
+                letter(&bytes[..cut]);
+            }
+            for bit in 0..bytes.len() * 8 {
+                let mut changed = bytes.clone();
+                changed[bit / 8] ^= 1 << (bit % 8);
+                letter(&changed);
+            }
         }
     }
 

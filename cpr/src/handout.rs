@@ -119,6 +119,13 @@ impl<'fd> Handout<'fd> {
         Manifest::new(self.fds.iter().map(|(entry, _)| entry.clone()).collect())
     }
 
+    /// The descriptors, in the order of the manifest.
+    pub fn fds(&self) -> Vec<BorrowedFd<'fd>> {
+        let mut fds: Vec<_> = self.fds.iter().collect();
+        fds.sort_by_key(|(entry, _)| entry.stage);
+        fds.into_iter().map(|(_, fd)| *fd).collect()
+    }
+
     /// Offers everything and sends the first stage. Returns when the other process has built its machine from it. The guest runs all
     /// the while, and nothing with an owner leaves.
     ///

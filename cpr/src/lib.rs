@@ -8,6 +8,7 @@
 //! - [`table`]: descriptors that arrived, each claimed once or closed and counted
 //! - [`socket`]: the socket between them, with descriptors, deadlines and a check of who is at the other end
 //! - [`handout`], [`takeover`]: both halves with a real socket, step by step
+//! - [`letter`], [`envelope`]: what a program leaves for the program that its process becomes by an exec
 //! - [`spawn`]: starting the new process with one inherited socket
 //! - [`memfd`]: guest RAM as a sealed memfd, and taking over one that another process made
 //! - [`shared`]: guest RAM in a file with a name, which outlives its VM
@@ -17,12 +18,14 @@
 mod check;
 #[cfg(test)]
 mod compat;
+pub mod envelope;
 pub mod error;
 #[cfg(any(test, feature = "testkit"))]
 pub mod fuzz;
 pub mod give;
 pub mod guide;
 pub mod handout;
+pub mod letter;
 pub mod manifest;
 pub mod memfd;
 pub mod message;

@@ -70,6 +70,7 @@ const LINES_MAX: usize = 700;
 /// Sans-I/O modules: decisions and formats without clock, socket, thread, randomness or guest bytes.
 const CORES: &[&str] = &[
     "cpr/src/give.rs",
+    "cpr/src/letter.rs",
     "cpr/src/manifest.rs",
     "cpr/src/message.rs",
     "cpr/src/table.rs",
