@@ -22,7 +22,7 @@
 //! | tap | [`Tap`](FdKind::Tap) | either; read it in one process only | stop reading in SETUP |
 //! | kernel vhost | [`Vhost`](FdKind::Vhost) | hand over | VHOST_RESET_OWNER in SETUP; the new process does VHOST_SET_OWNER |
 //! | vhost-user | [`VhostUser`](FdKind::VhostUser) | hand over | read the vring bases, send nothing more |
-//! | VFIO | [`VfioContainer`](FdKind::VfioContainer), [`VfioDevice`](FdKind::VfioDevice), [`VfioGroup`](FdKind::VfioGroup), [`Iommufd`](FdKind::Iommufd) | hand over (groups and devices: either) | detach irqfds, unmap DMA addresses |
+//! | VFIO | [`VfioContainer`](FdKind::VfioContainer), [`VfioDevice`](FdKind::VfioDevice), [`VfioGroup`](FdKind::VfioGroup), [`Iommufd`](FdKind::Iommufd) | hand over (groups and devices: either; the new process asks a device for its regions while the guest runs) | detach irqfds, have the container forget the addresses of DMA mappings; the new process tells it its own |
 //! | listening sockets, logs | [`Listener`](FdKind::Listener), [`Qmp`](FdKind::Qmp), [`Log`](FdKind::Log) | either | accept in one process only |
 //!
 //! A kind with one owner cannot be put into the first stage: [`Handout::offer`] refuses it.

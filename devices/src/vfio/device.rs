@@ -29,6 +29,8 @@ pub struct VfioDevice {
     state: DeviceState,
     saving: Option<Saving>,
     loading: Option<Arc<Session>>,
+    /// It worked, and was stopped to change its process.
+    held: bool,
 }
 
 /// A migration away from here.
@@ -79,6 +81,7 @@ impl VfioDevice {
             state: DeviceState::Running,
             saving: None,
             loading: None,
+            held: false,
         }
     }
 
@@ -212,6 +215,32 @@ impl VfioDevice {
             }
             _ => DeviceState::Running,
         }
+    }
+
+    /// In place: about to be stopped if it works. From here on the way back is owed.
+    pub(super) fn begin_hold(&mut self) -> Result<(), DeviceError> {
+        self.look()?;
+        match self.state {
+            DeviceState::Running => self.held = true,
+            DeviceState::Stop => {}
+            state => {
+                return Err(DeviceError::Vetoed {
+                    device: self.name.clone(),
+                    reason: format!("it is in {state}, and changes its process in RUNNING or STOP"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is to work again.
+    pub(super) fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Ends what [`begin_hold`](Self::begin_hold) began; returns whether it is to work again.
+    pub(super) fn end_hold(&mut self) -> bool {
+        std::mem::take(&mut self.held)
     }
 
     /// Stops a device that no migration reads.

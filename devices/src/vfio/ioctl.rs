@@ -30,8 +30,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_feature_mig_state, vfio_device_feature_migration, vfio_iommu_type1_dirty_bitmap,
     vfio_iommu_type1_dirty_bitmap_get, vfio_iommu_type1_info, vfio_precopy_info,
 };
-use vfio_ioctls::{VfioContainer, VfioError};
-use vmferry_transport::memory::ram::HostMapping;
+use vfio_ioctls::VfioContainer;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref};
 use vmm_sys_util::ioctl_io_nr;
 
@@ -377,69 +376,6 @@ pub(super) fn get_dirty_pages(
     };
     // SAFETY: the kernel writes at most `size` bytes at `data`, which is what `words` has; it is borrowed through the call.
     unsafe { dirty_pages(fd, VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP, payload) }
-}
-
-/// Guest memory that the devices of a container reach, at the addresses they see it at, until this is dropped.
-///
-/// A device with an IOMMU of its own needs all of it present and pinned, which the kernel does here: memory that was never touched is
-/// allocated, and counts against RLIMIT_MEMLOCK. Drivers of mediated devices pin what they use.
-///
-/// To be dropped before the last device of the container: with that the kernel forgets all mappings by itself.
-pub struct DmaMapping {
-    container: Arc<VfioContainer>,
-    iova: u64,
-    memory: Arc<dyn HostMapping>,
-}
-
-impl DmaMapping {
-    /// Maps `memory` at `iova`. The container must have a device.
-    ///
-    /// # Errors
-    /// The kernel's answer: EEXIST if something is mapped there, EINVAL if there is no device, ENOMEM over a limit.
-    pub fn new(
-        container: Arc<VfioContainer>,
-        iova: u64,
-        memory: Arc<dyn HostMapping>,
-    ) -> io::Result<Self> {
-        let bytes = usize::try_from(memory.len()).map_err(io::Error::other)?;
-        // SAFETY: whoever implements `HostMapping` vouches that the memory stays where it is as long as `memory` lives, and is never
-        // accessed through references. It lives until it was unmapped, see `drop`.
-        let mapped = unsafe { container.vfio_dma_map(iova, bytes, memory.host_address()) };
-        match mapped {
-            Ok(()) => Ok(Self {
-                container,
-                iova,
-                memory,
-            }),
-            Err(VfioError::IommuDmaMap(error)) => Err(error.into()),
-            Err(error) => Err(io::Error::other(error)),
-        }
-    }
-}
-
-impl Drop for DmaMapping {
-    fn drop(&mut self) {
-        let bytes = usize::try_from(self.memory.len()).unwrap_or(usize::MAX);
-        if let Err(error) = self.container.vfio_dma_unmap(self.iova, bytes) {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(
-                error,
-                iova = self.iova,
-                "guest memory stays mapped for devices"
-            );
-            // They may still write to it: it must never become something else's.
-            std::mem::forget(Arc::clone(&self.memory));
-        }
-    }
-}
-
-impl std::fmt::Debug for DmaMapping {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DmaMapping")
-            .field("iova", &self.iova)
-            .field("bytes", &self.memory.len())
-            .finish_non_exhaustive()
-    }
 }
 
 /// A device or a container that vfio-ioctls has opened, for whatever takes a descriptor here. Shares ownership.

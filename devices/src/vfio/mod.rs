@@ -104,29 +104,43 @@
 //! What a stream holds is between the two drivers. What the VMM emulates of a device, such as its PCI configuration space and its
 //! interrupts, is not in it: that is a [`Device`](crate::Device) of the VMM.
 //!
+//! # In place
+//!
+//! A device whose VM changes its process on the same host stays: its descriptor goes to the new process, with those of its group and its
+//! container; [`open_container`], [`join`] and [`open_device`] give a VMM descriptors that it can pass on. The VMM maps guest memory with a [`Reach`](reach::Reach), shares it with a [`VfioInPlace`](in_place::VfioInPlace), and in the
+//! new process calls [`take_over`](in_place::take_over) before READY and [`run`](VfioSet::run) after COMMIT.
+//!
 //! # Modules
 //!
+//! - [`reach`]: the memory that devices reach, and whose it is
+//! - [`in_place`]: devices that stay while the process changes
 //! - [`states`]: the states of a device and the ways between them
 //! - [`face`]: what is asked of the kernel; traits, so that a VMM or a test can stand between
 //! - [`dma_log`]: which pages devices have written
 
+mod attach;
 mod device;
 pub mod dma_log;
 pub mod face;
+pub mod in_place;
 mod ioctl;
 #[cfg(test)]
 mod model;
 mod notifier;
+pub mod reach;
 mod set;
 pub mod states;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use attach::{Region, can_reset, join, open_container, open_device, regions};
 pub use device::{DeviceSizes, SCHEMA, SCHEMA_VERSION, Standing, VfioDevice};
 pub use dma_log::{Mapped, dirty_logs};
 pub use face::{ContainerFace, FdContainer, FdFace, VfioFace};
-pub use ioctl::{DmaMapping, OfVfioIoctls};
+pub use in_place::VfioInPlace;
+pub use ioctl::OfVfioIoctls;
 pub use notifier::VfioNotifier;
+pub use reach::{Reach, Reached};
 pub use set::{Blocker, Stands, VfioSet};
 pub use states::{DeviceState, Support};

@@ -176,6 +176,39 @@ impl VfioSet {
         self.settle(&goals)
     }
 
+    /// In place, where memory is taken from the devices for a moment: stops those that work, and remembers which. The vCPUs are stopped.
+    ///
+    /// # Errors
+    /// The first device that cannot be stopped. [`let_go`](Self::let_go) is owed from here on, also after an error.
+    pub fn hold(&mut self) -> Result<(), DeviceError> {
+        self.all(VfioDevice::begin_hold)?;
+        self.all(|device| match device.is_held() {
+            true => device.quiesce(),
+            false => Ok(()),
+        })?;
+        self.all(|device| match device.is_held() {
+            true => device.halt(),
+            false => Ok(()),
+        })
+    }
+
+    /// Lets the devices work again that [`hold`](Self::hold) has stopped. Empty without it.
+    pub fn let_go(&mut self) -> Vec<Stands> {
+        let goals = self.devices.iter_mut().map(|device| {
+            let held = device.end_hold();
+            held.then_some(DeviceState::Running)
+        });
+        let goals: Vec<_> = goals.collect();
+        self.settle(&goals)
+    }
+
+    /// In place: the devices are another process's now, whatever [`hold`](Self::hold) remembered.
+    pub fn leave(&mut self) {
+        for device in &mut self.devices {
+            device.end_hold();
+        }
+    }
+
     /// Target: the devices are ready to be given their state. Whatever they did before is over.
     ///
     /// # Errors

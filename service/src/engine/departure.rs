@@ -106,11 +106,16 @@ impl Engine {
     fn stop_devices_to_leave(&self, stopped: Option<StoppedGuest>) {
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
         let attempt = self.attempts;
+        // In place the devices stay: who must make them let go is told SETUP.
+        let stay = self.outgoing.as_ref().is_some_and(Outgoing::is_in_place);
         self.jobs.run(move || {
             let pause = || machine.pause().map(StoppedGuest::new);
             let event = match stopped.map_or_else(pause, Ok) {
                 Ok(stopped) => {
-                    let devices = passthrough::stop_to_leave(machine.as_ref());
+                    let devices = match stay {
+                        true => Ok(()),
+                        false => passthrough::stop_to_leave(machine.as_ref()),
+                    };
                     SourceEvent::Stopped(stopped, devices.map_err(|error| chain(&error)))
                 }
                 Err(error) => SourceEvent::JobFailed(SourceJob::StopGuest, chain(&error)),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use vmferry_cpr::give::GiverDeadlines;
 use vmferry_cpr::handout::Handout;
-use vmferry_cpr::manifest::{FdKind, Stage};
+use vmferry_cpr::manifest::FdKind;
 use vmferry_cpr::message::HandOverError;
 use vmferry_cpr::socket::{CprSocket, Interrupter};
 use vmferry_transport::control::Address;
@@ -22,7 +22,7 @@ use vmferry_transport::units::MigrationId;
 use super::event::SourceEvent;
 use super::outgoing::chain;
 use super::software;
-use crate::machine::heirloom::DeviceFd;
+use crate::machine::heirloom::{DeviceFd, stage};
 
 /// Role of RAM in the manifest; its name is the block's.
 pub(super) const RAM: &str = "ram";
@@ -37,7 +37,7 @@ pub(super) const STDOUT: &str = "stdout";
 /// Role of the standard error, where the log goes.
 pub(super) const STDERR: &str = "stderr";
 
-/// Something that leaves when the guest is stopped.
+/// Something that leaves besides RAM, most of it when the guest is stopped.
 #[derive(Debug)]
 struct Heirloom {
     name: String,
@@ -116,7 +116,7 @@ impl Heirlooms {
         }
         for one in &self.rest {
             let names = (one.name.as_str(), one.role.as_str());
-            handout.add(names, one.kind, Stage::HandOver, one.value, &one.fd)?;
+            handout.add(names, one.kind, stage(one.kind), one.value, &one.fd)?;
         }
         Ok(handout)
     }

@@ -439,8 +439,13 @@ impl Incoming {
     /// Queues the job that readies the devices for their streams.
     pub(super) fn begin_load(&self, jobs: &JobThread) {
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
+        let in_place = self.in_place;
         jobs.run(move || {
-            let begun = passthrough::begin_load(machine.as_ref());
+            let begun = match in_place {
+                // They are what they are, and work in another process.
+                true => Ok(Sinks::new()),
+                false => passthrough::begin_load(machine.as_ref()),
+            };
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::LoadBegun(begun)));
         });

@@ -70,8 +70,13 @@ impl Legacy {
                 return Err(error);
             }
         };
+        let early = claim_devices(arrived.table(), Stage::Prepare)?;
         Ok(Self {
-            given: Given { ram, devices },
+            given: Given {
+                ram,
+                early,
+                devices,
+            },
             id,
             arrived,
         })
@@ -141,15 +146,23 @@ pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judg
         }
         machine.expects(entry)
     };
+    let early = of_devices(manifest, Stage::Prepare);
     let rest = &manifest.entries()[manifest.range(Stage::HandOver)];
-    if let Some(foreign) = rest.iter().find(|entry| !is_known(entry)) {
+    if let Some(foreign) = early.iter().chain(rest).find(|entry| !is_known(entry)) {
         return Err(format!(
             "{:?} {:?} is not known here",
             foreign.name, foreign.role
         ));
     }
-    let devices = rest.iter().filter(|entry| !is_of_process(entry));
-    Ok((blocks, devices.cloned().collect()))
+    Ok((blocks, of_devices(manifest, Stage::HandOver)))
+}
+
+/// What of a stage is neither RAM nor the process's own.
+fn of_devices(manifest: &Manifest, stage: Stage) -> Vec<FdEntry> {
+    let entries = manifest.entries()[manifest.range(stage)].iter();
+    let of_devices =
+        entries.filter(|entry| !is_of_process(entry) && entry.kind != FdKind::RamMemfd);
+    of_devices.cloned().collect()
 }
 
 fn is_of_process(entry: &FdEntry) -> bool {
@@ -169,6 +182,24 @@ fn claim_ram(
     Ok(ram)
 }
 
+/// Takes what a stage has of devices.
+fn claim_devices(
+    table: &mut FdTable<OwnedFd>,
+    stage: Stage,
+) -> Result<Vec<DeviceFd>, HandOverError> {
+    let entries = of_devices(table.manifest(), stage).into_iter();
+    let devices = entries.map(|entry| {
+        Ok(DeviceFd {
+            fd: table.claim(&entry.name, &entry.role, entry.kind)?,
+            device: entry.name,
+            role: entry.role,
+            kind: entry.kind,
+            value: entry.value,
+        })
+    });
+    devices.collect()
+}
+
 impl Inherited {
     /// Takes everything of the second stage that this build knows.
     ///
@@ -186,22 +217,7 @@ impl Inherited {
                 *place = Some(table.claim(PROCESS, role, kind)?);
             }
         }
-        let manifest = table.manifest();
-        let entries = manifest.entries()[manifest.range(Stage::HandOver)].iter();
-        let entries: Vec<_> = entries
-            .filter(|entry| !is_of_process(entry))
-            .cloned()
-            .collect();
-        for entry in entries {
-            let fd = table.claim(&entry.name, &entry.role, entry.kind)?;
-            inherited.devices.push(DeviceFd {
-                device: entry.name,
-                role: entry.role,
-                kind: entry.kind,
-                value: entry.value,
-                fd,
-            });
-        }
+        inherited.devices = claim_devices(table, Stage::HandOver)?;
         Ok(inherited)
     }
 }

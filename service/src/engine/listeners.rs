@@ -28,6 +28,10 @@ pub(super) fn register(
     for notifier in machine.device_notifiers() {
         notifiers.register(Modes::ALL, Priority::DEVICE, notifier);
     }
+    for notifier in machine.in_place_notifiers() {
+        let in_place = Mode::CprTransfer | Mode::CprExec;
+        notifiers.register(in_place, Priority::DEVICE, notifier);
+    }
     for server in &config.notify {
         notifiers.register(Modes::ALL, Priority::SERVER, server.notifier()?);
     }

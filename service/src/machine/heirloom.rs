@@ -5,10 +5,13 @@
 //! source  Machine::heirlooms (before the guest is stopped) --> sent when it is stopped and every device has let go
 //! target  Given::devices (what will come, before the machine is built) ... Machine::take_over (what has come, before state is loaded)
 //! ```
+//!
+//! VFIO devices and their groups leave earlier ([`stage`]): the new process builds its machine around them, while the guest uses them in the
+//! old one.
 
 use std::os::fd::OwnedFd;
 
-use vmferry_cpr::manifest::{FdEntry, FdKind};
+use vmferry_cpr::manifest::{FdEntry, FdKind, Stage};
 use vmferry_devices::DeviceError;
 
 /// A descriptor of a device: a copy, which leaves with the guest, or has come with it.
@@ -24,6 +27,14 @@ pub struct DeviceFd {
     pub value: u64,
     /// The descriptor.
     pub fd: OwnedFd,
+}
+
+/// When such a descriptor leaves.
+pub fn stage(kind: FdKind) -> Stage {
+    match kind {
+        FdKind::VfioGroup | FdKind::VfioDevice => Stage::Prepare,
+        _ => Stage::HandOver,
+    }
 }
 
 /// What is said of the descriptor of `device` in this role, among those that will come.

@@ -25,8 +25,7 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
-use kvm_ioctls::{Kvm, VmFd};
-use vfio_ioctls::VfioDeviceFd;
+use kvm_ioctls::{DeviceFd as KvmDevice, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::announce::Announce;
 use vmferry_devices::kvm::saved::VcpuV1;
@@ -46,7 +45,7 @@ use super::heirloom::{DeviceFd, all_claimed};
 use super::linux::{self, LinuxConfig};
 use super::ram::MachineRam;
 use super::serial::SerialPort;
-use super::vfio::{VfioConfig, VfioDevices};
+use super::vfio::{Passed, VfioConfig, VfioDevices};
 use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
@@ -113,10 +112,10 @@ impl KvmMachine {
         options: &KvmOptions,
         events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
     ) -> Result<Self, MachineError> {
-        Self::with_devices(config, ram, options, Vec::new(), events)
+        Self::with_devices(config, ram, options, Vec::new(), Passed::FromHost, events)
     }
 
-    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
+    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends` and VFIO devices from there.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -125,6 +124,7 @@ impl KvmMachine {
         ram: MachineRam,
         options: &KvmOptions,
         backends: Vec<Box<dyn Backend>>,
+        passed: Passed,
         events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
     ) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
@@ -155,7 +155,7 @@ impl KvmMachine {
                 .map_err(host("look at a vCPU's state"))?,
             None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
         };
-        let vfio = VfioDevices::open(&config.vfio, &ram, kvm_vfio(&vm, &config.vfio))?;
+        let vfio = VfioDevices::open(&config.vfio, passed, &ram, kvm_vfio(&vm, &config.vfio))?;
         let board = Arc::new(Board {
             control: Control::new(config.vcpus),
             vcpus,
@@ -482,11 +482,18 @@ impl Machine for KvmMachine {
         self.board.vfio.set()
     }
 
+    fn in_place_notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        self.board.vfio.notifiers()
+    }
+
     fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
-        self.board.bus.heirlooms()
+        let mut heirlooms = self.board.bus.heirlooms()?;
+        heirlooms.extend(self.board.vfio.heirlooms()?);
+        Ok(heirlooms)
     }
 
     fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.board.vfio.take_over(&mut fds)?;
         self.board.bus.take_over(&mut fds)?;
         all_claimed(&fds)
     }
@@ -542,7 +549,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 }
 
 /// KVM's own view of VFIO: some drivers must know which VM uses their device. Most need none.
-fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<VfioDeviceFd> {
+fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<KvmDevice> {
     if devices.is_empty() {
         return None;
     }
@@ -551,7 +558,7 @@ fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<VfioDeviceFd> {
         ..Default::default()
     };
     match vm.create_device(&mut request) {
-        Ok(device) => Some(VfioDeviceFd::new_from_kvm(device)),
+        Ok(device) => Some(device),
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::info!(error, "KVM is not told of VFIO devices");

@@ -31,6 +31,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use heirloom::DeviceFd;
 use ram::MachineRam;
+use vfio::Passed;
 use virtio::Backend;
 use workload::WorkloadStats;
 
@@ -95,6 +96,8 @@ pub struct MachineConfig {
 pub struct Given {
     /// The files of guest memory, in the order of the blocks.
     pub ram: Vec<File>,
+    /// Descriptors of its devices that came with them.
+    pub early: Vec<DeviceFd>,
     /// What is said of the descriptors of its devices, which come later.
     pub devices: Vec<FdEntry>,
 }
@@ -102,14 +105,12 @@ pub struct Given {
 impl MachineConfig {
     /// Whether a machine built from this waits for this descriptor of another process.
     pub fn expects(&self, entry: &FdEntry) -> bool {
-        self.outside.expects(entry)
+        self.outside.expects(entry) || vfio::expects(&self.vfio, entry)
     }
 
     /// What it has that only one process can use, and that is not passed from process to process yet.
     pub fn stays_behind(&self) -> Option<&'static str> {
-        if !self.vfio.is_empty() {
-            Some("a VFIO device")
-        } else if !self.outside.nets.is_empty() {
+        if !self.outside.nets.is_empty() {
             Some("a tap")
         } else {
             None
@@ -215,23 +216,28 @@ pub fn build(
             }
         },
     };
-    let (ram, promised) = match given {
+    let (ram, promised, passed) = match given {
         Some(given) => (
             MachineRam::from_files(config.mem_bytes, given.ram)?,
             Some(given.devices),
+            Passed::FromProcess(given.early),
         ),
-        None => (MachineRam::create(config.mem_bytes)?, None),
+        None => (
+            MachineRam::create(config.mem_bytes)?,
+            None,
+            Passed::FromHost,
+        ),
     };
     backends.extend(config.outside.backends(&ram, promised.as_deref())?);
     Ok(if soft {
         let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(
-            config, ram, backends, events,
+            config, ram, backends, passed, events,
         )?)
     } else {
         let options = kvm::KvmOptions::default();
         Arc::new(kvm::KvmMachine::with_devices(
-            config, ram, &options, backends, events,
+            config, ram, &options, backends, passed, events,
         )?)
     })
 }
@@ -297,6 +303,11 @@ pub trait Machine: Send + Sync {
     /// leave them alone.
     fn vfio(&self) -> Arc<Mutex<VfioSet>> {
         Arc::default()
+    }
+
+    /// What must hear of upgrades in place, and of nothing else.
+    fn in_place_notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        Vec::new()
     }
 
     /// The network interfaces, which announce the guest after it has moved here. A machine without any has nothing to announce.

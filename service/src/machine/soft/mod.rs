@@ -35,7 +35,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use super::heirloom::{DeviceFd, all_claimed};
 use super::ram::{MachineRam, RamMemory};
 use super::serial::SerialPort;
-use super::vfio::VfioDevices;
+use super::vfio::{Passed, VfioDevices};
 use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
@@ -98,10 +98,10 @@ impl SoftMachine {
         ram: MachineRam,
         events: EventSink,
     ) -> Result<Self, MachineError> {
-        Self::with_devices(config, ram, Vec::new(), events)
+        Self::with_devices(config, ram, Vec::new(), Passed::FromHost, events)
     }
 
-    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends`.
+    /// Like [`with_ram`](Self::with_ram), with a virtio device for each of `backends` and VFIO devices from there.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -109,6 +109,7 @@ impl SoftMachine {
         config: MachineConfig,
         ram: MachineRam,
         backends: Vec<Box<dyn Backend>>,
+        passed: Passed,
         events: EventSink,
     ) -> Result<Self, MachineError> {
         if config.linux.is_some() {
@@ -130,7 +131,7 @@ impl SoftMachine {
         if !incoming {
             load_workload(&config, &ram, bus.workload_disk(&config)?)?;
         }
-        let vfio = VfioDevices::open(&config.vfio, &ram, None)?;
+        let vfio = VfioDevices::open(&config.vfio, passed, &ram, None)?;
         if vfio.echoes() != 0 {
             let text = "x-echo of a VFIO device needs KVM: vCPUs that are host threads do no I/O";
             return Err(MachineError::Config(text.to_owned()));
@@ -327,11 +328,18 @@ impl Machine for SoftMachine {
         self.shared.vfio.set()
     }
 
+    fn in_place_notifiers(&self) -> Vec<Box<dyn Notifier>> {
+        self.shared.vfio.notifiers()
+    }
+
     fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
-        self.shared.bus.heirlooms()
+        let mut heirlooms = self.shared.bus.heirlooms()?;
+        heirlooms.extend(self.shared.vfio.heirlooms()?);
+        Ok(heirlooms)
     }
 
     fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.shared.vfio.take_over(&mut fds)?;
         self.shared.bus.take_over(&mut fds)?;
         all_claimed(&fds)
     }
