@@ -99,11 +99,6 @@ impl RunConfig {
                 );
             }
         }
-        if self.incoming_cpr.is_some()
-            && let Some(device) = self.machine.stays_behind()
-        {
-            return refuse(format!("{device} cannot be taken over in place yet"));
-        }
         Primaries::new(&self.failover_primaries, self.incoming.is_some())?;
         if let Err(error) = Address::unix(&self.qmp) {
             return refuse(format!("QMP socket: {}", error.reason));

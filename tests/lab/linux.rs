@@ -58,13 +58,13 @@ done
 "#;
 
 /// A guest's files.
-struct Guest {
+pub(crate) struct Guest {
     folder: TempDir,
-    machine: Machine,
+    pub(crate) machine: Machine,
 }
 
 impl Guest {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         assert_inside();
         load_for("/dev/kvm", "kvm_amd");
         let folder = TempDir::with_prefix("vmferry-linux-").unwrap();
@@ -86,7 +86,7 @@ impl Guest {
     }
 
     /// Options for a VM whose console goes to the file `console`; more words for the kernel in `words`.
-    fn launch(&self, console: &str, words: &str) -> Launch {
+    pub(crate) fn launch(&self, console: &str, words: &str) -> Launch {
         let [initrd, disk, console] = ["initrd", "disk", console].map(|name| self.path(name));
         let cmdline =
             format!("console=ttyS0 quiet nokaslr panic=-1 mitigations=off nowatchdog {words}");
@@ -106,7 +106,7 @@ impl Guest {
     }
 
     /// The last round that the guest says it has finished, on that console; 0 if none.
-    fn round(&self, console: &str) -> u64 {
+    pub(crate) fn round(&self, console: &str) -> u64 {
         let said = fs::read(self.path(console)).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
         assert!(!said.contains("WRONG"), "{said}");
@@ -117,7 +117,7 @@ impl Guest {
     }
 
     /// Waits until it says there that it has finished round `round`.
-    fn wait_round(&self, vm: &mut Vm, console: &str, round: u64) {
+    pub(crate) fn wait_round(&self, vm: &mut Vm, console: &str, round: u64) {
         until(format_args!("round {round} on {console}"), || {
             let state = vm.runstate();
             let goes_on = ["prelaunch", "inmigrate", "running"].contains(&state.as_str());
@@ -166,12 +166,12 @@ fn a_linux_guest_moves_while_it_writes_its_disk() {
 }
 
 /// A bridge with an address, and a tap on it for each side.
-struct Network {
+pub(crate) struct Network {
     taps: [Tap; 2],
 }
 
 impl Network {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         load("bridge");
         load("vhost_net");
         let ip = |words: &str| run("ip", &words.split(' ').collect::<Vec<_>>());
@@ -185,7 +185,7 @@ impl Network {
         Self { taps }
     }
 
-    fn launch(&self, side: usize, launch: Launch) -> Launch {
+    pub(crate) fn launch(&self, side: usize, launch: Launch) -> Launch {
         let name = self.taps[side].name();
         let net = format!("tap={name},mac=52:54:00:00:97:02,id=net0");
         launch.with(&["--net", &net])

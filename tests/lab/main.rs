@@ -26,8 +26,10 @@ mod command; // programs of the lab
 mod mdev; // VFIO devices without hardware
 mod modules; // loading modules of the kernel
 mod net; // several hosts in one kernel
+mod trace; // what the kernel was asked
 mod vfio; // what a VFIO device says of itself
 
+mod in_place; // upgrades in place: taps, and the kernel's vhost
 mod kernel; // what the lab promises to everything else here
 mod kvm; // KVM with page tables of the hardware
 mod linux; // Linux guests that are moved

@@ -9,6 +9,8 @@
 //!
 //! A step that fails leaves the device as the steps before made it; `stop` and `start` may be tried again.
 
+mod owner;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -86,6 +88,8 @@ pub struct VhostDevice {
     features: u64,
     queues: Vec<Queue>,
     owned: bool,
+    /// The kernel cannot give it to another process.
+    stays: bool,
     running: bool,
     log: Option<Arc<LogPages>>,
 }
@@ -119,7 +123,9 @@ impl VhostDevice {
         queues: [Queue; 2],
     ) -> Result<Self, DeviceError> {
         let kind = Kind::Vsock { cid };
-        Self::new(name.into(), vhost, kind, memory, queues.into())
+        let mut device = Self::new(name.into(), vhost, kind, memory, queues.into())?;
+        device.try_to_give();
+        Ok(device)
     }
 
     /// A vDPA device: `vhost` is of /dev/vhost-vdpa-N.
@@ -139,11 +145,17 @@ impl VhostDevice {
             .map_err(|source| refused("copying a descriptor", source))?;
         let known = Arc::new(memory.memory().clone());
         let mut vdpa = VhostKernVdpa::with(file, known, 0);
+        let mut stays = true;
         let backend = (|| {
             // Features of a vDPA back end are asked of, and given to, its owner only.
             match vdpa.set_owner() {
                 Err(vhost::Error::IoctlError(e)) if e.raw_os_error() == Some(libc::EBUSY) => {}
                 answer => answer?,
+            }
+            // Nothing was told it yet that this would make it forget.
+            if vdpa.reset_owner().is_ok() {
+                stays = false;
+                vdpa.set_owner()?;
             }
             let backend = vdpa.get_backend_features()?;
             vdpa.set_backend_features(backend & (BACKEND_F_IOTLB_V2 | BACKEND_F_SUSPEND))?;
@@ -161,7 +173,7 @@ impl VhostDevice {
             mapped: false,
         };
         let mut device = Self::new(name, vhost, kind, memory, queues)?;
-        device.owned = true;
+        (device.owned, device.stays) = (true, stays);
         Ok(device)
     }
 
@@ -188,6 +200,7 @@ impl VhostDevice {
             features: 0,
             queues,
             owned: false,
+            stays: false,
             running: false,
             log: None,
         })
@@ -274,49 +287,6 @@ impl VhostDevice {
             ),
             _ => None,
         }
-    }
-
-    /// Makes this process the owner of the back end. Harmless if it is by our doing.
-    ///
-    /// # Errors
-    /// The kernel's answer; EBUSY if somebody else is.
-    pub fn own(&mut self) -> Result<(), DeviceError> {
-        if !self.owned {
-            let answer = self.requests.set_owner();
-            self.asked("VHOST_SET_OWNER", answer)?;
-            self.owned = true;
-        }
-        Ok(())
-    }
-
-    /// Gives the back end away: the kernel forgets all that it was told, and the next to ask owns it. Harmless if nobody does.
-    ///
-    /// # Errors
-    /// The kernel's answer, or that the device still works.
-    pub fn release(&mut self) -> Result<(), DeviceError> {
-        if self.running {
-            return Err(DeviceError::Vetoed {
-                device: self.name.clone(),
-                reason: "it still works; stop it before it is given away".to_owned(),
-            });
-        }
-        if self.owned {
-            let answer = self.requests.reset_owner().map_err(to_io);
-            let answer = answer.map_err(|error| match (&self.kind, error.raw_os_error()) {
-                // What a kernel answers that does not know the request for this kind of back end.
-                (
-                    Kind::Vsock { .. } | Kind::Vdpa { .. },
-                    Some(libc::EFAULT | libc::ENOTTY | libc::EINVAL),
-                ) => io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "this kernel cannot give such a back end to another process",
-                ),
-                _ => error,
-            });
-            self.answered("VHOST_RESET_OWNER", answer)?;
-            self.owned = false;
-        }
-        Ok(())
     }
 
     /// Sets the back end up and lets it work on the rings, from their bases on. Harmless if it does. Both sides of each ring are woken:

@@ -7,10 +7,10 @@
 //! | --- | --- | --- |
 //! | SETUP | vetoes if the back end keeps no log | the back end, which the VMM has stopped, is released; vetoes if it still works, or the kernel will not |
 //! | DONE | nothing | nothing: it is somebody else's |
-//! | FAILED | nothing | this process owns it again; to start it is left to the resume |
+//! | FAILED | nothing | this process owns it again, were it by a new descriptor; to start it is left to the resume |
 //! | INCOMING_FAILED | nothing | stopped and released, before the old process hears of the failure and wants it back |
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmferry_transport::units::MigrationId;
 
@@ -22,7 +22,7 @@ use crate::{Device, DeviceError};
 #[derive(Debug)]
 pub struct VhostNotifier {
     name: String,
-    device: Arc<Mutex<VhostDevice>>,
+    device: Arc<OnceLock<Arc<Mutex<VhostDevice>>>>,
     released: bool,
 }
 
@@ -30,8 +30,16 @@ impl VhostNotifier {
     /// For `device`.
     pub fn new(device: Arc<Mutex<VhostDevice>>) -> Self {
         let name = lock(&device).name().to_owned();
+        Self::waiting(name, Arc::new(OnceLock::from(device)))
+    }
+
+    /// For a device called `name` whose descriptors another process will hand over; it hears of nothing before.
+    pub fn waiting(
+        name: impl Into<String>,
+        device: Arc<OnceLock<Arc<Mutex<VhostDevice>>>>,
+    ) -> Self {
         Self {
-            name,
+            name: name.into(),
             device,
             released: false,
         }
@@ -49,17 +57,23 @@ impl Notifier for VhostNotifier {
     }
 
     fn setup(&mut self, setup: &Setup) -> Result<(), DeviceError> {
-        let mut device = lock(&self.device);
+        let Some(device) = self.device.get() else {
+            return Ok(());
+        };
+        let mut device = lock(device);
+        let vetoed = |reason| DeviceError::Vetoed {
+            device: self.name.clone(),
+            reason,
+        };
         match setup.mode {
-            Mode::Normal => match device.blocker() {
-                Some(reason) => Err(DeviceError::Vetoed {
-                    device: self.name.clone(),
-                    reason,
-                }),
-                None => Ok(()),
-            },
+            Mode::Normal => device
+                .blocker()
+                .map_or(Ok(()), |reason| Err(vetoed(reason))),
             Mode::CprReboot => Ok(()),
             Mode::CprTransfer | Mode::CprExec => {
+                if let Some(reason) = device.blocker_in_place() {
+                    return Err(vetoed(reason));
+                }
                 device.release()?;
                 self.released = true;
                 Ok(())
@@ -73,7 +87,8 @@ impl Notifier for VhostNotifier {
 
     fn failed(&mut self) {
         if std::mem::take(&mut self.released)
-            && let Err(error) = lock(&self.device).own()
+            && let Some(device) = self.device.get()
+            && let Err(error) = lock(device).take_back()
         {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "a back end is not ours again; its start will say so");
@@ -81,7 +96,10 @@ impl Notifier for VhostNotifier {
     }
 
     fn incoming_failed(&mut self, _: MigrationId) {
-        let mut device = lock(&self.device);
+        let Some(device) = self.device.get() else {
+            return;
+        };
+        let mut device = lock(device);
         let given_back = device.stop().and_then(|()| device.release());
         if let Err(error) = given_back {
             let error = &error as &dyn std::error::Error;

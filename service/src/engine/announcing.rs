@@ -1,7 +1,6 @@
 //! Tells the network that the guest is here: when it has moved here, and when an operator asks for it.
 //!
-//! The schedule is a core (`migration/announce.rs`); this calls the network interfaces of the machine when it says so. The built-in
-//! machine has no network interface yet, so there is nothing to call.
+//! The schedule is a core (`migration/announce.rs`); this calls the network interfaces of the machine when it says so.
 
 use std::collections::BTreeMap;
 

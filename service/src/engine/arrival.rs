@@ -94,7 +94,10 @@ impl Engine {
                 self.set_runstate(RunState::Running);
                 self.emit(QmpEvent::resume());
                 self.primaries.guest_arrived();
-                self.announce_arrival();
+                if !self.house.in_place {
+                    // In place the network finds it where it was.
+                    self.announce_arrival();
+                }
                 self.settle_in();
                 TargetEvent::StartedWith(Ok(resume_us))
             }

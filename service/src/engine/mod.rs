@@ -257,15 +257,6 @@ impl Engine {
         for reason in passthrough::blockers(machine.as_ref()) {
             blockers.add(reason, vec![MigrationMode::Normal])?;
         }
-        if let Some(device) = config.machine.stays_behind() {
-            let in_place = MigrationMode::ALL.into_iter();
-            blockers.add(
-                format!("{device} cannot be handed over in place yet"),
-                in_place
-                    .filter(|mode| *mode != MigrationMode::Normal)
-                    .collect(),
-            )?;
-        }
         Ok(Self {
             name: config.name.clone(),
             schemas: passthrough::schemas(machine.as_ref()),

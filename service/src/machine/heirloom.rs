@@ -67,10 +67,10 @@ pub fn claim(
 /// Says so if one of those that have come is nobody's.
 ///
 /// # Errors
-/// [`DeviceError::Missing`], naming its device.
+/// [`DeviceError::Unknown`], naming its device.
 pub(super) fn all_claimed(fds: &[DeviceFd]) -> Result<(), DeviceError> {
     match fds.first() {
-        Some(left) => Err(DeviceError::Missing {
+        Some(left) => Err(DeviceError::Unknown {
             device: left.device.clone(),
         }),
         None => Ok(()),

@@ -107,15 +107,6 @@ impl MachineConfig {
     pub fn expects(&self, entry: &FdEntry) -> bool {
         self.outside.expects(entry) || vfio::expects(&self.vfio, entry)
     }
-
-    /// What it has that only one process can use, and that is not passed from process to process yet.
-    pub fn stays_behind(&self) -> Option<&'static str> {
-        if !self.outside.nets.is_empty() {
-            Some("a tap")
-        } else {
-            None
-        }
-    }
 }
 
 /// Where the serial port's output goes.

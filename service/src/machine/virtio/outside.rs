@@ -7,7 +7,7 @@ use std::str::FromStr;
 use vmferry_cpr::manifest::{FdEntry, FdKind};
 
 use super::backend::Backend;
-use super::vhost_net::VhostNet;
+use super::vhost_net::{self, VhostNet};
 use super::vhost_user::{self, VhostUserBlk};
 use crate::machine::MachineError;
 use crate::machine::disk::{is_id, split_path};
@@ -148,6 +148,9 @@ impl OutsideConfig {
             (FdKind::VhostUser, vhost_user::ROLE) => {
                 self.blks.iter().any(|blk| of("virtio-blk", &blk.id))
             }
+            (FdKind::Tap, vhost_net::TAP) | (FdKind::Vhost, vhost_net::VHOST) => {
+                self.nets.iter().any(|net| of("virtio-net", &net.id))
+            }
             _ => false,
         }
     }
@@ -174,7 +177,16 @@ impl OutsideConfig {
             backends.push(Box::new(VhostUserBlk::waiting(blk, ram, entry.value)?));
         }
         for net in &self.nets {
-            backends.push(Box::new(VhostNet::open(net, ram)?));
+            let Some(given) = given else {
+                backends.push(Box::new(VhostNet::open(net, ram)?));
+                continue;
+            };
+            let name = format!("virtio-net/{}", net.id);
+            let both = [vhost_net::TAP, vhost_net::VHOST].map(|role| promised(given, &name, role));
+            let [Some(_), Some(vhost)] = both else {
+                return Err(wrong("network interface", &net.id, NOT_PROMISED));
+            };
+            backends.push(Box::new(VhostNet::waiting(net, ram, vhost.value)?));
         }
         Ok(backends)
     }

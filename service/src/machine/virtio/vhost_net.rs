@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vhost::{
     NET_HEADER_BYTES, Queue, VhostDevice, VhostLog, VhostMemory, VhostNotifier, open_tap,
@@ -18,10 +20,15 @@ use super::backend::{Backend, QueueBase, Start};
 use super::outside::{NetConfig, host};
 use super::vhost_user::{bases, events, rings};
 use crate::machine::MachineError;
+use crate::machine::heirloom::{DeviceFd, claim};
 use crate::machine::ram::MachineRam;
 
 /// Device type of network interfaces.
 pub const TYPE_NET: u32 = 1;
+/// Role of the kernel's back end. Its value: the features that are offered to the driver.
+pub(super) const VHOST: &str = "vhost";
+/// Role of the tap.
+pub(super) const TAP: &str = "tap";
 const QUEUES: usize = 2;
 const QUEUE_SIZE: u16 = 256;
 const F_MAC: u64 = 1 << 5;
@@ -38,7 +45,8 @@ type Shared = Arc<Mutex<VhostDevice>>;
 #[derive(Debug)]
 pub struct VhostNet {
     name: String,
-    device: Shared,
+    /// Empty until the descriptors of another process were taken over.
+    device: Arc<OnceLock<Shared>>,
     memory: VhostMemory,
     features: u64,
     announcer: Arc<TapAnnouncer>,
@@ -50,9 +58,9 @@ impl VhostNet {
     /// # Errors
     /// When the kernel lacks either, or somebody else has the tap.
     pub fn open(config: &NetConfig, ram: &MachineRam) -> Result<Self, MachineError> {
-        let name = format!("virtio-net/{}", config.id);
+        let mut this = Self::waiting(config, ram, 0)?;
         let failed = |what: &str| {
-            let op = format!("{what} for {name}");
+            let op = format!("{what} for {}", this.name);
             move |source| host(op, source)
         };
         let tap = open_tap(&config.tap).map_err(failed(&format!("open tap {}", config.tap)))?;
@@ -62,27 +70,61 @@ impl VhostNet {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/vhost-net")
             .map_err(failed("open /dev/vhost-net"))?;
-        let memory = VhostMemory::new(ram.regions().to_vec()).map_err(failed("share memory"))?;
+        this.features = this.adopt(tap, vhost)?;
+        Ok(this)
+    }
+
+    /// Waits for the descriptors of another process, whose driver was offered `features`.
+    ///
+    /// # Errors
+    /// When memory cannot be shared with the kernel.
+    pub fn waiting(
+        config: &NetConfig,
+        ram: &MachineRam,
+        features: u64,
+    ) -> Result<Self, MachineError> {
+        let name = format!("virtio-net/{}", config.id);
+        let memory = VhostMemory::new(ram.regions().to_vec());
+        let memory = memory.map_err(|error| host(format!("share memory for {name}"), error))?;
+        let announcer = TapAnnouncer {
+            name: config.id.clone(),
+            tap: OnceLock::new(),
+            mac: Mutex::new(config.mac.unwrap_or_else(|| mac_of(&config.id))),
+        };
+        Ok(Self {
+            name,
+            device: Arc::default(),
+            memory,
+            features,
+            announcer: Arc::new(announcer),
+        })
+    }
+
+    /// Makes the device of its descriptors; what it may offer to a driver.
+    fn adopt(&self, tap: File, vhost: File) -> Result<u64, DeviceError> {
+        let failed = |op: &str| {
+            let (device, op) = (self.name.clone(), op.to_owned());
+            move |source| DeviceError::Kernel { device, op, source }
+        };
         // Until the first start.
-        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed("make an event"));
+        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed("making an event"));
         let queues = [
             Queue::new(event()?, event()?),
             Queue::new(event()?, event()?),
         ];
-        let announcer = TapAnnouncer {
-            name: config.id.clone(),
-            tap: tap.try_clone().map_err(failed("copy a descriptor"))?,
-            mac: Mutex::new(config.mac.unwrap_or_else(|| mac_of(&config.id))),
-        };
-        let device = VhostDevice::net(name.clone(), vhost, tap, memory.clone(), queues)?;
+        let copy = tap.try_clone().map_err(failed("copying a descriptor"))?;
+        let device = VhostDevice::net(self.name.clone(), vhost, tap, self.memory.clone(), queues)?;
         let ours = F_MRG_RXBUF | F_INDIRECT | F_EVENT_IDX;
-        Ok(Self {
-            features: device.offered() & ours | F_MAC | F_STATUS,
-            name,
-            device: Arc::new(Mutex::new(device)),
-            memory,
-            announcer: Arc::new(announcer),
-        })
+        let features = device.offered() & ours | F_MAC | F_STATUS;
+        // Both are empty: this is called once.
+        let _ = self.announcer.tap.set(copy);
+        let _ = self.device.set(Arc::new(Mutex::new(device)));
+        Ok(features)
+    }
+
+    fn device(&self) -> io::Result<MutexGuard<'_, VhostDevice>> {
+        let missing = || io::Error::other("its tap has not come");
+        self.device.get().map(lock).ok_or_else(missing)
     }
 }
 
@@ -140,7 +182,7 @@ impl Backend for VhostNet {
     }
 
     fn start(&mut self, start: Start) -> io::Result<()> {
-        let mut device = lock(&self.device);
+        let mut device = self.device()?;
         device.set_events(events(&start.queues, &start.interrupt, QUEUES)?);
         // The address and the link are between the driver and us.
         let started = device
@@ -151,7 +193,10 @@ impl Backend for VhostNet {
     }
 
     fn stop(&mut self) -> io::Result<Vec<QueueBase>> {
-        let mut device = lock(&self.device);
+        let Some(device) = self.device.get() else {
+            return Ok(Vec::new());
+        };
+        let mut device = lock(device);
         device.stop().map_err(io::Error::other)?;
         Ok(bases(device.queues()))
     }
@@ -171,16 +216,56 @@ impl Backend for VhostNet {
     }
 
     fn dirty_log(&self) -> io::Result<Option<Box<dyn DirtyLog>>> {
-        let devices = vec![Arc::clone(&self.device) as _];
+        let devices = self.device.get().into_iter();
+        let devices = devices.map(|device| Arc::clone(device) as _).collect();
         Ok(Some(Box::new(VhostLog::new(self.memory.clone(), devices))))
     }
 
     fn notifier(&self) -> Option<Box<dyn Notifier>> {
-        Some(Box::new(VhostNotifier::new(Arc::clone(&self.device))))
+        let device = Arc::clone(&self.device);
+        Some(Box::new(VhostNotifier::waiting(self.name.clone(), device)))
     }
 
     fn announcer(&self) -> Option<Arc<dyn Announce>> {
         Some(self.announcer.clone())
+    }
+
+    fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        let device = self.device()?;
+        let heirloom = |role: &str, kind, value, fd: BorrowedFd<'_>| {
+            Ok::<_, io::Error>(DeviceFd {
+                device: self.name.clone(),
+                role: role.to_owned(),
+                kind,
+                value,
+                fd: fd.try_clone_to_owned()?,
+            })
+        };
+        let tap = device.tap().into_iter();
+        let tap = tap.map(|tap| heirloom(TAP, FdKind::Tap, 0, tap));
+        let vhost = heirloom(VHOST, FdKind::Vhost, self.features, device.descriptor());
+        tap.chain([vhost]).collect()
+    }
+
+    fn take_over(&mut self, fds: &mut Vec<DeviceFd>) -> Result<(), DeviceError> {
+        if self.device.get().is_some() {
+            return Ok(());
+        }
+        let tap = claim(fds, &self.name, TAP, FdKind::Tap)?;
+        let vhost = claim(fds, &self.name, VHOST, FdKind::Vhost)?;
+        if self.adopt(tap.into(), vhost.into())? != self.features {
+            return Err(DeviceError::BadState {
+                device: self.name.clone(),
+                reason: "its back end is not what it was".to_owned(),
+            });
+        }
+        // Whatever speaks against it is to be known before the commit. The rings come with the start.
+        let mut device = self.device().map_err(|source| DeviceError::Kernel {
+            device: self.name.clone(),
+            op: "taking it over".to_owned(),
+            source,
+        })?;
+        device.own()
     }
 }
 
@@ -188,7 +273,7 @@ impl Backend for VhostNet {
 #[derive(Debug)]
 struct TapAnnouncer {
     name: String,
-    tap: File,
+    tap: OnceLock<File>,
     mac: Mutex<[u8; 6]>,
 }
 
@@ -224,7 +309,9 @@ impl Announce for TapAnnouncer {
     }
 
     fn announce(&self) {
-        let mut tap = &self.tap;
+        let Some(mut tap) = self.tap.get() else {
+            return;
+        };
         if let Err(error) = tap.write_all(&announcement(self.mac())) {
             let error = &error as &dyn std::error::Error;
             tracing::debug!(error, interface = self.name, "an announcement is lost");

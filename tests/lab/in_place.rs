@@ -1,0 +1,420 @@
+//! Taps and the kernel's vhost in an upgrade in place: the tap is never opened again, the back end has one owner at a time, no packet is
+//! lost or doubled, and whatever goes wrong the guest goes on at the old process with its network.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
+    test_kill_process,
+};
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+use vmferry_devices::vhost::VhostMemory;
+
+use crate::command::run;
+use crate::harness::{Accel, Launch, Machine, program, until};
+use crate::linux::{Guest, Network};
+use crate::modules::load_for;
+use crate::net::Tap;
+use crate::qmp::Qmp;
+use crate::trace::{Request, Trace, Traced};
+use crate::vhost::{Host, received};
+
+/// A VM at a path, whichever process it is in.
+struct At(PathBuf);
+
+impl At {
+    fn qmp(&self) -> Qmp {
+        until("somebody answers", || Qmp::connect(&self.0))
+    }
+
+    fn ask(&self, command: &str, arguments: Value) -> Value {
+        self.qmp().execute(command, arguments).unwrap()
+    }
+
+    fn status(&self) -> String {
+        let info = self.ask("query-migrate", json!({}));
+        info["status"].as_str().unwrap_or("none").to_owned()
+    }
+
+    fn assert_runs(&self) {
+        assert_eq!(self.ask("query-status", json!({}))["status"], "running");
+    }
+
+    fn upgrade(&self) -> New {
+        let mut command = program();
+        command.args(["upgrade", "--json", "--qmp"]).arg(&self.0);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        println!("upgrade: {report}");
+        New(u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap())
+    }
+}
+
+fn pid(number: u32) -> Pid {
+    Pid::from_raw(number.cast_signed()).unwrap()
+}
+
+/// The process that has taken the guest over, and is nobody's child. Dropping it kills it.
+struct New(u32);
+
+impl Drop for New {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = kill_process(pid(self.0), Signal::KILL);
+        until("the process ends", || test_kill_process(pid(self.0)).err());
+    }
+}
+
+/// A process that waits for a guest in place, and where. Dropping it kills it.
+struct Waiting {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Waiting {
+    /// One like the VM behind `qmp`, which was started with `words`.
+    fn start(qmp: &Path, words: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let output = File::create(folder.path().join("log")).unwrap();
+        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
+        let (main, cpr) = (address("main"), address("cpr"));
+        let child = program()
+            .arg("run")
+            .args(words)
+            .args(["--incoming", &main, "--incoming-cpr", &cpr, "--qmp"])
+            .arg(qmp)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        let this = Self { child, folder };
+        until("the new process waits", || {
+            this.folder.path().join("cpr").exists().then_some(())
+        });
+        this
+    }
+
+    fn channels(&self) -> Value {
+        let channel = |kind: &str| {
+            let path = self.folder.path().join(kind);
+            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
+        };
+        json!([channel("main"), channel("cpr")])
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(pid(self.child.id()), signal).unwrap();
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+        if std::thread::panicking() {
+            let said = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+            println!("the new process said: {said}");
+        }
+    }
+}
+
+/// Begins to hand the VM over to `waiting`, up to the moment before the guest is stopped; the new process is frozen then.
+fn begin(at: &At, waiting: &Waiting) -> Qmp {
+    let mut qmp = at.qmp();
+    let mut execute = |command: &str, arguments: Value| qmp.execute(command, arguments).unwrap();
+    let pause = json!([{"capability": "pause-before-switchover", "state": true}]);
+    execute("migrate-set-capabilities", json!({ "capabilities": pause }));
+    execute("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    execute("migrate", json!({"channels": waiting.channels()}));
+    until("it waits before the switchover", || {
+        (at.status() == "pre-switchover").then_some(())
+    });
+    waiting.signal(Signal::STOP);
+    execute("migrate-continue", json!({"state": "pre-switchover"}));
+    qmp
+}
+
+/// The attempt has failed, for a reason that contains `part`, and the guest goes on. The next one is an ordinary one.
+fn failed(at: &At, mut qmp: Qmp, status: &str, part: &str) {
+    let info = until("the attempt ends", || {
+        let info = at.ask("query-migrate", json!({}));
+        let ends = ["completed", "failed", "cancelled"];
+        let ended = ends.into_iter().any(|end| info["status"] == end);
+        ended.then_some(info)
+    });
+    assert_eq!(info["status"], status, "{info}");
+    let reason = info["error-desc"].as_str().unwrap_or_default();
+    println!("{status}: {reason}");
+    assert!(reason.contains(part), "{reason}");
+    let no_pause = json!([{"capability": "pause-before-switchover", "state": false}]);
+    let arguments = json!({ "capabilities": no_pause });
+    until("the guest goes on", || {
+        let status = at.ask("query-status", json!({}));
+        (status["status"] == "running").then_some(())
+    });
+    qmp.execute("migrate-set-capabilities", arguments).unwrap();
+}
+
+/// Waits until process `number` has made `request`.
+fn until_asked(trace: &Trace, number: u32, request: Request) {
+    until(format_args!("{request:?} by {number}"), || {
+        let asked = trace.so_far();
+        let is_it = |one: &Traced| one.process == number && one.request == request;
+        asked.iter().any(is_it).then_some(())
+    });
+}
+
+/// The order in an upgrade that works: the old process gives the back end away, then the new one takes it. Nobody else asks.
+fn assert_order(asked: &[Traced], old: u32, new: u32) {
+    println!("the kernel was asked, in this order:");
+    for one in asked {
+        println!("  {one}");
+    }
+    let of_owner = asked
+        .iter()
+        .filter(|one| one.request != Request::SetBackend)
+        .map(|one| (one.process, one.request))
+        .collect::<Vec<_>>();
+    assert_eq!(
+        of_owner,
+        [(old, Request::ResetOwner), (new, Request::SetOwner)]
+    );
+    // The rings stand before, and work after.
+    let mut backends = asked
+        .iter()
+        .zip(0..)
+        .filter(|(one, _)| one.request == Request::SetBackend);
+    let given = asked
+        .iter()
+        .position(|one| one.request == Request::ResetOwner)
+        .unwrap();
+    assert!(backends.all(|(one, at)| one.process == if at < given { old } else { new }));
+}
+
+/// The VM's descriptor of /dev/vhost-net, in our hands.
+fn steal_vhost(process: u32) -> File {
+    let handle = pidfd_open(pid(process), PidfdFlags::empty()).unwrap();
+    let fds = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    let number = fds
+        .flatten()
+        .find(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == Path::new("/dev/vhost-net")))
+        .unwrap();
+    let number = number.file_name().into_string().unwrap().parse().unwrap();
+    File::from(pidfd_getfd(handle, number, PidfdGetfdFlags::empty()).unwrap())
+}
+
+/// Owns what the VM's process gives away before the new one can.
+fn take_too_early(process: u32) -> Host {
+    let vhost = steal_vhost(process);
+    let (memory, _ram): (VhostMemory, _) = vmferry_tests::virtqueue::ram(16);
+    let nothing = File::open("/dev/null").unwrap();
+    let host = Host::net(vhost, &nothing, &memory);
+    let refused = host.device.lock().unwrap().own().unwrap_err();
+    let reason = std::error::Error::source(&refused).unwrap().to_string();
+    println!("SET_OWNER before RESET_OWNER: {reason}");
+    assert!(reason.contains("busy"), "{reason}");
+    host
+}
+
+#[test]
+fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
+    load_for("/dev/vhost-net", "vhost_net");
+    let tap = Tap::new("10.98.11.1/24");
+    let words = format!("tap={},mac=52:54:00:12:34:56", tap.name());
+    let machine = Machine {
+        mem: "16M",
+        working_set: "256K",
+        dirty_rate: "640",
+        fill: "512K",
+        ..Machine::small(Accel::Soft)
+    };
+    let mut vm = machine.start_source(Launch::default().with(&["--net", &words]));
+    vm.warm_up();
+    let at = At(vm.qmp_path());
+    let first = at.upgrade();
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+    // The first process had no driver, and owned nothing. This one does.
+    let trace = Trace::start();
+    let second = at.upgrade();
+    assert_order(&trace.take(), first.0, second.0);
+
+    // The new process finds that it was given what somebody else owns: the guest goes on, and its next process gets it.
+    let words = ["--accel", "soft", "--mem", "16M", "--net", &words];
+    let waiting = Waiting::start(&at.0, &words);
+    let rival = take_too_early(second.0);
+    let qmp = begin(&at, &waiting);
+    until("the owner has let go", || {
+        rival.device.lock().unwrap().own().ok()
+    });
+    waiting.signal(Signal::CONT);
+    failed(&at, qmp, "failed", "VHOST_SET_OWNER");
+    at.assert_runs();
+    drop((waiting, rival, trace));
+
+    let before = received(&tap);
+    let _third = at.upgrade();
+    at.assert_runs();
+    at.ask("announce-self", announcement());
+    until("what was announced", || {
+        (received(&tap) > before).then_some(())
+    });
+    assert_eq!(received(&tap), before + 1, "it was announced by itself");
+}
+
+/// Arguments of `announce-self` for one packet.
+fn announcement() -> Value {
+    json!({"initial": 50, "max": 550, "rounds": 1, "step": 50})
+}
+
+/// Sends a numbered request for an echo to the guest again and again, and counts what comes back.
+struct Pinger {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<u32>>,
+}
+
+const PING_EVERY: Duration = Duration::from_millis(40);
+const PING_ID: [u8; 2] = [0x76, 0x66];
+
+/// The number in an answer, with its IP header, if it is one of ours.
+fn answered(packet: &[u8]) -> Option<u16> {
+    let icmp = packet.get(20..28)?;
+    let ours = icmp[0] == 0 && icmp[4..6] == PING_ID;
+    ours.then(|| u16::from_be_bytes([icmp[6], icmp[7]]))
+}
+
+fn ping(number: u16) -> Vec<u8> {
+    let [high, low] = number.to_be_bytes();
+    let mut packet = vec![8, 0, 0, 0, PING_ID[0], PING_ID[1], high, low];
+    let sum: u32 = packet
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+        .sum();
+    let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    packet[2..4].copy_from_slice(&sum.to_be_bytes());
+    packet
+}
+
+impl Pinger {
+    fn start(guest: &str) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stops = Arc::clone(&stop);
+        let to: SocketAddr = format!("{guest}:0").parse().unwrap();
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let thread = std::thread::spawn(move || {
+            let mut answers: Vec<u32> = Vec::new();
+            let take = |answers: &mut Vec<u32>| {
+                let mut packet = [0; 256];
+                while let Ok(bytes) = (&socket).read(&mut packet) {
+                    if let Some(number) = answered(&packet[..bytes]) {
+                        answers[usize::from(number)] += 1;
+                    }
+                }
+            };
+            while !stops.load(Ordering::SeqCst) {
+                let number = u16::try_from(answers.len()).unwrap();
+                answers.push(0);
+                socket.send_to(&ping(number), &to.into()).unwrap();
+                std::thread::sleep(PING_EVERY);
+                take(&mut answers);
+            }
+            until("every answer", || {
+                take(&mut answers);
+                answers.iter().all(|count| *count > 0).then_some(())
+            });
+            // One that is doubled comes behind the others.
+            std::thread::sleep(10 * PING_EVERY);
+            take(&mut answers);
+            answers
+        });
+        Self { stop, thread }
+    }
+
+    /// Every request that was sent has had one answer.
+    fn finish(self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let answers = self.thread.join().unwrap();
+        println!("{} packets to the guest and back", answers.len());
+        let wrong: Vec<_> = (0..)
+            .zip(&answers)
+            .filter(|(_, count)| **count != 1)
+            .collect();
+        assert!(wrong.is_empty(), "number and answers: {wrong:?}");
+    }
+}
+
+#[test]
+fn no_packet_is_lost_or_doubled_when_the_process_changes_or_cannot() {
+    let guest = Guest::new();
+    let network = Network::new();
+    let launch = network.launch(0, guest.launch("console", "guest.net"));
+    let words: Vec<String> = launch.words().into_iter().map(str::to_owned).collect();
+    let mut vm = guest.machine.start_source(launch);
+    guest.wait_round(&mut vm, "console", 1);
+    let at = At(vm.qmp_path());
+    // Nobody need ask for the guest's address while it cannot answer.
+    let known = "neigh replace 10.97.0.2 lladdr 52:54:00:00:97:02 dev guests nud permanent";
+    run("ip", &known.split(' ').collect::<Vec<_>>());
+    let pinger = Pinger::start("10.97.0.2");
+    let round = guest.round("console");
+    let goes_on = |after: u64| {
+        until("the guest goes on", || {
+            at.assert_runs();
+            (guest.round("console") > after).then_some(())
+        });
+    };
+    let trace = Trace::start();
+    let first = at.upgrade();
+    assert_order(&trace.take(), vm.pid(), first.0);
+    goes_on(round);
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+
+    let mut same: Vec<&str> = words.iter().map(String::as_str).collect();
+    same.extend(["--accel", "kvm", "--mem", guest.machine.mem]);
+    let begin_another = || {
+        let waiting = Waiting::start(&at.0, &same);
+        at.ask("migrate-set-parameters", json!({"x-verify": true}));
+        let qmp = begin(&at, &waiting);
+        until_asked(&trace, first.0, Request::ResetOwner);
+        (waiting, qmp)
+    };
+    // Given away, and taken back before anybody took it.
+    let (waiting, mut qmp) = begin_another();
+    qmp.execute("migrate_cancel", json!({})).unwrap();
+    until_asked(&trace, first.0, Request::SetOwner);
+    failed(&at, qmp, "cancelled", "");
+    drop(waiting);
+    trace.take();
+    let round = guest.round("console");
+    goes_on(round);
+
+    // Given away, and the new process dies with it.
+    let (waiting, qmp) = begin_another();
+    waiting.signal(Signal::CONT);
+    until_asked(&trace, waiting.child.id(), Request::SetOwner);
+    waiting.signal(Signal::KILL);
+    failed(&at, qmp, "failed", "");
+    drop(waiting);
+    let round = guest.round("console");
+    goes_on(round);
+
+    trace.take();
+    let second = at.upgrade();
+    assert_order(&trace.take(), first.0, second.0);
+    let round = guest.round("console");
+    goes_on(round);
+    pinger.finish();
+}
