@@ -26,6 +26,7 @@ mod command; // programs of the lab
 mod mdev; // VFIO devices without hardware
 mod modules; // loading modules of the kernel
 mod net; // several hosts in one kernel
+mod new_process; // VMs that change their process
 mod trace; // what the kernel was asked
 mod vfio; // what a VFIO device says of itself
 

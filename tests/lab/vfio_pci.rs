@@ -1,22 +1,31 @@
 //! A PCI device behind an IOMMU, as hardware is: QEMU's `edu`, which copies between guest memory and a buffer of its own. It reaches the
-//! guest's memory at the guest's addresses, its driver cannot migrate, and what it writes is not missed.
+//! guest's memory at the guest's addresses, its driver cannot migrate, and what it writes is not missed. It goes on with its DMA while the
+//! VM changes its process.
 
+use std::ffi::CString;
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 use vmferry::machine::soft::SoftMachine;
 use vmferry::machine::vfio::VfioConfig;
 use vmferry::machine::virtio::OutsideConfig;
 use vmferry::machine::workload::WorkloadConfig;
 use vmferry::machine::{Machine as _, MachineConfig, SerialSink};
+use vmferry_devices::vfio::reach::Way;
+use vmferry_devices::vfio::{Reach, Reached, join, open_container, open_device};
 use vmferry_transport::memory::DirtyMap;
 use vmferry_transport::units::{BlockId, PageCount, PageIndex};
 
 use crate::harness::{Accel, Launch, Machine, until};
 use crate::modules::load;
+use crate::new_process::{Moved, Waiting};
 use crate::vfio_machine::opened_by;
 
 /// Where the regions of a PCI device lie in its file.
@@ -95,6 +104,143 @@ impl Edu {
     }
 }
 
+/// The file of the guest memory of a process.
+fn memory_of(process: u32) -> File {
+    let memory = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    let memory = memory
+        .map(|entry| entry.unwrap().path())
+        .find(|fd| fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:")))
+        .unwrap();
+    File::options().read(true).write(true).open(memory).unwrap()
+}
+
+fn page(memory: &File, at: u64) -> Vec<u8> {
+    let mut page = vec![0; usize::try_from(PAGE).unwrap()];
+    memory.read_exact_at(&mut page, at).unwrap();
+    page
+}
+
+/// The device copies a page of which nobody knows yet to one that nobody else writes, and it is there.
+#[track_caller]
+fn assert_copies(device: &Edu, memory: &File, iova: u64, byte: u8) {
+    let (from, to) = (MEM - 2 * PAGE, MEM - PAGE);
+    let fresh = vec![byte; usize::try_from(PAGE).unwrap()];
+    memory.write_all_at(&fresh, from).unwrap();
+    device.copy(iova + from, iova + to);
+    assert!(page(memory, to) == fresh, "copy {byte} did not arrive");
+}
+
+/// Guest memory as another process would have it: at an address of its own.
+fn mapped(memory: &File, iova: u64) -> Reached {
+    let file = FileOffset::new(memory.try_clone().unwrap(), 0);
+    let region = MmapRegion::<()>::from_file(file, usize::try_from(MEM).unwrap()).unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(iova)).unwrap();
+    Reached {
+        iova,
+        memory: Arc::new(region),
+    }
+}
+
+#[test]
+fn dma_lands_in_the_same_memory_while_and_after_the_addresses_behind_it_change() {
+    // Within the 28 bits of address that the device has.
+    const IOVA: u64 = 1 << 26;
+    let path = edu();
+    let group = fs::read_link(path.join("iommu_group")).unwrap();
+    let group = Path::new("/dev/vfio").join(group.file_name().unwrap());
+    let group = File::options().read(true).write(true).open(group).unwrap();
+    let container = Arc::new(open_container().unwrap());
+    join(container.as_fd(), group.as_fd(), true).unwrap();
+    let name = CString::new(path.file_name().unwrap().as_encoded_bytes()).unwrap();
+    let device = Edu::new(open_device(group.as_fd(), &name).unwrap());
+    let memory = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    let memory = File::from(memory);
+    memory.set_len(MEM).unwrap();
+    let another = || {
+        let reached = vec![mapped(&memory, IOVA)];
+        Reach::of_another(Arc::clone(&container), reached).unwrap()
+    };
+
+    let reached = vec![mapped(&memory, IOVA)];
+    let mut old = Reach::map(Arc::clone(&container), reached).unwrap();
+    assert_eq!(old.way(), Way::Addresses);
+    assert_copies(&device, &memory, IOVA, 1);
+    let mut new = another();
+    let refused = new.take().unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EINVAL), "it is not free");
+    assert_copies(&device, &memory, IOVA, 2);
+
+    old.release().unwrap();
+    assert_copies(&device, &memory, IOVA, 3);
+    new.take().unwrap();
+    // Its addresses are nothing any more.
+    drop(old);
+    assert_copies(&device, &memory, IOVA, 4);
+
+    // The next one takes everything and dies.
+    let mut next = another();
+    new.release().unwrap();
+    next.take().unwrap();
+    assert_copies(&device, &memory, IOVA, 5);
+    new.take_back().unwrap();
+    // Or it only comes late.
+    next.abandon();
+    drop(next);
+    assert_copies(&device, &memory, IOVA, 6);
+    new.release().unwrap();
+    another().take().unwrap();
+    assert_copies(&device, &memory, IOVA, 7);
+}
+
+#[test]
+fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
+    let path = edu();
+    let machine = Machine {
+        mem: "16M",
+        working_set: "256K",
+        dirty_rate: "640",
+        fill: "512K",
+        ..Machine::small(Accel::Soft)
+    };
+    let launch = Launch::default().with(&["--vfio", path.to_str().unwrap()]);
+    let mut vm = machine.start_source(launch.clone());
+    vm.warm_up();
+    let device = Edu::new(opened_by(vm.pid()).remove(0));
+    let memory = memory_of(vm.pid());
+    let copied = AtomicU64::new(0);
+    let over = AtomicBool::new(false);
+    let moved = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let count = copied.fetch_add(1, Ordering::Relaxed);
+                assert_copies(&device, &memory, 0, u8::try_from(count % 251).unwrap());
+            }
+        });
+        // A new process that takes over and dies, and then one that lives.
+        let mut waiting = Waiting::new(&vm, &machine, &launch.words());
+        waiting.dies_when_ready(&mut vm, |_| {
+            let before = copied.load(Ordering::Relaxed);
+            until(
+                "the device copies while the guest is between two processes",
+                || (copied.load(Ordering::Relaxed) > before + 2).then_some(()),
+            );
+        });
+        vm.assert_guest_works();
+        let moved = Moved::from(vm.qmp_path());
+        over.store(true, Ordering::Relaxed);
+        moved
+    });
+    assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+    assert!(copied.load(Ordering::Relaxed) > 3);
+    // With the memory of the process that has it now.
+    let memory = memory_of(moved.pid);
+    assert_copies(&device, &memory, 0, 252);
+    moved.assert_passes(2);
+    let moved = moved.again();
+    assert_copies(&device, &memory, 0, 253);
+    moved.assert_passes(2);
+}
+
 #[test]
 fn a_pci_device_reaches_the_memory_of_its_guest_and_blocks_migrate() {
     let path = edu();
@@ -115,17 +261,8 @@ fn a_pci_device_reaches_the_memory_of_its_guest_and_blocks_migrate() {
     let device = Edu::new(opened_by(vm.pid()).remove(0));
     let last = MEM - PAGE;
     device.copy(PARAMETERS, last);
-    let memory = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
-    let memory = memory
-        .map(|entry| entry.unwrap().path())
-        .find(|fd| fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:")))
-        .unwrap();
-    let memory = File::open(memory).unwrap();
-    let page = |at| {
-        let mut page = vec![0; usize::try_from(PAGE).unwrap()];
-        memory.read_exact_at(&mut page, at).unwrap();
-        page
-    };
+    let memory = memory_of(vm.pid());
+    let page = |at| page(&memory, at);
     assert_eq!(&page(last)[..8], b"VMFWORK1");
     assert_eq!(page(last), page(PARAMETERS));
     vm.assert_guest_works();

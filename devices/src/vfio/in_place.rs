@@ -7,8 +7,8 @@
 //! | --- | --- |
 //! | SETUP, vCPUs stopped | interrupts are disconnected from KVM; the container lets go of our addresses ([`Way::Addresses`]), or the devices are stopped and their memory unmapped ([`Way::Stopped`]) |
 //! | DONE | the container and the devices are somebody else's |
-//! | FAILED | memory is mapped at our addresses again, devices that were stopped work again, interrupts are connected again; before any vCPU runs |
-//! | INCOMING_FAILED | the new process lets go, before the old one hears of the failure |
+//! | FAILED | memory is mapped at our addresses again, whatever the new process had done, devices that were stopped work again, interrupts are connected again; before any vCPU runs |
+//! | INCOMING_FAILED | the new process disconnects interrupts; its mappings the old one takes from it |
 //!
 //! The new process takes over before it says READY, with [`take_over`].
 
@@ -147,7 +147,7 @@ pub fn blocker(set: &VfioSet, reach: &Reach) -> Option<String> {
 /// The new process: its addresses are behind the mappings from now on. The devices work on or stay stopped, as they came.
 ///
 /// # Errors
-/// The old process has not let go, or a limit of locked memory is too low. Nothing is this process's then.
+/// The old process has not let go, or a limit of locked memory is too low. The old one takes back whatever was taken.
 pub fn take_over(reach: &mut Reach) -> Result<(), DeviceError> {
     reach
         .take()
@@ -212,11 +212,8 @@ impl Notifier for VfioInPlace {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "interrupts of VFIO devices stay connected here");
         }
-        if let Some(reach) = lock(&self.reach).as_mut()
-            && let Err(error) = reach.release()
-        {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "guest memory could not be given back");
+        if let Some(reach) = lock(&self.reach).as_mut() {
+            reach.abandon();
         }
     }
 }

@@ -8,6 +8,9 @@
 //! | [`Addresses`](Way::Addresses) | has the kernel forget its addresses (VFIO_DMA_UNMAP_FLAG_VADDR) | devices go on with their DMA: the IOMMU still has the pages, which are pinned | tells the kernel its own (VFIO_DMA_MAP_FLAG_VADDR) |
 //! | [`Stopped`](Way::Stopped) | stops the devices, then unmaps everything | no device has memory, or a wish for it | maps everything, and lets them work when the guest is its own |
 //!
+//! If the new process fails, the old one takes the mappings from it, whatever it has done: it may be dead. So a new process that fails
+//! undoes nothing by itself: one that was frozen, and comes late, could only take away what the old one has again.
+//!
 //! The kernel offers the first (VFIO_UPDATE_VADDR) unless one of the devices is a mediated one, whose driver looks addresses up when it
 //! needs them and could not while there are none.
 
@@ -58,14 +61,17 @@ pub(super) trait DmaFace: Send + Sync {
 /// A device with an IOMMU of its own needs all of it present and pinned, which the kernel does when it is mapped: memory that was never
 /// touched is allocated, and counts against RLIMIT_MEMLOCK. Drivers of mediated devices pin what they use.
 ///
-/// Unmaps everything when it is dropped, if it is this process's. To be dropped before the last device of the container: with that the
-/// kernel forgets all mappings by itself.
+/// Unmaps everything when it is dropped, if this process has mapped it. To be dropped before the last device of the container: with that
+/// the kernel forgets all mappings by itself. What was taken from another process stays mapped, and the memory with it, until this process
+/// ends: nobody here can know whether the other has taken it back.
 pub struct Reach {
     face: Arc<dyn DmaFace>,
     memory: Vec<Reached>,
     way: Way,
-    /// Our addresses are behind the mappings.
+    /// Our addresses are behind the mappings, as far as we know.
     ours: bool,
+    /// They may be because we have taken the mappings from another process.
+    taken: bool,
 }
 
 impl Reached {
@@ -121,6 +127,7 @@ impl Reach {
             memory,
             way,
             ours: false,
+            taken: false,
         })
     }
 
@@ -134,8 +141,7 @@ impl Reach {
         self.ours
     }
 
-    /// The old process lets go, with the vCPUs stopped, and the devices too where that is the way. Also the new one, when the guest will
-    /// not come.
+    /// The old process lets go, with the vCPUs stopped, and the devices too where that is the way.
     ///
     /// # Errors
     /// The kernel's answer. Nothing is ours then, and [`take_back`](Self::take_back) finds its way from wherever this has ended.
@@ -146,40 +152,39 @@ impl Reach {
         self.memory.iter().try_for_each(|reached| match self.way {
             Way::Addresses => self.face.forget_address(reached.range()),
             Way::Stopped => self.face.unmap(reached.range()),
-        })
+        })?;
+        self.taken = false;
+        Ok(())
+    }
+
+    /// The new process: the guest will not come. Changes nothing: the old one takes everything back.
+    pub fn abandon(&mut self) {
+        self.ours = false;
     }
 
     /// The new process: the old one has let go. Takes nothing from a process that has not.
     ///
     /// # Errors
-    /// The kernel's answer: EEXIST or EINVAL if the old process has not let go, ENOMEM over a limit. What was taken is let go again.
+    /// The kernel's answer: EEXIST or EINVAL if the old process has not let go, or has taken back, ENOMEM over a limit. What was taken
+    /// until then is taken back by the old process.
     pub fn take(&mut self) -> io::Result<()> {
         if self.ours {
             return Ok(());
         }
-        for (taken, reached) in self.memory.iter().enumerate() {
+        self.taken = true;
+        self.memory.iter().try_for_each(|reached| {
             let (range, memory) = (reached.range(), reached.memory.as_ref());
-            let answer = match self.way {
+            match self.way {
                 Way::Addresses => self.face.tell_address(range, memory),
                 Way::Stopped => self.face.map(range, memory),
-            };
-            if let Err(error) = answer {
-                for before in &self.memory[..taken] {
-                    // The old process takes back what is in whichever state.
-                    let _ = match self.way {
-                        Way::Addresses => self.face.forget_address(before.range()),
-                        Way::Stopped => self.face.unmap(before.range()),
-                    };
-                }
-                return Err(error);
             }
-        }
+        })?;
         self.ours = true;
         Ok(())
     }
 
     /// The old process: the guest stays. Takes the mappings from whoever has them, which is nobody that will use them: the new process has
-    /// let go, or has died.
+    /// failed, or has died.
     ///
     /// # Errors
     /// The kernel's answer: devices do not reach all memory.
@@ -227,11 +232,13 @@ impl Reach {
 
 impl Drop for Reach {
     fn drop(&mut self) {
-        if !self.ours {
-            return;
-        }
         for reached in &self.memory {
-            if let Err(error) = self.face.unmap(reached.range()) {
+            if self.taken {
+                // The kernel may use it through our address.
+                std::mem::forget(Arc::clone(&reached.memory));
+            } else if !self.ours {
+                continue;
+            } else if let Err(error) = self.face.unmap(reached.range()) {
                 let error = &error as &dyn std::error::Error;
                 tracing::error!(
                     error,

@@ -2,6 +2,7 @@
 //! later, so at any time some of it is in the devices, and a byte that is lost or doubled is an error that the guest reports.
 
 mod damaged;
+mod in_place;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -67,8 +68,13 @@ fn start_target(machine: &Machine, devices: &[Mdev]) -> Vm {
 
 /// The states of a VM's devices.
 fn states(vm: &Vm) -> Vec<DeviceState> {
+    states_of(vm.pid())
+}
+
+/// The states of the devices of a process.
+fn states_of(process: u32) -> Vec<DeviceState> {
     let state = |device| FdFace::new(device).state().unwrap();
-    opened(vm).into_iter().map(state).collect()
+    opened_by(process).into_iter().map(state).collect()
 }
 
 /// A VM's devices.

@@ -230,6 +230,8 @@ impl Bench {
 fn devices_stay_while_the_process_changes_again_and_again() {
     for updates in [true, false] {
         let bench = bench(updates, &[FULL, FULL]);
+        drop(Process::new(&bench.set, &bench.kernel, true));
+        assert!(bench.kernel.addresses().is_empty(), "unmapped again");
         let mut old = Process::new(&bench.set, &bench.kernel, true);
         for _ in 0..3 {
             bench.assert_at(&old, DeviceState::Running);
@@ -255,8 +257,10 @@ fn devices_stay_while_the_process_changes_again_and_again() {
             bench.assert_at(&new, DeviceState::Running);
             old = new;
         }
+        let expected = old.expected.clone();
         drop(old);
-        assert!(bench.kernel.addresses().is_empty(), "unmapped at the end");
+        // The end of the process ends them.
+        assert_eq!(bench.kernel.addresses(), expected);
     }
 }
 
@@ -299,18 +303,28 @@ fn whichever_request_fails_the_devices_are_the_old_process_s_and_the_next_upgrad
 }
 
 #[test]
-fn what_a_new_process_had_taken_when_it_died_is_taken_back() {
+fn what_a_new_process_had_taken_is_taken_back_whether_it_has_died_or_only_comes_late() {
     for updates in [true, false] {
-        let bench = bench(updates, &[FULL]);
-        let old = Process::new(&bench.set, &bench.kernel, true);
-        let new = Process::new(&bench.set, &bench.kernel, false);
-        let told = old.notifiers.setup(&SETUP).unwrap();
-        new.take_over().unwrap();
-        bench.assert_at(&new, lock(&bench.set).devices()[0].face().state().unwrap());
-        // Nothing of it runs any more.
-        std::mem::forget(new);
-        old.notifiers.failed(told);
-        bench.assert_at(&old, DeviceState::Running);
+        for dies in [true, false] {
+            let bench = bench(updates, &[FULL]);
+            let old = Process::new(&bench.set, &bench.kernel, true);
+            let new = Process::new(&bench.set, &bench.kernel, false);
+            let told = old.notifiers.setup(&SETUP).unwrap();
+            new.take_over().unwrap();
+            assert_eq!(bench.kernel.addresses(), new.expected);
+            old.notifiers.failed(told);
+            bench.assert_at(&old, DeviceState::Running);
+            if dies {
+                // Nothing of it runs any more.
+                std::mem::forget(new);
+            } else {
+                let migration = MigrationId([7; 16]);
+                new.notifiers.incoming_failed(Mode::CprTransfer, migration);
+                new.take_over().unwrap_err();
+                drop(new);
+            }
+            bench.assert_at(&old, DeviceState::Running);
+        }
     }
 }
 

@@ -1,0 +1,210 @@
+//! VMs that change their process: the command that does it, and a new process that dies when it has everything and has said so.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use vmferry_transport::wire::frame::{FrameBuffer, TargetFrame};
+
+use crate::harness::{Machine, Vm, program, until};
+use crate::qmp::Qmp;
+
+/// A VM in a process that is nobody's child any more. Dropping it kills it.
+pub(crate) struct Moved {
+    pub(crate) pid: u32,
+    path: PathBuf,
+}
+
+impl Moved {
+    /// Upgrades the VM that answers at `path`.
+    pub(crate) fn from(path: PathBuf) -> Self {
+        let output = program()
+            .args(["upgrade", "--json", "--qmp"])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let pid = report["new-pid"].as_u64().unwrap().try_into().unwrap();
+        Self { pid, path }
+    }
+
+    /// Upgrades it once more; the process that had it has ended.
+    pub(crate) fn again(self) -> Self {
+        let next = Self::from(self.path.clone());
+        let gone = PathBuf::from(format!("/proc/{}/fd", self.pid));
+        until("the old process ends", || {
+            // Nobody may have waited for it yet.
+            let left = std::fs::read_dir(&gone).map(Iterator::count);
+            left.map_or(true, |left| left == 0).then_some(())
+        });
+        next
+    }
+
+    pub(crate) fn query(&self, command: &str) -> Value {
+        let mut qmp = until("somebody answers", || Qmp::connect(&self.path));
+        qmp.execute(command, json!({})).unwrap()
+    }
+
+    /// Waits until the guest has made so many more passes, without an error.
+    #[track_caller]
+    pub(crate) fn assert_passes(&self, more: u64) {
+        let passes = || {
+            let workload = self.query("x-query-workload");
+            assert_eq!(workload["errors"], 0, "{workload}");
+            workload["passes"].as_u64().unwrap()
+        };
+        let before = passes();
+        until("the guest makes passes", || {
+            (passes() > before + more).then_some(())
+        });
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        let pid = Pid::from_raw(self.pid.cast_signed()).unwrap();
+        // Fails if it has ended.
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+/// A process that waits for a VM to take over, with a link to it that can be listened to.
+pub(crate) struct Waiting {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Waiting {
+    /// With the options of the machine that the old one has.
+    pub(crate) fn new(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let output = File::create(folder.path().join("log")).unwrap();
+        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
+        let child = program()
+            .args(["run", "--mem", machine.mem, "--accel", machine.accel.name()])
+            .args(more)
+            .args(["--incoming", &address("main")])
+            .args(["--incoming-cpr", &address("cpr"), "--qmp"])
+            .arg(vm.qmp_path())
+            .args(["--end-with-parent", &std::process::id().to_string()])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        let this = Self { child, folder };
+        until("the new process waits", || {
+            this.folder.path().join("cpr").exists().then_some(())
+        });
+        this
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn channels(&self, main: &str) -> Value {
+        let channel = |kind: &str, name: &str| {
+            let path = self.path(name);
+            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
+        };
+        json!({ "channels": [channel("main", main), channel("cpr", "cpr")] })
+    }
+
+    /// Hands `vm` over to it, by way of `main` for the link.
+    fn begin(&self, vm: &mut Vm, main: &str) {
+        vm.set(json!({"mode": "cpr-transfer"}));
+        vm.execute("migrate", self.channels(main));
+    }
+
+    /// It refuses; what it says reaches the old process.
+    pub(crate) fn assert_refuses(&self, vm: &mut Vm, part: &str) {
+        self.begin(vm, "main");
+        let info = vm.wait_migration();
+        assert_eq!(info["status"], "failed", "{info}");
+        let error = info["error-desc"].as_str().unwrap();
+        assert!(error.contains(part), "{error}");
+    }
+
+    /// The old process refuses to hand anything over, at once.
+    pub(crate) fn assert_refused(&self, vm: &mut Vm, part: &str) {
+        vm.set(json!({"mode": "cpr-transfer"}));
+        let refusal = vm.refusal("migrate", self.channels("main"));
+        assert!(refusal.contains(part), "{refusal}");
+    }
+
+    /// Kills it when it has taken everything over and says READY, which the old process never hears. `then` may look at the new process
+    /// before.
+    pub(crate) fn dies_when_ready(&mut self, vm: &mut Vm, then: impl FnOnce(u32)) {
+        let listener = UnixListener::bind(self.path("link")).unwrap();
+        let main = self.path("main");
+        let (is_ready, ready) = mpsc::channel();
+        let (go, may_go) = mpsc::channel::<()>();
+        let relay = thread::spawn(move || {
+            let source = listener.accept().unwrap().0;
+            let target = UnixStream::connect(main).unwrap();
+            let (from, to) = (source.try_clone().unwrap(), target.try_clone().unwrap());
+            let forth = thread::spawn(move || pass(from, to, |_| true));
+            let mut frames = FrameBuffer::default();
+            pass(target, source, |bytes| {
+                frames.push(bytes);
+                while let Some(frame) = frames.poll_frame::<TargetFrame>().unwrap() {
+                    if matches!(frame, TargetFrame::Ready(_)) {
+                        is_ready.send(()).unwrap();
+                        // Until it is dead.
+                        let _ = may_go.recv();
+                        return false;
+                    }
+                }
+                true
+            });
+            forth.join().unwrap();
+        });
+        self.begin(vm, "link");
+        ready.recv().unwrap_or_else(|_| panic!("{}", self.said()));
+        then(self.child.id());
+        self.kill();
+        go.send(()).unwrap();
+        let info = vm.wait_migration();
+        assert_eq!(info["status"], "failed", "{info}");
+        relay.join().unwrap();
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    fn kill(&mut self) {
+        // Fails if it has ended.
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Passes bytes on until they end, or `look` says so; then nothing passes either way.
+fn pass(mut from: UnixStream, mut to: UnixStream, mut look: impl FnMut(&[u8]) -> bool) {
+    let mut bytes = [0; 4096];
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        if !look(&bytes[..count]) || to.write_all(&bytes[..count]).is_err() {
+            break;
+        }
+    }
+    for end in [from, to] {
+        // Fails if it has gone already.
+        let _ = end.shutdown(std::net::Shutdown::Both);
+    }
+}
