@@ -1,20 +1,12 @@
 //! KVM with page tables of the hardware, as most hosts have it: whole migrations, and the tests of our KVM code once more.
 
 use std::process::Command;
-use std::thread;
 
-use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::json;
 
-use crate::command::assert_inside;
 use crate::harness::{Accel, Machine};
-use crate::modules::load_for;
+use crate::modules::load_kvm;
 use crate::net::Hosts;
-
-fn load_kvm() {
-    assert_inside();
-    load_for("/dev/kvm", "kvm_amd");
-}
 
 /// Small and slow: every first touch of a page goes through two emulations.
 fn small() -> Machine {
@@ -89,22 +81,13 @@ fn a_guest_stays_where_it_is_when_the_cable_is_pulled() {
     source.move_to(&mut target);
 }
 
-/// Runs unit tests that `tests/lab/run` has packed, on one processor: the emulator of the lab walks nested page tables on one of its
-/// processors while the kernel changes them on another, and seldom gets that wrong. A guest whose dirty log is fetched all the time then
-/// meets a page fault that is not its own, which for the workload is a triple fault (4 of 60 runs on a busy host; never outside of the lab).
+/// Runs unit tests that `tests/lab/run` has packed.
 fn unit_tests(program: &str, filter: &str, at_least: usize) {
     load_kvm();
-    // Of this thread, and of what it starts.
-    let run = || {
-        let mut first = CpuSet::new();
-        first.set(0);
-        sched_setaffinity(None, &first).unwrap();
-        Command::new(program)
-            .args([filter, "--test-threads=1", "--show-output"])
-            .output()
-            .unwrap_or_else(|error| panic!("{program}: {error}"))
-    };
-    let output = thread::scope(|scope| scope.spawn(run).join().unwrap());
+    let output = Command::new(program)
+        .args([filter, "--test-threads=1", "--show-output"])
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     println!("{said}");
     assert!(output.status.success());

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::command::{assert_inside, attempt, run};
+use crate::command::{attempt, run};
 use crate::harness::{Accel, Launch, Machine, Vm, until};
-use crate::modules::{load, load_for};
+use crate::modules::{load, load_kvm};
 use crate::net::Tap;
 
 /// Blocks of 4 KiB that the guest writes, and of its disk.
@@ -65,8 +65,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new() -> Self {
-        assert_inside();
-        load_for("/dev/kvm", "kvm_amd");
+        load_kvm();
         let folder = TempDir::with_prefix("vmferry-linux-").unwrap();
         let guest = Self {
             folder,

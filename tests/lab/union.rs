@@ -14,7 +14,7 @@ use vmferry_tests::virtqueue::{marked, ram};
 use vmferry_transport::memory::{DirtyLog, UnitedLog};
 
 use crate::harness::until;
-use crate::modules::load_for;
+use crate::modules::load_kvm;
 use crate::vhost::{Guest, Host, Net, PAGES, number_in, open_vhost};
 
 /// Where the vCPU's program is, and what it writes.
@@ -42,7 +42,7 @@ fn store(vcpu: &mut VcpuFd) {
 
 #[test]
 fn every_writer_is_in_the_united_log_and_nothing_else() {
-    load_for("/dev/kvm", "kvm_amd");
+    load_kvm();
     let net = Net::new(6);
     let tap = net.open();
     let (memory, ram) = ram(PAGES);

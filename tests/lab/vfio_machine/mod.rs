@@ -15,7 +15,7 @@ use vmferry_devices::vfio::{DeviceState, FdFace, VfioFace};
 
 use crate::harness::{Accel, Launch, Machine, Vm, until};
 use crate::mdev::Mdev;
-use crate::modules::load_for;
+use crate::modules::load_kvm;
 
 /// Passes after which all that the guest reads is checked: more than the workload keeps in a device.
 const TALKED: u64 = 12;
@@ -26,7 +26,7 @@ const STREAM_BYTES: u64 = 96;
 
 /// Small and slow, as every guest on KVM here. It makes about ten passes per second.
 fn machine() -> Machine {
-    load_for("/dev/kvm", "kvm_amd");
+    load_kvm();
     Machine {
         mem: "16M",
         working_set: "256K",
