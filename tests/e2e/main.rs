@@ -63,5 +63,6 @@ mod sparse; // memory that the guest never touched stays out of both processes
 mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in
 mod target_errors; // I3: the target's words at the source, and a target that can always be asked
 mod upgrade; // I1, I3, I4: a new process on the same host, and everything that can go wrong with it
+mod upgrade_faults; // I1, I3, I7: every fault at every step of an upgrade
 mod upgrade_qemu; // I2: a VM of QEMU goes on in a new QEMU
 mod vhost_user; // I2, I3: disks whose back end is another process

@@ -29,12 +29,12 @@ on_both_accelerators!(
 );
 
 /// Ends a doubt that nobody can end after some seconds.
-const SOON: [&str; 2] = ["--x-deadline-scale", "20"];
+pub(crate) const SOON: [&str; 2] = ["--x-deadline-scale", "20"];
 /// Moments at which the new process is killed.
 const KILLS: u32 = 12;
 
 /// A process that nobody is the parent of any more. Dropping it kills it.
-struct Orphan(u32);
+pub(crate) struct Orphan(u32);
 
 impl Orphan {
     fn pid(&self) -> Pid {
@@ -54,7 +54,7 @@ impl Drop for Orphan {
 }
 
 /// A VM at a path, whichever process it is in.
-struct At(PathBuf);
+pub(crate) struct At(pub(crate) PathBuf);
 
 impl At {
     fn ask(&self, command: &str) -> Value {
@@ -62,7 +62,7 @@ impl At {
         qmp.execute(command, json!({})).unwrap()
     }
 
-    fn assert_guest_works(&self) {
+    pub(crate) fn assert_guest_works(&self) {
         assert_eq!(self.ask("query-status")["status"], "running");
         let passes = || {
             let workload = self.ask("x-query-workload");
@@ -78,7 +78,7 @@ impl At {
         });
     }
 
-    fn upgrade(&self) -> (Orphan, Value) {
+    pub(crate) fn upgrade(&self) -> (Orphan, Value) {
         let output = vmferry(&self.0, &["upgrade", "--json"]);
         assert!(output.status.success(), "{output:?}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -217,17 +217,17 @@ fn a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is(accel: Accel
 }
 
 /// A process that waits for a VM in place, and where.
-struct Waiting {
+pub(crate) struct Waiting {
     child: Child,
     folder: tempfile::TempDir,
 }
 
 impl Waiting {
-    fn new(vm: &Vm, machine: &Machine) -> Self {
+    pub(crate) fn new(vm: &Vm, machine: &Machine) -> Self {
         Self::with(vm, machine, &[])
     }
 
-    fn with(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
+    pub(crate) fn with(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let output = File::create(folder.path().join("log")).unwrap();
         let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
@@ -257,20 +257,25 @@ impl Waiting {
     }
 
     fn channels(&self) -> Value {
-        let channel = |kind: &str, name: &str| {
-            let path = self.folder.path().join(name);
-            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
-        };
-        json!([channel("main", "main"), channel("cpr", "cpr")])
+        channels(self.folder())
     }
 
-    fn kill(&mut self) {
+    /// Where its sockets are: `main` and `cpr`.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    pub(crate) fn kill(&mut self) {
         // Fails if it has ended.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
 
-    fn wait_exit(&mut self) -> ExitStatus {
+    pub(crate) fn wait_exit(&mut self) -> ExitStatus {
         until("the new process ends", || self.child.try_wait().unwrap())
     }
 }
@@ -279,6 +284,15 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The channels of an upgrade, at sockets in `folder`.
+pub(crate) fn channels(folder: &Path) -> Value {
+    let channel = |kind: &str| {
+        let path = folder.join(kind);
+        json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
+    };
+    json!([channel("main"), channel("cpr")])
 }
 
 /// A VM that is handed over up to the moment before anything has left that has one owner.
@@ -294,7 +308,7 @@ fn paused_half_way(machine: &Machine) -> (Vm, Waiting) {
 }
 
 /// The next upgrade works.
-fn assert_upgrades(mut vm: Vm) {
+pub(crate) fn assert_upgrades(mut vm: Vm) {
     vm.assert_guest_works();
     let no_pause = json!([{"capability": "pause-before-switchover", "state": false}]);
     vm.execute(

@@ -6,7 +6,7 @@ use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 
 use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
-use super::info::{Record, UNRESOLVED};
+use super::info::{Record, unresolved};
 use super::outgoing::{Outgoing, OutgoingAction, chain};
 use super::ownership::{start_guest, take_back};
 use super::{Engine, passthrough};
@@ -79,10 +79,12 @@ impl Engine {
                 });
             }
             OutgoingAction::Unresolved => {
-                tracing::error!("{UNRESOLVED}");
+                let in_place = self.outgoing.as_ref().is_some_and(Outgoing::is_in_place);
+                let text = unresolved(in_place);
+                tracing::error!("{text}");
                 self.emit(QmpEvent::now(
                     "x-MIGRATION_UNRESOLVED",
-                    serde_json::json!({ "desc": UNRESOLVED }),
+                    serde_json::json!({ "desc": text }),
                 ));
             }
             OutgoingAction::Finished(outcome) => self.finish_outgoing(outcome),

@@ -14,8 +14,18 @@ use crate::qmp::schema::{
 };
 
 /// What an operator has to know whose migration is in doubt.
-pub(super) const UNRESOLVED: &str = "the link was lost at the commit and the target does not answer: it may run the guest or not. \
-                                     This side stays stopped. Look at the target, then say x-resolve here";
+pub(super) fn unresolved(in_place: bool) -> &'static str {
+    match in_place {
+        false => {
+            "the link was lost at the commit and the target does not answer: it may run the guest or not. This side stays stopped. \
+             Look at the target, then say x-resolve here"
+        }
+        true => {
+            "the new process was lost at the commit and does not answer: it may run the guest or not, and may have changed its memory. \
+             This process stays stopped for good. If the new one runs the guest, say x-resolve here; if it has ended, so has the guest"
+        }
+    }
+}
 
 /// Figures of an outgoing attempt at one moment; kept when it has ended.
 #[derive(Clone, Debug)]
@@ -190,7 +200,9 @@ impl Engine {
                 let doubt = outgoing.core().is_unresolved();
                 // Known from the first moment of the cleanup on.
                 let failure = outgoing.core().failure().map(ToString::to_string);
-                let problem = doubt.then(|| UNRESOLVED.to_owned()).or(failure);
+                let problem = doubt
+                    .then(|| unresolved(outgoing.is_in_place()).to_owned())
+                    .or(failure);
                 let throttle = outgoing.core().throttle_percent();
                 MigrationInfo {
                     cpu_throttle_percentage: (throttle > 0).then_some(throttle.into()),

@@ -89,10 +89,11 @@ pub(super) fn upgrade(
         let reason = record
             .error()
             .unwrap_or_else(|| "no reason is known".to_owned());
-        give_up(&mut client, &mut child);
+        let ended = give_up(&mut client, &mut child);
         output::message(&format!(
-            "upgrade {}: {reason}; the guest goes on in process {old}",
-            record.status()
+            "upgrade {}: {reason}; the new process, {}, {ended}; the guest goes on in process {old}",
+            record.status(),
+            program.display()
         ));
         return Ok(Exit::Failed);
     }
@@ -188,8 +189,8 @@ fn split(bytes: &[u8]) -> impl Iterator<Item = OsString> {
         .map(|word| OsStr::from_bytes(word).to_owned())
 }
 
-/// The guest stays in the old process: the new one ends, and the next migration is an ordinary one again.
-fn give_up(client: &mut QmpClient, child: &mut Child) {
+/// The guest stays in the old process: the new one ends, and the next migration is an ordinary one again. Says how it ended.
+fn give_up(client: &mut QmpClient, child: &mut Child) -> String {
     if let Err(error) = client.execute("migrate-set-parameters", json!({"mode": "normal"})) {
         output::message(&output::chain(&error));
     }
@@ -200,7 +201,10 @@ fn give_up(client: &mut QmpClient, child: &mut Child) {
     }
     // Fails if it has ended.
     let _ = child.kill();
-    let _ = child.wait();
+    match child.wait() {
+        Ok(status) => format!("ended with {status}"),
+        Err(error) => format!("cannot be asked how it ended: {error}"),
+    }
 }
 
 /// Somebody else answers at the same path now, and the guest is as it was.
