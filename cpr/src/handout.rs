@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use vmferry_transport::units::{MigrationId, Moment};
 
 use crate::CprError;
@@ -82,7 +83,7 @@ impl<'fd> Handout<'fd> {
         Ok(self)
     }
 
-    /// Adds guest RAM, which leaves first.
+    /// Adds guest RAM, which leaves first: a memfd whose size is sealed, or a file in which it is shared.
     ///
     /// # Errors
     /// As [`add`](Self::add).
@@ -90,15 +91,15 @@ impl<'fd> Handout<'fd> {
         &mut self,
         block: &str,
         bytes: u64,
-        memfd: &'fd impl AsFd,
+        ram: &'fd impl AsFd,
     ) -> Result<&mut Self, CprError> {
-        self.add(
-            (block, "ram"),
-            FdKind::RamMemfd,
-            Stage::Prepare,
-            bytes,
-            memfd,
-        )
+        let sealed = SealFlags::SHRINK | SealFlags::GROW;
+        let kind = match fcntl_get_seals(ram) {
+            Ok(seals) if seals.contains(sealed) => FdKind::RamMemfd,
+            // Only files that live in memory know seals.
+            _ => FdKind::RamFile,
+        };
+        self.add((block, "ram"), kind, Stage::Prepare, bytes, ram)
     }
 
     /// Number of descriptors.

@@ -12,6 +12,7 @@
 //! - [`spawn`]: starting the new process with one inherited socket
 //! - [`memfd`]: guest RAM as a sealed memfd, and taking over one that another process made
 //! - [`shared`]: guest RAM in a file with a name, which outlives its VM
+//! - [`mark`]: which saved guest such a file belongs to
 //! - [`error`]: what can go wrong, sorted by who is at fault
 #![forbid(unsafe_code)]
 
@@ -27,6 +28,7 @@ pub mod guide;
 pub mod handout;
 pub mod letter;
 pub mod manifest;
+pub mod mark;
 pub mod memfd;
 pub mod message;
 pub mod shared;

@@ -9,18 +9,18 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{FileType, FlockOperation, OFlags, flock, fstat};
+use rustix::fs::{FileType, FlockOperation, OFlags, Stat, flock, fstat, fstatvfs};
 use rustix::io::FdFlags;
 
 use crate::CprError;
 
 /// Opens the file at `path` as `bytes` of RAM, and makes it if there is none: all holes, mode 0600, close-on-exec, locked. What an
-/// existing file holds is kept.
+/// existing file holds is kept. Also says whether the file is new.
 ///
 /// # Errors
-/// [`CprError::Request`] for a size that makes no RAM in this file system, [`CprError::Descriptor`] if there is something else or a file
-/// of another size, or another process uses it, [`CprError::Host`] if the kernel refuses.
-pub fn open(path: &Path, bytes: u64) -> Result<File, CprError> {
+/// [`CprError::Request`] for a size that makes no RAM in this file system, or if there is no room for it, [`CprError::Descriptor`] if
+/// there is something else or a file of another size, or another process uses it, [`CprError::Host`] if the kernel refuses.
+pub fn open(path: &Path, bytes: u64) -> Result<(File, bool), CprError> {
     let name = path.display().to_string();
     let file = OpenOptions::new()
         .read(true)
@@ -49,11 +49,12 @@ pub fn open(path: &Path, bytes: u64) -> Result<File, CprError> {
             "RAM of {bytes} bytes in {name}: the size must be a positive multiple of {unit}"
         )));
     }
+    check_room(&file, &name, &stat, bytes)?;
     match u64::try_from(stat.st_size) {
         Ok(0) => file
             .set_len(bytes)
             .map_err(|error| CprError::host(format!("sizing {name} to {bytes} bytes"), error))?,
-        Ok(size) if size == bytes => {}
+        Ok(size) if size == bytes => return Ok((file, false)),
         _ => {
             let size = stat.st_size;
             return Err(refuse(
@@ -62,7 +63,39 @@ pub fn open(path: &Path, bytes: u64) -> Result<File, CprError> {
             ));
         }
     }
-    Ok(file)
+    Ok((file, true))
+}
+
+/// Empties such a file: all holes again, of the same size. Nothing may have it mapped.
+///
+/// # Errors
+/// [`CprError::Host`] if the kernel refuses; the file may have no length then.
+pub fn empty(file: &File) -> Result<(), CprError> {
+    let emptied = file.metadata().and_then(|stat| {
+        file.set_len(0)?;
+        file.set_len(stat.len())
+    });
+    emptied.map_err(|error| CprError::host("emptying a file of RAM", error))
+}
+
+/// A guest that touches memory for which there is no room is killed, so it is looked for before. Others may still use it up.
+fn check_room(file: &File, name: &str, stat: &Stat, bytes: u64) -> Result<(), CprError> {
+    let room =
+        fstatvfs(file).map_err(|error| CprError::host(format!("asking about {name}"), error))?;
+    // Without a limit of its own, as hugetlbfs is by default.
+    if room.f_blocks == 0 {
+        return Ok(());
+    }
+    let there = u64::try_from(stat.st_blocks)
+        .unwrap_or(0)
+        .saturating_mul(512);
+    let free = room.f_bavail.saturating_mul(room.f_frsize);
+    if there.saturating_add(free) >= bytes {
+        return Ok(());
+    }
+    Err(CprError::Request(format!(
+        "RAM of {bytes} bytes in {name}: its file system has only {free} bytes left; make room, or mount it with a larger size="
+    )))
 }
 
 /// Takes over such a file that another process handed to this one, after checking that it is a file of `expected_bytes` that can be read
@@ -110,10 +143,10 @@ mod tests {
 
     const BYTES: u64 = 1 << 20;
 
-    fn refusal(outcome: Result<File, CprError>) -> String {
+    fn refusal<T: std::fmt::Debug>(outcome: Result<T, CprError>) -> String {
         match outcome {
             Err(error) => error.to_string(),
-            Ok(file) => panic!("accepted: {file:?}"),
+            Ok(accepted) => panic!("accepted: {accepted:?}"),
         }
     }
 
@@ -121,23 +154,39 @@ mod tests {
     fn what_a_vm_wrote_is_there_when_the_next_one_opens_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ram");
-        let ram = open(&path, BYTES).unwrap();
+        let (ram, is_new) = open(&path, BYTES).unwrap();
+        assert!(is_new);
         let stat = ram.metadata().unwrap();
         assert_eq!((stat.len(), stat.blocks()), (BYTES, 0));
         assert_eq!(stat.permissions().mode() & 0o777, 0o600);
         ram.write_all_at(b"guest", 4096).unwrap();
         drop(ram);
         let mut seen = [0; 5];
-        let ram = open(&path, BYTES).unwrap();
+        let (ram, is_new) = open(&path, BYTES).unwrap();
+        assert!(!is_new);
         ram.read_exact_at(&mut seen, 4096).unwrap();
         assert_eq!(&seen, b"guest");
+        empty(&ram).unwrap();
+        ram.read_exact_at(&mut seen, 4096).unwrap();
+        let stat = ram.metadata().unwrap();
+        assert_eq!((&seen, stat.len(), stat.blocks()), (&[0; 5], BYTES, 0));
+    }
+
+    #[test]
+    fn ram_that_its_file_system_has_no_room_for_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let room = fstatvfs(File::open(folder.path()).unwrap()).unwrap();
+        let unit = 1 << 21;
+        let bytes = (room.f_blocks * room.f_frsize / unit + 1) * unit;
+        let reason = refusal(open(&folder.path().join("ram"), bytes));
+        assert!(reason.contains("make room"), "{reason}");
     }
 
     #[test]
     fn only_one_vm_uses_it_and_the_lock_goes_along_with_the_descriptor() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ram");
-        let ram = open(&path, BYTES).unwrap();
+        let (ram, _) = open(&path, BYTES).unwrap();
         let handed: OwnedFd = ram.try_clone().unwrap().into();
         drop(ram);
         assert!(refusal(open(&path, BYTES)).contains("another process"));

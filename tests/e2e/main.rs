@@ -58,6 +58,7 @@ mod network; // two network namespaces, as two hosts
 mod observe; // metrics, records, log lines and the page in a browser, of real migrations
 mod ownership; // I1, I3, I7: disks have one owner, and those who were told hear the end
 mod qemu_list; // I2, I3: paths of QEMU's test list that no other module has
+mod reboot; // I1, I2, I3: memory that stays in a file while its guest is saved
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
 mod sparse; // memory that the guest never touched stays out of both processes
 mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in

@@ -13,6 +13,7 @@ use std::thread;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use vmferry::machine::ram::RamBacking;
 use vmferry::machine::soft::SoftMachine;
 use vmferry::machine::vfio::VfioConfig;
 use vmferry::machine::virtio::OutsideConfig;
@@ -273,6 +274,7 @@ fn what_a_pci_device_writes_is_in_the_dirty_log() {
     let path = edu();
     let config = MachineConfig {
         mem_bytes: MEM,
+        backing: RamBacking::default(),
         vcpus: 1,
         workload: WorkloadConfig {
             working_set_bytes: 1 << 20,

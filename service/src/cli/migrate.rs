@@ -1,6 +1,6 @@
 //! `vmferry migrate`: starts a migration over QMP and follows it.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use vmferry_transport::control::{Address, AddressError};
 
@@ -34,6 +34,10 @@ pub(super) struct MigrateArgs {
     /// Data connections, 1 to 255 [default: as set in the VM, 2 at first]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     streams: Option<u8>,
+    /// How the guest moves: cpr-reboot saves it into file:PATH while its memory stays in the file that it is in (`vmferry run
+    /// --mem-path`) [default: as set in the VM, normal at first]
+    #[arg(long, value_enum, value_name = "MODE")]
+    mode: Option<Mode>,
     /// Follow it to the end, which is what happens without any option too
     #[arg(long)]
     watch: bool,
@@ -51,6 +55,24 @@ pub(super) struct MigrateArgs {
     on_interrupt: OnInterrupt,
 }
 
+/// Modes that need nobody at the other end.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum Mode {
+    Normal,
+    CprReboot,
+}
+
+impl Mode {
+    fn set(self, client: &mut QmpClient) -> anyhow::Result<()> {
+        let name = match self {
+            Self::Normal => "normal",
+            Self::CprReboot => "cpr-reboot",
+        };
+        client.execute("migrate-set-parameters", json!({ "mode": name }))?;
+        Ok(())
+    }
+}
+
 impl MigrateArgs {
     pub(super) fn execute(self) -> anyhow::Result<Exit> {
         let mut client = QmpClient::connect(&self.vm.qmp)?;
@@ -58,6 +80,9 @@ impl MigrateArgs {
         let signals = Signals::take()?;
         if let Some(streams) = self.streams {
             set_streams(&mut client, streams)?;
+        }
+        if let Some(mode) = self.mode {
+            mode.set(&mut client)?;
         }
         client.execute("migrate", json!({ "uri": self.address }))?;
         if self.detach {

@@ -1,10 +1,11 @@
 //! `vmferry run`: becomes a VM process.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use vmferry_cpr::memfd::HugePages;
 use vmferry_transport::control::{Address, AddressError};
 use vmferry_transport::limits::Deadlines;
 
@@ -15,6 +16,7 @@ use crate::config::{AccelChoice, CprOrigin, Incoming, ObserveConfig, RunConfig};
 use crate::machine::disk::{DiskConfig, name_disks};
 use crate::machine::linux::LinuxConfig;
 use crate::machine::notify::NotifyConfig;
+use crate::machine::ram::RamBacking;
 use crate::machine::vfio::{VfioConfig, name_vfio};
 use crate::machine::virtio::{BlkConfig, NetConfig, OutsideConfig};
 use crate::machine::workload::WorkloadConfig;
@@ -35,6 +37,8 @@ const WORKING_SET_DEFAULT: u64 = 64 << 20;
 pub(super) struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     #[command(flatten)]
     guest: GuestArgs,
     #[command(flatten)]
@@ -119,6 +123,37 @@ pub(super) struct MachineArgs {
     /// What runs the guest: kvm, soft (the same program on host threads), or what works here
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub(super) accel: Accel,
+}
+
+/// What RAM is made of.
+#[derive(Args, Clone, Debug)]
+struct MemoryArgs {
+    /// Keep RAM in this file, best on a tmpfs, hugetlbfs or DAX file system: with mode cpr-reboot it stays there while the VM is saved and
+    /// loaded
+    #[arg(long, value_name = "PATH", value_parser = parse_path)]
+    mem_path: Option<PathBuf>,
+    /// Huge pages of the host's pool for RAM
+    #[arg(long, value_enum, value_name = "SIZE", conflicts_with = "mem_path")]
+    huge_pages: Option<PageSize>,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum PageSize {
+    #[value(name = "2M")]
+    TwoMiB,
+    #[value(name = "1G")]
+    OneGiB,
+}
+
+impl MemoryArgs {
+    fn backing(self) -> RamBacking {
+        match (self.mem_path, self.huge_pages) {
+            (Some(path), _) => RamBacking::File(path),
+            (None, Some(PageSize::TwoMiB)) => RamBacking::Huge(HugePages::Size2M),
+            (None, Some(PageSize::OneGiB)) => RamBacking::Huge(HugePages::Size1G),
+            (None, None) => RamBacking::Memfd,
+        }
+    }
 }
 
 /// What the guest does.
@@ -235,6 +270,7 @@ impl RunArgs {
         outside.name()?;
         let machine = MachineConfig {
             mem_bytes: self.machine.mem.0,
+            backing: self.memory.backing(),
             vcpus: self.machine.vcpus,
             workload: self.guest.workload(self.machine.mem),
             serial: self.serial,
@@ -293,6 +329,13 @@ fn parse_serial(text: &str) -> Result<SerialSink, String> {
     }
 }
 
+fn parse_path(text: &str) -> Result<PathBuf, String> {
+    match Path::new(text).file_name() {
+        Some(_) => Ok(text.into()),
+        None => Err("name a file".to_owned()),
+    }
+}
+
 fn parse_cpr(text: &str) -> Result<CprOrigin, String> {
     match text.parse() {
         _ if text == "inherited" => Ok(CprOrigin::Inherited),
@@ -337,6 +380,14 @@ mod tests {
         assert_eq!(config.accel, AccelChoice::Auto);
         assert_eq!(config.incoming, None);
         assert!(!config.machine.incoming && !config.paused);
+        assert_eq!(config.machine.backing, RamBacking::Memfd);
+    }
+
+    #[test]
+    fn huge_pages_are_of_a_size_that_the_processor_has() {
+        let config = config("--mem 1G --qmp q --huge-pages 1G").unwrap();
+        let huge = RamBacking::Huge(HugePages::Size1G);
+        assert_eq!(config.machine.backing, huge);
     }
 
     #[test]
@@ -346,10 +397,11 @@ mod tests {
              --serial /tmp/s --paused --name a --incoming unix:/tmp/i --disk a.raw --disk b.raw,id=b,ro \
              --notify unix:/tmp/d,id=display --x-failover-primary net0 \
              --vfio /sys/bus/mdev/devices/a,id=tty --vfio /b \
-             --blk vhost-user:/tmp/b --net tap=t0,vhost=on,id=lan \
+             --mem-path /tmp/ram --blk vhost-user:/tmp/b --net tap=t0,vhost=on,id=lan \
              --record /tmp/r --metrics tcp:0.0.0.0:9000 --metrics-public",
         )
         .unwrap();
+        assert_eq!(config.machine.backing, RamBacking::File("/tmp/ram".into()));
         assert_eq!(config.notify[0].id, "display");
         let outside = &config.machine.outside;
         assert_eq!((&*outside.blks[0].id, &*outside.nets[0].id), ("0", "lan"));
@@ -400,6 +452,12 @@ mod tests {
             ("--mem 64M --qmp q --working-set 64M", "room for"),
             ("--mem 1G --qmp q --incoming here", "tcp:HOST:PORT"),
             ("--mem 1G --qmp q --dirty-rate 0", "at least 1"),
+            ("--mem 1G --qmp q --mem-path /", "name a file"),
+            ("--mem 1G --qmp q --huge-pages 4K", "2M, 1G"),
+            (
+                "--mem 1G --qmp q --huge-pages 2M --mem-path a",
+                "cannot be used with",
+            ),
             ("--mem 1G --qmp q --notify tcp:h:1", "unix:PATH"),
             (
                 "--mem 1G --qmp q --x-failover-primary a=b",

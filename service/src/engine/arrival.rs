@@ -17,7 +17,7 @@ use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::{Ending, Engine, software};
-use crate::machine::ResumeError;
+use crate::machine::{MachineError, ResumeError};
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
 
@@ -43,7 +43,7 @@ impl Engine {
             streamed: self.streamed.clone(),
             software: software(),
             uuid: self.uuid,
-            in_place,
+            in_place: in_place.or(self.kept),
             deadlines: self.deadlines,
         };
         let (machine, events) = (self.machine.clone(), self.events.clone());
@@ -85,6 +85,16 @@ impl Engine {
                 self.guest = Guest::Stopped(stopped);
                 TargetEvent::LoadedInto(result)
             }
+            TargetEvent::Unmarked(run, id, Ok(())) => {
+                self.unmarked = Some(id);
+                return self.take_over(run);
+            }
+            TargetEvent::Unmarked(_, _, Err(error)) => {
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.refuse_job(TargetJob::StartGuest, &error);
+                }
+                return;
+            }
             TargetEvent::Inherited(inherited) => {
                 self.house.inherit(inherited);
                 return;
@@ -103,6 +113,9 @@ impl Engine {
             }
             TargetEvent::Started(Err(ResumeError { proof, source })) => {
                 self.guest = Guest::Stopped(StoppedGuest::new(proof));
+                if let (MachineError::Disk(_), Some(id)) = (&source, self.unmarked.take()) {
+                    self.mark_again(id);
+                }
                 TargetEvent::StartedWith(Err(chain(&source)))
             }
             other => other,
@@ -144,10 +157,10 @@ impl Engine {
             IncomingAction::StartGuest { run } => self.take_over(run),
             IncomingAction::NotifyFailed(migration) => {
                 let (notifiers, events) = (self.notifiers.clone(), self.events.clone());
-                let mode = if self.house.in_place {
-                    Mode::CprTransfer
-                } else {
-                    Mode::Normal
+                let mode = match self.kept {
+                    _ if self.house.in_place => Mode::CprTransfer,
+                    Some(_) => Mode::CprReboot,
+                    None => Mode::Normal,
                 };
                 self.jobs.run(move || {
                     notifiers.incoming_failed(mode, migration);
@@ -161,6 +174,16 @@ impl Engine {
 
     /// COMMIT has come: the guest is ours.
     fn take_over(&mut self, run: bool) {
+        if let (Some(id), Some(memory)) = (self.kept.take(), self.memory.clone()) {
+            // Once it has run, its memory is not that of the archive any more.
+            let events = self.events.clone();
+            self.jobs.run(move || {
+                let unmarked = TargetEvent::Unmarked(run, id, memory.forget());
+                // The engine ends only with the process.
+                let _ = events.send(Event::Target(unmarked));
+            });
+            return;
+        }
         self.adopt_output();
         let Some(incoming) = &mut self.incoming else {
             return;
@@ -183,6 +206,21 @@ impl Engine {
                 incoming.refuse_job(TargetJob::StartGuest, NOT_STOPPED);
             }
         }
+    }
+
+    /// No vCPU has run and no disk is ours: the archive can be loaded once more.
+    fn mark_again(&self, id: MigrationId) {
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        self.jobs.run(move || {
+            if let Err(error) = memory.remember(id) {
+                tracing::error!(
+                    error,
+                    "the saved guest cannot be loaded again: its memory is not marked"
+                );
+            }
+        });
     }
 
     /// The process has nothing left to do: its memory is half-filled. It stays reachable as long as the source may be in doubt, or for

@@ -13,6 +13,7 @@ use vmferry_transport::wire::frame::Resolution;
 use super::arrival::qmp_status;
 use super::guest::Guest;
 use super::hand_over::HandOver;
+use super::keep::Keep;
 use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
@@ -137,6 +138,7 @@ impl Engine {
         }
         let mode = self.parameters.mode;
         let hand_over = self.hand_over(mode, &address, cpr)?;
+        let keep = self.keep(mode, &address)?;
         let route = Route::to(address, &mut self.fds, self.deadlines).map_err(QmpError::generic)?;
         // Both need the dirty log, and a migration is more urgent than a figure.
         self.end_measurement("a migration has begun");
@@ -148,9 +150,13 @@ impl Engine {
             attempt: self.attempts,
             config: SourceConfig {
                 migration_id: MigrationId(id),
-                data_connections: match hand_over {
-                    Some(_) => 0,
-                    None => route.data_connections(u16::from(self.parameters.multifd_channels)),
+                data_connections: match mode {
+                    MigrationMode::CprTransfer
+                    | MigrationMode::CprExec
+                    | MigrationMode::CprReboot => 0,
+                    MigrationMode::Normal => {
+                        route.data_connections(u16::from(self.parameters.multifd_channels))
+                    }
                 },
                 checksum: self.parameters.x_checksum || route.is_archive(),
                 verify: self.parameters.x_verify,
@@ -171,6 +177,7 @@ impl Engine {
             detect_zero_pages: self.parameters.detect_zero_pages,
             mode,
             hand_over,
+            keep,
         };
         if matches!(self.guest, Guest::Running) {
             // What the guest stalls from now on is this attempt's. The memory of a stopped guest is left as it is.
@@ -194,7 +201,7 @@ impl Engine {
     ) -> Result<Option<HandOver>, QmpError> {
         let refuse = |text: &str| Err(QmpError::generic(text));
         match (mode, cpr) {
-            (MigrationMode::Normal, _) => Ok(None),
+            (MigrationMode::Normal | MigrationMode::CprReboot, _) => Ok(None),
             (MigrationMode::CprTransfer, Some(cpr)) => {
                 if !matches!(main, Address::Unix { .. }) {
                     return refuse("mode cpr-transfer needs a unix socket as the `main` channel");
@@ -205,10 +212,26 @@ impl Engine {
             (MigrationMode::CprTransfer, None) => {
                 refuse("mode cpr-transfer needs a channel of type `cpr` beside `main`")
             }
-            (MigrationMode::CprReboot | MigrationMode::CprExec, _) => {
-                refuse("this mode is not supported yet")
-            }
+            (MigrationMode::CprExec, _) => refuse("this mode is not supported yet"),
         }
+    }
+
+    /// What a migration begins with whose memory stays in its file; nothing for another one.
+    fn keep(&self, mode: MigrationMode, main: &Address) -> Result<Option<Keep>, QmpError> {
+        if mode != MigrationMode::CprReboot {
+            return Ok(None);
+        }
+        if !matches!(main, Address::File { .. }) {
+            return Err(QmpError::generic(
+                "mode cpr-reboot saves into a file: use file:PATH",
+            ));
+        }
+        let Some(memory) = &self.memory else {
+            return Err(QmpError::generic(
+                "mode cpr-reboot needs guest memory in a file of its own: start the VM with --mem-path PATH",
+            ));
+        };
+        Ok(Some(Keep::new(memory.clone(), self.machine.ram().clone())))
     }
 
     /// Lets a migration go on that waits for the operator; the table has admitted it.

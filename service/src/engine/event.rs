@@ -12,6 +12,7 @@ use vmferry_transport::memory::DirtyMap;
 use vmferry_transport::proto::{
     Connection, FirstRound, Loaded, SavedState, SourceJob, TargetError,
 };
+use vmferry_transport::units::MigrationId;
 use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame, TargetFrame};
 
 use super::armed_log::ArmedLog;
@@ -123,6 +124,8 @@ pub(super) enum TargetEvent {
     LoadBegun(Result<Sinks, DeviceError>),
     /// What belongs to the process has come from the old one.
     Inherited(Inherited),
+    /// Guest memory belongs to no saved guest any more, unless it failed; whether the guest is to run.
+    Unmarked(bool, MigrationId, Result<(), String>),
     /// What a failed attempt had put into guest memory is gone.
     Emptied(std::io::Result<()>),
     /// The job is over; the engine takes the proof back before the core learns the result.

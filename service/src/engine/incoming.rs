@@ -291,7 +291,10 @@ impl Incoming {
             }
             // Kinds of a later version of the transport concern somebody else.
             TargetEvent::Data(_) => {}
-            TargetEvent::Loaded(..) | TargetEvent::Started(_) | TargetEvent::Inherited(_) => {
+            TargetEvent::Loaded(..)
+            | TargetEvent::Started(_)
+            | TargetEvent::Unmarked(..)
+            | TargetEvent::Inherited(_) => {
                 unreachable!("the engine takes what is its own out first")
             }
             TargetEvent::LoadBegun(Ok(devices)) => self.prepare(devices),

@@ -4,18 +4,19 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::socket_acceptconn;
-use vmferry_cpr::manifest::{FdEntry, FdKind, Manifest, Stage};
+use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Manifest, Stage};
 use vmferry_cpr::message::HandOverError;
 use vmferry_cpr::socket::CprSocket;
 use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
-use vmferry_cpr::{memfd, spawn};
+use vmferry_cpr::{memfd, shared, spawn};
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
@@ -116,29 +117,28 @@ impl Legacy {
     }
 }
 
-/// RAM blocks of a VM that is offered, by name and bytes, and what will come of its devices.
-type Judged = (Vec<(String, u64)>, Vec<FdEntry>);
+/// RAM blocks of a VM that is offered, and what will come of its devices.
+type Judged = (Vec<FdEntry>, Vec<FdEntry>);
 
 /// Looks whether a VM like `machine` is offered, and nothing that this build would not know what to do with.
 ///
 /// # Errors
 /// What is wrong, for the old process and people.
 pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judged, String> {
-    let mut blocks: Vec<_> = manifest
-        .of_kind(FdKind::RamMemfd)
-        .map(|entry| (entry.name.clone(), entry.value))
-        .collect();
+    let blocks = manifest.entries().iter().filter(|entry| is_ram(entry));
+    let mut blocks: Vec<_> = blocks.cloned().collect();
     // As the machine numbers them.
-    blocks.sort();
+    blocks.sort_by(|a, b| a.name.cmp(&b.name));
     let bytes: u64 = blocks
         .iter()
-        .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+        .fold(0, |sum: u64, block| sum.saturating_add(block.value));
     let mem_bytes = machine.mem_bytes;
     if bytes != mem_bytes {
         return Err(format!(
             "the VM has {bytes} bytes of memory, this process was started for {mem_bytes}"
         ));
     }
+    check_backing(&blocks, &machine.backing.paths(mem_bytes))?;
     let is_known = |entry: &FdEntry| {
         if is_of_process(entry) {
             let roles = [QMP, METRICS, STDOUT, STDERR];
@@ -160,9 +160,50 @@ pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judg
 /// What of a stage is neither RAM nor the process's own.
 fn of_devices(manifest: &Manifest, stage: Stage) -> Vec<FdEntry> {
     let entries = manifest.entries()[manifest.range(stage)].iter();
-    let of_devices =
-        entries.filter(|entry| !is_of_process(entry) && entry.kind != FdKind::RamMemfd);
+    let of_devices = entries.filter(|entry| !is_of_process(entry) && !is_ram(entry));
     of_devices.cloned().collect()
+}
+
+/// Whether memory is in the files that this process was started with: what is said of them later must be true.
+fn check_backing(blocks: &[FdEntry], paths: &[PathBuf]) -> Result<(), String> {
+    let named: Vec<_> = blocks
+        .iter()
+        .filter(|block| block.kind == FdKind::RamFile)
+        .collect();
+    match (named.is_empty(), paths) {
+        (true, []) => return Ok(()),
+        (true, [path, ..]) => {
+            return Err(format!(
+                "the VM has its memory in no file, this process was started for {}",
+                path.display()
+            ));
+        }
+        (false, []) => {
+            return Err(
+                "the VM has its memory in a file: start the new process with the same --mem-path"
+                    .to_owned(),
+            );
+        }
+        (false, _) => {}
+    }
+    for (at, path) in paths.iter().enumerate() {
+        let there = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let there = FileId {
+            dev: there.dev(),
+            ino: there.ino(),
+        };
+        if named.get(at).is_none_or(|block| block.file != there) {
+            return Err(format!(
+                "the VM has its memory in another file than {}",
+                path.display()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn is_ram(entry: &FdEntry) -> bool {
+    matches!(entry.kind, FdKind::RamMemfd | FdKind::RamFile)
 }
 
 fn is_of_process(entry: &FdEntry) -> bool {
@@ -170,14 +211,15 @@ fn is_of_process(entry: &FdEntry) -> bool {
 }
 
 /// Takes the files of RAM, in the order of the blocks.
-fn claim_ram(
-    blocks: Vec<(String, u64)>,
-    table: &mut FdTable<OwnedFd>,
-) -> anyhow::Result<Vec<fs::File>> {
+fn claim_ram(blocks: Vec<FdEntry>, table: &mut FdTable<OwnedFd>) -> anyhow::Result<Vec<fs::File>> {
     let mut ram = Vec::new();
-    for (name, bytes) in blocks {
-        let claimed = table.claim(&name, RAM, FdKind::RamMemfd)?;
-        ram.push(memfd::reattach(&name, claimed, bytes)?);
+    for block in blocks {
+        let claimed = table.claim(&block.name, RAM, block.kind)?;
+        let reattach = match block.kind {
+            FdKind::RamFile => shared::reattach,
+            _ => memfd::reattach,
+        };
+        ram.push(reattach(&block.name, claimed, block.value)?);
     }
     Ok(ram)
 }

@@ -15,6 +15,7 @@ mod armed_log;
 mod arrival;
 mod clock;
 mod commands;
+mod data_links;
 mod departure;
 mod dirty_rate;
 mod event;
@@ -24,6 +25,7 @@ mod incoming;
 mod info;
 mod inherit;
 mod jobs;
+mod keep;
 mod link;
 mod listeners;
 mod notify;
@@ -50,7 +52,7 @@ use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Listener, runtime};
 use vmferry_transport::data::BandwidthLimit;
 use vmferry_transport::limits::Deadlines;
-use vmferry_transport::units::{PAGE_SIZE, Uuid};
+use vmferry_transport::units::{MigrationId, PAGE_SIZE, Uuid};
 use vmferry_transport::wire::hello::BlockInfo;
 
 use crate::config::{Incoming as IncomingConfig, RunConfig};
@@ -73,6 +75,7 @@ use incoming::Incoming;
 use info::Record;
 use inherit::Legacy;
 use jobs::JobThread;
+use keep::NamedMemory;
 use outgoing::Outgoing;
 use settle::House;
 use vmferry_transport::wire::DeviceSchema;
@@ -135,6 +138,9 @@ async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
     }
     let disks = Arc::new(disks);
     let mut engine = Engine::new(&config, machine, disks, observer, events, inbox.events)?;
+    if let (Some(memory), None) = (&engine.memory, &legacy) {
+        engine.kept = memory.saved_guest()?;
+    }
     engine.house.open(listener, handle);
     if legacy.is_none() {
         logging::announce(format_args!(
@@ -234,6 +240,12 @@ struct Engine {
     /// A switchover began while such a job was under way.
     switchover_waits: bool,
     house: House,
+    /// Guest memory, if it is in files with a name.
+    memory: Option<NamedMemory>,
+    /// The saved guest that the memory is of, until it runs.
+    kept: Option<MigrationId>,
+    /// The same, when it is about to run.
+    unmarked: Option<MigrationId>,
     ending: Option<Ending>,
 }
 
@@ -256,6 +268,12 @@ impl Engine {
         let mut blockers = Blockers::default();
         for reason in passthrough::blockers(machine.as_ref()) {
             blockers.add(reason, vec![MigrationMode::Normal])?;
+        }
+        if !config.machine.vfio.is_empty() {
+            blockers.add(
+                vmferry_devices::vfio::NOT_SUSPENDED.to_owned(),
+                vec![MigrationMode::CprReboot],
+            )?;
         }
         Ok(Self {
             name: config.name.clone(),
@@ -296,6 +314,9 @@ impl Engine {
             hashes_wanted: Vec::new(),
             switchover_waits: false,
             house: House::new(config),
+            memory: NamedMemory::of(&config.machine),
+            kept: None,
+            unmarked: None,
             ending: None,
         })
     }

@@ -2,7 +2,6 @@
 
 use std::error::Error;
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,15 +17,17 @@ use vmferry_transport::proto::{
     SourceTuning,
 };
 use vmferry_transport::units::{Moment, PageCount};
-use vmferry_transport::wire::frame::{FrameBuffer, SourceFrame};
+use vmferry_transport::wire::frame::FrameBuffer;
 use vmferry_transport::wire::hello::DataHello;
 
 use super::armed_log::{ArmedLog, arm, fetch, stop_armed};
 use super::clock::{Clock, micros};
+use super::data_links::{dial, end_sender};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
 use super::hand_over::HandOver;
-use super::jobs::JobThread;
+use super::jobs::{JobThread, off_thread};
+use super::keep::Keep;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
 use super::passthrough::Sources;
@@ -86,6 +87,8 @@ pub(super) struct Outgoing {
     mode: Mode,
     /// In place only.
     hand_over: Option<HandOver>,
+    /// Memory stays in a file.
+    keep: Option<Keep>,
 }
 
 impl fmt::Debug for Outgoing {
@@ -111,6 +114,8 @@ pub(super) struct OutgoingStart {
     pub(super) mode: Mode,
     /// In place only.
     pub(super) hand_over: Option<HandOver>,
+    /// Mode cpr-reboot only.
+    pub(super) keep: Option<Keep>,
 }
 
 /// Why a migration fails whose connections were yanked.
@@ -134,6 +139,7 @@ impl Outgoing {
             detect_zero_pages,
             mode,
             hand_over,
+            keep,
         } = start;
         let (checksum, guest_ran) = (config.checksum, config.guest_runs);
         let dirty = machine.ram().empty_map();
@@ -169,6 +175,7 @@ impl Outgoing {
             closing: false,
             mode,
             hand_over,
+            keep,
         }
     }
 
@@ -189,7 +196,7 @@ impl Outgoing {
         &self.route
     }
 
-    /// RAM stays where it is.
+    /// Another process has the same RAM.
     pub(super) fn is_in_place(&self) -> bool {
         self.hand_over.is_some()
     }
@@ -442,12 +449,17 @@ impl Outgoing {
                 SourceAction::StopLog => self.stop_log(jobs),
                 SourceAction::OfferFds => {
                     let (id, report) = (self.core.migration_id(), self.reporter());
-                    if let Some(hand_over) = &mut self.hand_over {
+                    if let Some(keep) = &self.keep {
+                        keep.write_ahead(report);
+                    } else if let Some(hand_over) = &mut self.hand_over {
                         hand_over.offer(id, report);
                     }
                 }
                 SourceAction::HandOverFds => {
                     self.hand_over.iter_mut().for_each(HandOver::hand_over);
+                    if let Some(keep) = &self.keep {
+                        keep.seal(self.core.migration_id(), self.reporter());
+                    }
                 }
             }
         }
@@ -632,11 +644,20 @@ impl Outgoing {
         let route = self.route.clone();
         // What was given away stays there as long as nobody has taken it back.
         let leave = self.core.in_doubt() || self.core.status() == MigrationStatus::Completed;
+        let undo = self.keep.as_ref().filter(|_| !leave).map(Keep::undo);
         runtime::spawn(async move {
             if let Some(control) = control {
                 control.close().await;
             }
             route.close(leave).await;
+            if let Some(undo) = undo
+                && let Err(error) = off_thread("undo", undo).await
+            {
+                tracing::error!(
+                    error,
+                    "a file of memory may be marked as that of a saved guest"
+                );
+            }
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;
             report(SourceEvent::LinksClosed);
@@ -651,36 +672,6 @@ impl Outgoing {
             }
             report(SourceEvent::LogStopped);
         });
-    }
-}
-
-async fn dial(route: Route, hello: DataHello) -> Result<OwnedFd, String> {
-    let stream = route.data().await?;
-    let (written, _) = stream
-        .write_all(SourceFrame::DataHello(hello).encode())
-        .await;
-    written.map_err(|error| format!("data connection {}: {error}", hello.index))?;
-    stream
-        .into_socket()
-        .map_err(|error| format!("data connection {}: {error}", hello.index))
-}
-
-fn end_sender(sender: DataSender, joined: Option<tokio::sync::oneshot::Sender<()>>) {
-    sender.abort();
-    let join = move || {
-        let totals = sender.join();
-        tracing::debug!(?totals, "data threads have ended");
-        drop(joined);
-    };
-    if let Err(error) = std::thread::Builder::new()
-        .name("vm-join".into())
-        .spawn(join)
-    {
-        // The closure is dropped, and with it the sender, which ends its threads by itself.
-        tracing::warn!(
-            error = &error as &dyn Error,
-            "no thread to join the data threads with"
-        );
     }
 }
 

@@ -98,7 +98,7 @@ impl KvmMachine {
         config: &MachineConfig,
         events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
     ) -> Result<Self, MachineError> {
-        let ram = MachineRam::create(config.mem_bytes)?;
+        let ram = MachineRam::with_backing(config.mem_bytes, &config.backing, config.incoming)?;
         Self::with_ram(config, ram, &KvmOptions::default(), events)
     }
 

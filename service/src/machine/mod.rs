@@ -73,6 +73,8 @@ pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
 pub struct MachineConfig {
     /// RAM size, a multiple of 4 KiB, at least [`workload::layout::RAM_MIN`].
     pub mem_bytes: u64,
+    /// What RAM is made of.
+    pub backing: ram::RamBacking,
     /// Number of vCPUs, 1 to [`workload::layout::VCPUS_MAX`].
     pub vcpus: u32,
     /// What the guest does.
@@ -213,11 +215,11 @@ pub fn build(
             Some(given.devices),
             Passed::FromProcess(given.early),
         ),
-        None => (
-            MachineRam::create(config.mem_bytes)?,
-            None,
-            Passed::FromHost,
-        ),
+        None => {
+            let (bytes, backing) = (config.mem_bytes, &config.backing);
+            let ram = MachineRam::with_backing(bytes, backing, config.incoming)?;
+            (ram, None, Passed::FromHost)
+        }
     };
     backends.extend(config.outside.backends(&ram, promised.as_deref())?);
     Ok(if soft {

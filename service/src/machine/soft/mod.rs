@@ -85,7 +85,7 @@ impl SoftMachine {
     /// [`MachineError::Config`] for a configuration that makes no machine, [`MachineError::Host`] when the host refuses.
     pub fn new(config: MachineConfig, events: EventSink) -> Result<Self, MachineError> {
         config.workload.check(config.mem_bytes, config.vcpus)?;
-        let ram = MachineRam::create(config.mem_bytes)?;
+        let ram = MachineRam::with_backing(config.mem_bytes, &config.backing, config.incoming)?;
         Self::with_ram(config, ram, events)
     }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use vmferry_devices::saved::SavedState;
 use vmferry_transport::memory::DirtyMap;
 
+use crate::machine::ram::RamBacking;
 use crate::machine::virtio::OutsideConfig;
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::workload::layout::{
@@ -24,6 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn config(vcpus: u32) -> MachineConfig {
     MachineConfig {
         mem_bytes: 16 << 20,
+        backing: RamBacking::default(),
         vcpus,
         workload: WorkloadConfig {
             working_set_bytes: 2 << 20,

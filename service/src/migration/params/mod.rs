@@ -330,7 +330,6 @@ mod tests {
     #[test]
     fn values_that_only_qemu_has_are_refused_by_name() {
         for (arguments, text) in [
-            (json!({"mode": "cpr-reboot"}), "`mode`: `cpr-reboot`"),
             (
                 json!({"zero-page-detection": "legacy"}),
                 "`zero-page-detection`: `legacy`",

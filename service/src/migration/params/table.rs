@@ -192,6 +192,7 @@ pub(crate) const PARAMETERS: &[Parameter] = &[
             |p, word| {
                 let supported = [
                     MigrationMode::Normal,
+                    MigrationMode::CprReboot,
                     MigrationMode::CprTransfer,
                     MigrationMode::CprExec,
                 ];

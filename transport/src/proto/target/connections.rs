@@ -96,7 +96,9 @@ impl Target {
         match (self.config.in_place, hello.is_in_place()) {
             (None, false) => Ok(()),
             (Some(id), true) if id == hello.migration_id => Ok(()),
-            (Some(_), true) => Err("the target was given RAM in another attempt than this one"),
+            (Some(_), true) => Err(
+                "the RAM at the target belongs to another attempt, or another saved guest, than this one",
+            ),
             (Some(_), false) => {
                 Err("the target has the RAM of a VM on this host and takes no pages")
             }

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::machine::SerialSink;
+use crate::machine::ram::RamBacking;
 use crate::machine::virtio::OutsideConfig;
 use crate::machine::workload::layout::{self, mailbox, mailbox_gpa};
 use crate::machine::workload::pattern;
@@ -29,6 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
     MachineConfig {
         mem_bytes,
+        backing: RamBacking::default(),
         vcpus,
         workload: WorkloadConfig {
             working_set_bytes,

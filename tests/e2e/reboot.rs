@@ -1,0 +1,298 @@
+//! I1, I2, I3: memory that is no plain memfd: guests that are saved while their memory stays in a file (mode cpr-reboot), as if the host was restarted: archive and
+//! memory belong together, once, and whatever else is tried with one of them is refused.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::cli::vmferry;
+use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::listener::Listener;
+use crate::qmp::Qmp;
+
+on_both_accelerators!(
+    a_guest_goes_on_in_the_memory_that_it_was_saved_with,
+    memory_and_archive_that_do_not_belong_together_are_refused,
+    a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked,
+    memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards,
+    a_guest_that_cannot_have_its_disk_is_loaded_a_second_time,
+    huge_pages_stay_through_an_upgrade_and_move_or_are_missed_by_name,
+);
+
+/// Where the memory and the archives of a test are.
+struct Place {
+    machine: Machine,
+    folder: TempDir,
+}
+
+impl Place {
+    fn new(accel: Accel) -> Self {
+        Self::in_folder(accel, TempDir::with_prefix("vmferry-reboot-").unwrap())
+    }
+
+    /// On a tmpfs, where one is.
+    fn in_memory(accel: Accel) -> Self {
+        match TempDir::with_prefix_in("vmferry-reboot-", "/dev/shm") {
+            Ok(folder) => Self::in_folder(accel, folder),
+            Err(_) => Self::new(accel),
+        }
+    }
+
+    fn in_folder(accel: Accel, folder: TempDir) -> Self {
+        let machine = Machine::small(accel);
+        Self { machine, folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn launch(&self) -> Launch {
+        Launch::default().with(&["--mem-path", self.path("ram").to_str().unwrap()])
+    }
+
+    fn source(&self) -> Vm {
+        let mut vm = self.machine.start_source(self.launch());
+        vm.warm_up();
+        vm
+    }
+
+    fn is_marked(&self) -> bool {
+        let entries = fs::read_dir(self.folder.path()).unwrap();
+        let mut names = entries.map(|entry| entry.unwrap().file_name());
+        names.any(|name| name.to_string_lossy().starts_with("ram.saved-"))
+    }
+
+    fn archive(&self, name: &str) -> String {
+        format!("file:{}", self.path(name).display())
+    }
+
+    /// Saves the guest, and ends its process.
+    fn save(&self, mut vm: Vm, name: &str) -> Value {
+        vm.set(json!({"mode": "cpr-reboot", "x-verify": true}));
+        vm.migrate(&self.archive(name));
+        let info = vm.wait_migration();
+        assert_eq!(info["status"], "completed", "{info}\n{}", vm.said());
+        vm.assert_guest_stopped();
+        assert!(self.is_marked());
+        info
+    }
+
+    fn load(&self, name: &str) -> Vm {
+        let mut vm = self.machine.start_target("defer", self.launch());
+        vm.execute("migrate-incoming", json!({ "uri": self.archive(name) }));
+        let info = vm.wait_migration();
+        assert_eq!(info["status"], "completed", "{info}\n{}", vm.said());
+        vm
+    }
+
+    fn load_fails(&self, name: &str, part: &str) {
+        let mut vm = self.machine.start_target("defer", self.launch());
+        vm.execute("migrate-incoming", json!({ "uri": self.archive(name) }));
+        vm.assert_gave_up(part);
+    }
+
+    /// No VM can be started on the memory, for the reason given.
+    fn start_fails(&self, launch: Launch, part: &str) {
+        let launch = launch.with(&["--accel", self.machine.accel.name(), "--mem", "64M"]);
+        let said = Vm::try_start("refused", &launch).err().unwrap();
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+fn a_guest_goes_on_in_the_memory_that_it_was_saved_with(accel: Accel) {
+    let _turn = turn();
+    let place = Place::in_memory(accel);
+    let mut source = place.source();
+    let passes = source.passes();
+    place.save(source, "vm");
+    let bytes = fs::metadata(place.path("vm")).unwrap().len();
+    assert!(bytes < 1 << 20, "memory is in the archive: {bytes} bytes");
+    let mut vm = place.load("vm");
+    assert!(!place.is_marked(), "it could be loaded again");
+    vm.assert_guest_works();
+    assert!(vm.passes() > passes);
+    // Stopped, and with the command line.
+    vm.query("stop");
+    let address = place.archive("again");
+    let words = ["migrate", &address, "--mode", "cpr-reboot", "--quiet"];
+    let output = vmferry(&vm.qmp_path(), &words);
+    assert!(output.status.success(), "{output:?}");
+    drop(vm);
+    let mut vm = place.load("again");
+    assert_eq!(vm.runstate(), "paused");
+    vm.query("cont");
+    vm.assert_guest_works();
+    // What was loaded from a file moves on like any other guest, and to memory in a file as well.
+    let mut target = place.machine.target();
+    vm.move_to(&mut target);
+    drop(vm);
+    let address = "tcp:127.0.0.1:0";
+    let mut back = place.machine.start_target(address, place.launch());
+    target.move_to(&mut back);
+    back.assert_guest_works();
+}
+
+fn memory_and_archive_that_do_not_belong_together_are_refused(accel: Accel) {
+    let _turn = turn();
+    let place = Place::new(accel);
+    let mut source = place.source();
+    source.set(json!({"mode": "cpr-reboot"}));
+    source.migrate(&place.archive("first"));
+    assert_eq!(source.wait_migration()["status"], "completed");
+    let incoming = |place: &Place| place.launch().with(&["--incoming", "defer"]);
+    place.start_fails(incoming(&place), "another process uses it");
+    drop(source);
+    place.start_fails(place.launch(), "guest that was saved");
+    // Pages would destroy it.
+    let mut source = place.machine.source();
+    let address = "tcp:127.0.0.1:0";
+    let mut target = place.machine.start_target(address, place.launch());
+    source.assert_migration_fails(&target.address(), "takes no pages");
+    source.assert_guest_works();
+    drop((source, target));
+    // An archive that is cut is not loaded, and may be mended.
+    let good = fs::read(place.path("first")).unwrap();
+    fs::write(place.path("first"), &good[..good.len() - 1]).unwrap();
+    place.load_fails("first", "incomplete");
+    fs::write(place.path("first"), &good).unwrap();
+    let mut vm = place.load("first");
+    vm.assert_guest_works();
+    drop(vm);
+    // The memory is of nobody now, and then of another guest.
+    place.load_fails("first", "not given the RAM");
+    place.save(place.source(), "second");
+    place.load_fails("first", "belongs to another");
+    place.load("second").assert_guest_works();
+    // Memory that is gone.
+    place.save(place.source(), "third");
+    fs::remove_file(place.path("ram")).unwrap();
+    place.start_fails(incoming(&place), "is gone");
+}
+
+fn a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked(accel: Accel) {
+    let _turn = turn();
+    let place = Place::new(accel);
+    let listener = Listener::new();
+    let mut vm = place.machine.start_source(listener.attend(place.launch()));
+    vm.warm_up();
+    vm.set(json!({"mode": "cpr-reboot"}));
+    let refused = |vm: &mut Vm, address: &str, part: &str| {
+        let reason = vm.refusal("migrate", json!({ "uri": address }));
+        assert!(reason.contains(part), "{reason}");
+    };
+    refused(&mut vm, "tcp:127.0.0.1:1", "use file:PATH");
+    for (address, part) in [
+        ("file:/nowhere/vm", "cannot be opened"),
+        ("file:/dev/full", "No space left"),
+    ] {
+        vm.migrate(address);
+        let info = vm.wait_migration();
+        vm.assert_failed(&info, part);
+        assert!(!place.is_marked(), "{address}");
+    }
+    listener.veto(true);
+    vm.migrate(&place.archive("vetoed"));
+    let info = vm.wait_migration();
+    vm.assert_failed(&info, "veto");
+    assert!(!place.is_marked());
+    listener.veto(false);
+    place.save(vm, "vm");
+    place.load("vm").assert_guest_works();
+
+    let mut vm = place.machine.source();
+    vm.set(json!({"mode": "cpr-reboot"}));
+    refused(&mut vm, "file:/tmp/vm", "--mem-path");
+    vm.assert_guest_works();
+}
+
+fn ask(path: &Path, command: &str) -> Value {
+    let mut qmp = until("somebody answers", || Qmp::connect(path));
+    qmp.execute(command, json!({})).unwrap()
+}
+
+fn memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards(accel: Accel) {
+    let _turn = turn();
+    let place = Place::in_memory(accel);
+    let mut vm = place.source();
+    let path = vm.qmp_path();
+    let output = vmferry(&path, &["upgrade", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(vm.wait_exit().code(), Some(0));
+    // The lock has gone along.
+    let incoming = place.launch().with(&["--incoming", "defer"]);
+    place.start_fails(incoming, "another process uses it");
+    let words = ["migrate", &place.archive("vm"), "--mode", "cpr-reboot"];
+    let output = vmferry(&path, &words);
+    assert!(output.status.success(), "{output:?}");
+    ask(&path, "quit");
+    let ram = fs::File::open(place.path("ram")).unwrap();
+    until("the memory is free", || {
+        flock(ram.as_fd(), FlockOperation::NonBlockingLockExclusive).ok()
+    });
+    drop(ram);
+    place.load("vm").assert_guest_works();
+}
+
+fn a_guest_that_cannot_have_its_disk_is_loaded_a_second_time(accel: Accel) {
+    let _turn = turn();
+    let place = Place::new(accel);
+    let disk = place.path("disk");
+    fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let with_disk = |launch: Launch| launch.with(&["--disk", disk.to_str().unwrap()]);
+    let mut vm = place.machine.start_source(with_disk(place.launch()));
+    vm.warm_up();
+    place.save(vm, "vm");
+    // Somebody else has its disk.
+    let thief = place.machine.start_source(with_disk(Launch::default()));
+    let load = || {
+        let mut vm = place
+            .machine
+            .start_target("defer", with_disk(place.launch()));
+        vm.execute("migrate-incoming", json!({ "uri": place.archive("vm") }));
+        vm
+    };
+    load().assert_gave_up("disk");
+    assert!(place.is_marked(), "the guest is lost");
+    drop(thief);
+    let mut vm = load();
+    assert_eq!(vm.wait_migration()["status"], "completed");
+    vm.assert_guest_works();
+}
+
+/// Half of it runs only where the operator has set huge pages aside: a pool is the host's, and not a test's to change.
+fn huge_pages_stay_through_an_upgrade_and_move_or_are_missed_by_name(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let free: u32 = free.map_or(0, |text| text.trim().parse().unwrap());
+    let huge = || Launch::default().with(&["--huge-pages", "2M"]);
+    if free < 32 {
+        let launch = huge().with(&["--accel", accel.name(), "--mem", "64M"]);
+        let said = Vm::try_start("refused", &launch).err().unwrap();
+        assert!(said.contains("nr_hugepages"), "{said}");
+        return;
+    }
+    let mut vm = machine.start_source(huge());
+    vm.warm_up();
+    let path = vm.qmp_path();
+    let output = vmferry(&path, &["upgrade", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(vm.wait_exit().code(), Some(0));
+    assert_eq!(ask(&path, "query-status")["status"], "running");
+    let mut target = machine.target();
+    let words = ["migrate", &target.address(), "--quiet"];
+    let output = vmferry(&path, &words);
+    assert!(output.status.success(), "{output:?}");
+    target.assert_guest_works();
+    ask(&path, "quit");
+    if free >= 64 {
+        let mut back = machine.start_target("tcp:127.0.0.1:0", huge());
+        target.move_to(&mut back);
+        back.assert_guest_works();
+    }
+}
