@@ -29,6 +29,7 @@ macro_rules! on_both_accelerators {
     };
 }
 
+mod grid; // tables of faults, square by square
 mod harness; // processes under test, and what can be asked of them
 mod listener; // a server that VMs tell how their migrations go
 mod peer; // either side of the protocol, spoken by hand

@@ -13,6 +13,7 @@ use serde_json::json;
 use vmferry_transport::limits::Deadlines;
 use vmferry_transport::wire::frame::SourceFrame;
 
+use crate::grid::Shown;
 use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, until};
 use crate::listener::Listener;
 use crate::proc::Holdings;
@@ -46,6 +47,20 @@ pub(super) struct Seen {
     pub(super) took: Duration,
     /// What the source said.
     pub(super) error: String,
+}
+
+impl Shown for Seen {
+    fn outcome(&self) -> &'static str {
+        self.outcome.name()
+    }
+
+    fn took(&self) -> Duration {
+        self.took
+    }
+
+    fn error(&self) -> &str {
+        &self.error
+    }
 }
 
 fn machine(accel: Accel) -> Machine {

@@ -5,26 +5,18 @@ mod cell;
 mod fault;
 mod phase;
 
-use std::collections::VecDeque;
 use std::fmt::Write as _;
-use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::Mutex;
-use std::thread;
-use std::time::Instant;
 
 use self::cell::{Seen, Side};
 use self::fault::{Fault, Outcome};
 use self::phase::Phase;
+use crate::grid::{self, Grid};
 use crate::harness::{Accel, kvm_is_here, number_from_env, turn};
 use crate::proxy::{Line, Way};
 
 /// Cells under way at the same time: most of them wait for a deadline.
 const WORKERS: usize = 8;
 
-/// Writes the table of what is allowed.
-const WRITE: &str = "VMFERRY_WRITE_FAULTS";
 /// Runs all cells on KVM.
 const ALL: &str = "VMFERRY_FAULTS_ALL";
 
@@ -64,52 +56,21 @@ struct Cell {
     fault: Fault,
 }
 
-fn cells() -> Vec<Cell> {
-    let phases = Phase::ALL.iter();
-    phases
-        .flat_map(|&phase| Fault::ALL.iter().map(move |&fault| Cell { phase, fault }))
-        .filter(|cell| cell.fault.fits(cell.phase))
-        .collect()
+fn grid() -> Grid<Cell> {
+    let columns: Vec<_> = Fault::ALL.iter().map(|fault| fault.name()).collect();
+    let square = |phase, fault: Fault| fault.fits(phase).then_some(Cell { phase, fault });
+    let row = |phase: Phase| Fault::ALL.map(|fault| square(phase, fault)).to_vec();
+    let rows = Phase::ALL.map(|phase| (phase.name(), row(phase)));
+    Grid::new("Phase", &columns, rows.to_vec())
 }
 
-/// What came of a cell: what was seen, or why the test failed.
-type Result = std::result::Result<Seen, String>;
-
-/// Runs `wanted` cells, several at a time. A worker's guest goes from cell to cell.
-fn run_cells(accel: Accel, wanted: Vec<Cell>) -> Vec<(Cell, Result)> {
-    let workers = WORKERS.min(wanted.len());
-    let queue = Mutex::new(VecDeque::from(wanted));
-    let results = Mutex::new(Vec::new());
-    thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                let mut guest = None;
-                loop {
-                    let Some(cell) = queue.lock().unwrap().pop_front() else {
-                        return;
-                    };
-                    let result = run_cell(accel, cell, &mut guest);
-                    results.lock().unwrap().push((cell, result));
-                }
-            });
-        }
-    });
-    results.into_inner().unwrap()
-}
-
-fn run_cell(accel: Accel, cell: Cell, guest: &mut Option<Side>) -> Result {
+fn run_cell(accel: Accel, cell: Cell, guest: &mut Option<Side>) -> grid::Result<Seen> {
     let Cell { phase, fault } = cell;
     // The guest must be able to let go of something.
     let own = phase == Phase::WaitUnplug;
     let had = if own { None } else { guest.take() };
-    let run = AssertUnwindSafe(|| {
-        let source = had.unwrap_or_else(|| Side::source(accel, phase));
-        cell::run(accel, phase, fault, source)
-    });
-    let (seen, next) = catch_unwind(run).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        text.unwrap_or_else(|| "panicked".to_owned())
-    })?;
+    let source = had.unwrap_or_else(|| Side::source(accel, phase));
+    let (seen, next) = cell::run(accel, phase, fault, source);
     if !own {
         *guest = next;
     }
@@ -119,70 +80,18 @@ fn run_cell(accel: Accel, cell: Cell, guest: &mut Option<Side>) -> Result {
     Ok(seen)
 }
 
-/// A table of what `of` says of each cell.
-fn table(of: impl Fn(Cell) -> String) -> String {
-    let mut text = String::from("| Phase |");
-    for fault in Fault::ALL {
-        write!(text, " {} |", fault.name()).unwrap();
-    }
-    text.push_str("\n| --- |");
-    text.push_str(&" --- |".repeat(Fault::ALL.len()));
-    text.push('\n');
-    for phase in Phase::ALL {
-        write!(text, "| {} |", phase.name()).unwrap();
-        for fault in Fault::ALL {
-            let words = if fault.fits(phase) {
-                of(Cell { phase, fault })
-            } else {
-                "-".to_owned()
-            };
-            write!(text, " {words} |").unwrap();
-        }
-        text.push('\n');
-    }
-    text
-}
-
+/// Runs `wanted`. A worker's guest goes from cell to cell.
 fn assert_all_as_designed(accel: Accel, wanted: Vec<Cell>) {
-    let began = Instant::now();
-    let count = wanted.len();
-    let results = run_cells(accel, wanted);
-    let seen = |cell: Cell| results.iter().find(|(of, _)| *of == cell);
-    let report = table(|cell| match seen(cell) {
-        None => "not run".to_owned(),
-        Some((_, Ok(seen))) => {
-            format!("{} ({:.1} s)", seen.outcome.name(), seen.took.as_secs_f64())
-        }
-        Some((_, Err(_))) => "WRONG".to_owned(),
+    let file = format!("faults-{}.md", accel.name());
+    grid().assert_all(&file, WORKERS, wanted, |cell, guest| {
+        run_cell(accel, cell, guest)
     });
-    let mut errors = String::from("\n## What the source said\n\n");
-    for (cell, result) in &results {
-        let Cell { phase, fault } = cell;
-        if let Ok(Seen { error, .. }) = result
-            && !error.is_empty()
-        {
-            writeln!(errors, "- {}, {}: {error}", phase.name(), fault.name()).unwrap();
-        }
-    }
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("faults-{}.md", accel.name()));
-    fs::write(&path, format!("{report}{errors}")).unwrap();
-    println!("{report}{errors}");
-    println!(
-        "{count} cells in {:.0} s, written to {}",
-        began.elapsed().as_secs_f64(),
-        path.display()
-    );
-    let wrong: Vec<_> = results
-        .iter()
-        .filter_map(|(cell, result)| result.as_ref().err().map(|why| (cell, why)))
-        .collect();
-    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
 fn every_fault_in_every_phase_ends_as_designed() {
     let _turn = turn();
-    assert_all_as_designed(Accel::Soft, cells());
+    assert_all_as_designed(Accel::Soft, grid().squares());
 }
 
 /// The same program runs below; these are the phases in which the accelerator has a part.
@@ -192,7 +101,7 @@ fn faults_end_as_designed_on_kvm_too() {
         return;
     }
     let _turn = turn();
-    let mut wanted = cells();
+    let mut wanted = grid().squares();
     // All of them on demand.
     if number_from_env(ALL).is_none() {
         wanted.retain(|cell| KVM_PHASES.contains(&cell.phase) && KVM_FAULTS.contains(&cell.fault));
@@ -207,17 +116,9 @@ fn the_written_table_of_faults_says_what_the_tests_demand() {
         let names: Vec<_> = allowed.map(|outcome| outcome.name()).collect();
         names.join(" or ")
     };
-    let mut text = format!("{FOREWORD}\n{}\n## Outcomes\n\n", table(names));
+    let mut text = format!("{FOREWORD}\n{}\n## Outcomes\n\n", grid().table(names));
     for outcome in Outcome::ALL {
         writeln!(text, "- **{}**: {}", outcome.name(), outcome.meaning()).unwrap();
     }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("FAULTS.md");
-    if std::env::var_os(WRITE).is_some() {
-        fs::write(&path, &text).unwrap();
-    }
-    let written = fs::read_to_string(&path).unwrap();
-    assert!(
-        written == text,
-        "tests/FAULTS.md is out of date: write it again with {WRITE}=1"
-    );
+    grid::assert_written("FAULTS.md", &text);
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::grid::Shown;
 use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, until};
 use crate::qmp::Qmp;
 use crate::upgrade::{At, SOON, Waiting, assert_upgrades};
@@ -19,6 +20,20 @@ pub(super) struct Seen {
     pub(super) took: Duration,
     /// What the old process said.
     pub(super) error: String,
+}
+
+impl Shown for Seen {
+    fn outcome(&self) -> &'static str {
+        self.outcome.name()
+    }
+
+    fn took(&self) -> Duration {
+        self.took
+    }
+
+    fn error(&self) -> &str {
+        &self.error
+    }
 }
 
 pub(super) fn machine(accel: Accel, fault: Fault) -> Machine {
