@@ -31,6 +31,7 @@ macro_rules! on_both_accelerators {
 
 mod grid; // tables of faults, square by square
 mod harness; // processes under test, and what can be asked of them
+mod line; // what a guest says on its serial port, in order
 mod listener; // a server that VMs tell how their migrations go
 mod peer; // either side of the protocol, spoken by hand
 mod proc; // what the kernel says of a process
@@ -38,6 +39,7 @@ mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
 mod storage; // back ends of disks in processes of their own
 mod terminal; // a pseudo terminal, and what stands on its screen
+mod upgrades; // one guest through many processes
 mod watch; // two VMs that may never run at the same time
 
 mod bad_input; // I3, I5: targets and peers that do not fit; the guest stays, and moves to a good target afterwards
@@ -67,4 +69,6 @@ mod target_errors; // I3: the target's words at the source, and a target that ca
 mod upgrade; // I1, I3, I4: a new process on the same host, and everything that can go wrong with it
 mod upgrade_faults; // I1, I3, I7: every fault at every step of an upgrade
 mod upgrade_qemu; // I2: a VM of QEMU goes on in a new QEMU
+mod upgrade_serial; // I2: no byte of the serial port is lost or doubled in an upgrade
+mod upgrade_soak; // I1, I2, I4: many upgrades of one guest with all its devices, nothing lost, nothing leaked
 mod vhost_user; // I2, I3: disks whose back end is another process

@@ -17,16 +17,18 @@ use rustix::process::{
 };
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
-use vmferry_devices::vhost::VhostMemory;
+use vmferry_devices::notifier::{Mode, Notifier, Setup};
+use vmferry_devices::vhost::{VhostMemory, VhostNotifier};
+use vmferry_transport::units::MigrationId;
 
 use crate::command::run;
 use crate::harness::{Accel, Launch, Machine, program, until};
 use crate::linux::{Guest, Network};
-use crate::modules::load_for;
+use crate::modules::{load, load_for};
 use crate::net::Tap;
 use crate::qmp::Qmp;
 use crate::trace::{Request, Trace, Traced};
-use crate::vhost::{Host, received};
+use crate::vhost::{Guest as Driven, Host, PAGES, received, vsock_host};
 
 /// A VM at a path, whichever process it is in.
 struct At(PathBuf);
@@ -417,4 +419,34 @@ fn no_packet_is_lost_or_doubled_when_the_process_changes_or_cannot() {
     let round = guest.round("console");
     goes_on(round);
     pinger.finish();
+}
+
+#[test]
+fn a_socket_device_is_given_away_or_it_is_known_before_anything_is_stopped_that_it_cannot_be() {
+    load("vhost_vsock");
+    let (memory, _ram) = vmferry_tests::virtqueue::ram(PAGES);
+    let guest = Driven::new(&memory);
+    let host = vsock_host(&memory);
+    host.start_anew(&guest);
+    let blocker = host.device.lock().unwrap().blocker_in_place();
+    let mut notifier = VhostNotifier::new(host.device.clone());
+    let vetoed = notifier.setup(&Setup {
+        mode: Mode::CprTransfer,
+        migration: MigrationId::default(),
+    });
+    let vetoed = vetoed.unwrap_err().to_string();
+    notifier.failed();
+    println!("vhost-vsock in place: {vetoed}");
+    let why = blocker.as_deref().unwrap_or("still works");
+    assert!(
+        vetoed.contains("vsock/0") && vetoed.contains(why),
+        "{vetoed}"
+    );
+    let mut device = host.device.lock().unwrap();
+    assert!(device.is_running(), "it was not touched");
+    device.stop().unwrap();
+    // What was known agrees with what the kernel does.
+    let released = device.release();
+    assert_eq!(released.is_ok(), blocker.is_none(), "{released:?}");
+    device.start().unwrap();
 }

@@ -43,6 +43,7 @@ impl ImageArgs {
             vcpus: 1,
             tsc_khz,
             exit_after_passes: None,
+            serial: false,
             echoes: 0,
             disk_window: None,
         };

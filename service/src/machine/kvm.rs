@@ -20,7 +20,7 @@ mod wires;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -89,6 +89,11 @@ pub struct KvmMachine {
 }
 
 impl KvmMachine {
+    fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        let serial = self.board.serial.lock();
+        serial.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Builds the machine on new RAM, with its vCPUs parked; the workload is loaded unless `config.incoming`. `events` is called on a
     /// vCPU's thread, with all vCPUs parked.
     ///
@@ -221,6 +226,7 @@ impl KvmMachine {
                 tsc_khz,
                 exit_after_passes: options.exit_after_passes,
                 echoes: self.board.vfio.echoes(),
+                serial: self.config.workload_serial,
                 disk_window: self.board.bus.workload_disk(&self.config)?,
             },
         )?;
@@ -381,11 +387,10 @@ impl Machine for KvmMachine {
         if let Err(source) = self.board.bus.start() {
             return Err(ResumeError { proof, source });
         }
-        self.board
-            .serial
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .raise();
+        let serial = self.serial();
+        serial.raise();
+        serial.go_on();
+        drop(serial);
         tracing::debug!("vCPUs are let go");
         self.board.control.run_all().map_err(|why| {
             let source = match self.board.bus.stop() {
@@ -483,16 +488,20 @@ impl Machine for KvmMachine {
     }
 
     fn in_place_notifiers(&self) -> Vec<Box<dyn Notifier>> {
-        self.board.vfio.notifiers()
+        let mut notifiers = self.board.vfio.notifiers();
+        notifiers.extend(self.serial().notifier());
+        notifiers
     }
 
     fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
-        let mut heirlooms = self.board.bus.heirlooms()?;
+        let mut heirlooms = self.serial().heirlooms()?;
+        heirlooms.extend(self.board.bus.heirlooms()?);
         heirlooms.extend(self.board.vfio.heirlooms()?);
         Ok(heirlooms)
     }
 
     fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.serial().take_over(&mut fds)?;
         self.board.vfio.take_over(&mut fds)?;
         self.board.bus.take_over(&mut fds)?;
         all_claimed(&fds)

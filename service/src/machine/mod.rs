@@ -31,6 +31,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use heirloom::DeviceFd;
 use ram::MachineRam;
+use serial::SERIAL;
 use vfio::Passed;
 use virtio::Backend;
 use workload::WorkloadStats;
@@ -87,6 +88,8 @@ pub struct MachineConfig {
     pub linux: Option<linux::LinuxConfig>,
     /// The workload overwrites its first disk, over and over, and checks what it reads back.
     pub workload_disk: bool,
+    /// The workload writes the last digit of the number of each pass to the serial port.
+    pub workload_serial: bool,
     /// Virtio devices whose back end is outside of this process, all with names of their own.
     pub outside: virtio::OutsideConfig,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
@@ -107,7 +110,9 @@ pub struct Given {
 impl MachineConfig {
     /// Whether a machine built from this waits for this descriptor of another process.
     pub fn expects(&self, entry: &FdEntry) -> bool {
-        self.outside.expects(entry) || vfio::expects(&self.vfio, entry)
+        serial::output::expects(SERIAL, &self.serial, entry)
+            || self.outside.expects(entry)
+            || vfio::expects(&self.vfio, entry)
     }
 }
 
@@ -121,6 +126,8 @@ pub enum SerialSink {
     Stdio,
     /// Appended to a file.
     File(std::path::PathBuf),
+    /// The file that the process writes which hands the guest over; it comes with the guest.
+    Inherited,
 }
 
 /// Proof that every vCPU thread has left the guest and will not enter it again.
@@ -222,15 +229,18 @@ pub fn build(
         }
     };
     backends.extend(config.outside.backends(&ram, promised.as_deref())?);
+    let mut config = config.clone();
+    if let Some(promised) = &promised {
+        config.serial = serial::output::inherited(SERIAL, &config.serial, promised);
+    }
     Ok(if soft {
-        let config = config.clone();
         Arc::new(soft::SoftMachine::with_devices(
             config, ram, backends, passed, events,
         )?)
     } else {
         let options = kvm::KvmOptions::default();
         Arc::new(kvm::KvmMachine::with_devices(
-            config, ram, &options, backends, passed, events,
+            &config, ram, &options, backends, passed, events,
         )?)
     })
 }

@@ -1,29 +1,30 @@
-//! The 16550 serial port: vm-superio's registers, an output that never holds a vCPU up, and saved state.
+//! The 16550 serial port: vm-superio's registers, an [output] that never holds a vCPU up, and saved state.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+pub mod output;
+
+use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::thread;
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmferry_devices::saved::{SavedState, decode, encode, schema_of};
-use vmferry_devices::{Device, DeviceError};
+use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::output::{SerialOutput, SerialWriter};
+use super::heirloom::DeviceFd;
 use super::{MachineError, SerialSink};
 
-/// Most bytes of output that wait for the sink. What comes while they wait is lost, as on a line without flow control.
-const QUEUED_BYTES_MAX: usize = 64 << 10;
+/// Name of the machine's only port.
+pub const SERIAL: &str = "serial/0";
 
 /// The machine's serial port.
 #[derive(Debug)]
 pub struct SerialPort {
     name: String,
-    registers: Serial<Line, NoEvents, SerialOutput>,
+    registers: Serial<Line, NoEvents, SerialWriter>,
     line: Line,
     output: SerialOutput,
 }
@@ -42,10 +43,36 @@ impl SerialPort {
         let line = Line(interrupt);
         Ok(Self {
             name: name.to_owned(),
-            registers: Serial::new(line.clone(), output.clone()),
+            registers: Serial::new(line.clone(), output.writer()),
             line,
             output,
         })
+    }
+
+    /// The guest is about to run: what it writes is written out, beginning with what another process has left.
+    pub fn go_on(&self) {
+        self.output.go_on();
+    }
+
+    /// What a process that takes the guest over in place must have of the output.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
+        self.output.heirlooms(&self.name)
+    }
+
+    /// Takes what is of the output out of what has come from another process.
+    ///
+    /// # Errors
+    /// Something is missing, or of no use.
+    pub fn take_over(&self, fds: &mut Vec<DeviceFd>) -> Result<(), DeviceError> {
+        self.output.take_over(&self.name, fds)
+    }
+
+    /// What must hear of upgrades in place, if there is an output.
+    pub fn notifier(&self) -> Option<Box<dyn Notifier>> {
+        self.output.notifier(&self.name)
     }
 
     /// Raises the interrupt once more than needed, for one that was on its way when the guest was stopped, if the guest wants any.
@@ -134,7 +161,7 @@ impl Device for SerialPort {
             in_buffer,
         };
         self.registers =
-            Serial::from_state(&state, self.line.clone(), NoEvents, self.output.clone()).map_err(
+            Serial::from_state(&state, self.line.clone(), NoEvents, self.output.writer()).map_err(
                 |error| DeviceError::BadState {
                     device: section.name.clone(),
                     reason: error.to_string(),
@@ -187,73 +214,6 @@ impl Trigger for Line {
             let _ = line.write(1);
         }
         Ok(())
-    }
-}
-
-/// Where written bytes go. A thread of its own writes them, so that a terminal that does not read cannot keep a vCPU from pausing.
-#[derive(Clone, Debug)]
-struct SerialOutput {
-    queue: Option<SyncSender<u8>>,
-}
-
-impl SerialOutput {
-    fn open(sink: &SerialSink) -> Result<Self, MachineError> {
-        let writer: Box<dyn Write + Send> = match sink {
-            SerialSink::Null => return Ok(Self { queue: None }),
-            SerialSink::Stdio => Box::new(io::stdout()),
-            SerialSink::File(path) => Box::new(
-                OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(path)
-                    .map_err(|source| MachineError::Host {
-                        op: format!("open {} for the serial port", path.display()),
-                        source,
-                    })?,
-            ),
-        };
-        let (queue, bytes) = sync_channel(QUEUED_BYTES_MAX);
-        thread::Builder::new()
-            .name("serial".to_owned())
-            .spawn(move || write_out(&bytes, writer))
-            .map_err(|source| MachineError::Host {
-                op: "start the serial port's thread".to_owned(),
-                source,
-            })?;
-        Ok(Self { queue: Some(queue) })
-    }
-}
-
-impl Write for SerialOutput {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(queue) = &self.queue {
-            for byte in bytes {
-                if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
-                    queue.try_send(*byte)
-                {
-                    break;
-                }
-            }
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Ends when the last port that feeds `bytes` is gone, or the writer fails.
-fn write_out(bytes: &Receiver<u8>, mut writer: Box<dyn Write + Send>) {
-    while let Ok(first) = bytes.recv() {
-        let batch: Vec<u8> = std::iter::once(first).chain(bytes.try_iter()).collect();
-        if let Err(error) = writer.write_all(&batch).and_then(|()| writer.flush()) {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "serial output lost"
-            );
-            return;
-        }
     }
 }
 

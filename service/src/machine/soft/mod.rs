@@ -34,7 +34,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::heirloom::{DeviceFd, all_claimed};
 use super::ram::{MachineRam, RamMemory};
-use super::serial::SerialPort;
+use super::serial::{SERIAL, SerialPort};
 use super::vfio::{Passed, VfioDevices};
 use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
@@ -49,8 +49,6 @@ use vcpu::{Registers, Stopped, Vcpu};
 
 /// Name of the section about the machine as a whole.
 const MACHINE: &str = "machine";
-/// Name of the serial port.
-const SERIAL: &str = "serial/0";
 
 /// A machine whose vCPUs are host threads.
 pub struct SoftMachine {
@@ -259,6 +257,7 @@ impl Machine for SoftMachine {
         if let Err(source) = self.shared.bus.start() {
             return Err(ResumeError { proof, source });
         }
+        lock(&self.shared.serial).go_on();
         self.shared.gate.resume().map_err(|ended| {
             let source = match self.shared.bus.stop() {
                 Ok(()) => MachineError::Ended(ended.0),
@@ -329,16 +328,20 @@ impl Machine for SoftMachine {
     }
 
     fn in_place_notifiers(&self) -> Vec<Box<dyn Notifier>> {
-        self.shared.vfio.notifiers()
+        let mut notifiers = self.shared.vfio.notifiers();
+        notifiers.extend(lock(&self.shared.serial).notifier());
+        notifiers
     }
 
     fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
-        let mut heirlooms = self.shared.bus.heirlooms()?;
+        let mut heirlooms = lock(&self.shared.serial).heirlooms()?;
+        heirlooms.extend(self.shared.bus.heirlooms()?);
         heirlooms.extend(self.shared.vfio.heirlooms()?);
         Ok(heirlooms)
     }
 
     fn take_over(&self, _: &VcpusStopped, mut fds: Vec<DeviceFd>) -> Result<(), DeviceError> {
+        lock(&self.shared.serial).take_over(&mut fds)?;
         self.shared.vfio.take_over(&mut fds)?;
         self.shared.bus.take_over(&mut fds)?;
         all_claimed(&fds)
@@ -406,16 +409,16 @@ impl Shared {
                 self.mem_bytes,
                 vcpu,
             )?
-            .run(&self.gate, |text| self.say(text))
+            .run(&self.gate, |bytes| self.say(bytes))
         });
         std::panic::catch_unwind(in_guest)
             .unwrap_or_else(|_| Err(Stopped::Failed(format!("vCPU {vcpu}: internal error"))))
     }
 
     /// The guest writes to the serial port.
-    fn say(&self, text: &str) {
+    fn say(&self, bytes: &[u8]) {
         let mut serial = lock(&self.serial);
-        text.bytes().for_each(|byte| serial.write(0, byte));
+        bytes.iter().for_each(|byte| serial.write(0, *byte));
     }
 }
 
@@ -451,6 +454,7 @@ fn load_workload(
         tsc_khz: vcpu::TSC_KHZ,
         exit_after_passes: None,
         echoes: 0,
+        serial: config.workload_serial,
         disk_window,
     };
     for piece in loader::pieces(&config.workload, options)? {

@@ -75,6 +75,7 @@ struct Plan {
     fill_check_every: u64,
     exit_after_passes: u64,
     disk_window: u64,
+    serial: bool,
 }
 
 impl Plan {
@@ -98,6 +99,7 @@ impl Plan {
             fill_check_every: load(&params, params::FILL_CHECK_EVERY).max(1),
             exit_after_passes: load(&params, params::EXIT_AFTER_PASSES),
             disk_window: load(&params, params::DISK_WINDOW),
+            serial: load(&params, params::SERIAL_PASSES) != 0,
         };
         if load(&params, params::TSC_KHZ) != u64::from(TSC_KHZ) {
             return Err(failed("the workload was loaded for another clock"));
@@ -161,7 +163,7 @@ impl<'a> Vcpu<'a> {
     }
 
     /// Runs until the gate says to leave, or the guest ends. `say` takes what goes to the serial port.
-    pub(super) fn run(&mut self, gate: &Gate, say: impl Fn(&str)) -> Result<(), Stopped> {
+    pub(super) fn run(&mut self, gate: &Gate, say: impl Fn(&[u8])) -> Result<(), Stopped> {
         let mut slice = None;
         while !gate.must_leave_guest() {
             if gate.is_throttled() {
@@ -175,7 +177,7 @@ impl<'a> Vcpu<'a> {
             match self.registers.phase {
                 mailbox::PHASE_IDLE => {
                     if self.first {
-                        say(GREETING);
+                        say(GREETING.as_bytes());
                     }
                     if let Some(disk) = &self.disk {
                         disk.set_up();
@@ -183,7 +185,14 @@ impl<'a> Vcpu<'a> {
                     self.enter_phase(mailbox::PHASE_FILL);
                 }
                 mailbox::PHASE_FILL => self.fill_step()?,
-                _ => self.working_set_step(gate)?,
+                _ => {
+                    let pass = self.registers.pass;
+                    self.working_set_step(gate)?;
+                    if self.first && self.plan.serial && self.registers.pass != pass {
+                        let digit = params::SERIAL_DIGIT_0 + pass % params::SERIAL_DIGITS;
+                        say(&digit.to_le_bytes()[..1]);
+                    }
+                }
             }
         }
         Ok(())

@@ -122,6 +122,7 @@ mod tests {
             vcpus: 1,
             tsc_khz: 2_000_000,
             exit_after_passes: None,
+            serial: false,
             echoes: 0,
             disk_window: None,
         };

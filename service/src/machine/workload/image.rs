@@ -5,7 +5,7 @@
 //! entry64 (rdi = vCPU): greet -> write fill -> passes over the slice, for ever
 //! page:   verify the last pass's stamps -> write this pass's -> heartbeat -> now and then check a fill page -> wait if early
 //! page of vCPU 0: a step of work on the disk, if there is one (`disk.rs`)
-//! pass:   send to serial ports that echo, and check what comes back
+//! pass:   say on the serial port that it ends -> send to serial ports that echo, and check what comes back
 //! ```
 //!
 //! Registers that live throughout: r15 parameters, r14 mailbox, r13 pass (from 1), r12 data page index, r11 TSC at which the current
@@ -227,7 +227,14 @@ vmferry_workload_entry64:
     // End of a pass. vCPU 0 sends its number to each serial port that echoes: that of some passes ago comes back.
     test r14, {VCPU_NOT_0}
     jnz 52f
-    mov rsi, [r15 + {ECHOES}]
+    cmp qword ptr [r15 + {SERIAL_PASSES}], 0
+    je 53f
+    mov eax, r13d
+    and eax, {SERIAL_DIGITS} - 1
+    add eax, {SERIAL_DIGIT_0}
+    mov edx, {SERIAL_PORT}
+    out dx, al
+53: mov rsi, [r15 + {ECHOES}]
     mov ebx, {WINDOWS}
 50: test rsi, rsi
     jz 52f
@@ -423,6 +430,9 @@ vmferry_workload_end:
     FILL_CHECK_EVERY = const params::FILL_CHECK_EVERY,
     EXIT_AFTER_PASSES = const params::EXIT_AFTER_PASSES,
     ECHOES = const params::ECHOES,
+    SERIAL_PASSES = const params::SERIAL_PASSES,
+    SERIAL_DIGITS = const params::SERIAL_DIGITS,
+    SERIAL_DIGIT_0 = const params::SERIAL_DIGIT_0,
     DISK_WINDOW = const params::DISK_WINDOW,
     DISK_WRITTEN = const mailbox::DISK_WRITTEN,
     DISK_CHECKED = const mailbox::DISK_CHECKED,

@@ -77,6 +77,12 @@ pub mod params {
     pub const ECHOES: u64 = 0x60;
     /// Window of the virtio-blk device that vCPU 0 writes and checks; 0 for none.
     pub const DISK_WINDOW: u64 = 0x68;
+    /// With each pass vCPU 0 writes the last digit of the pass's number to the serial port; 0 for not.
+    pub const SERIAL_PASSES: u64 = 0x70;
+    /// So many digits there are, a power of 2, all of them printable.
+    pub const SERIAL_DIGITS: u64 = 64;
+    /// The first of them; the others follow in ASCII.
+    pub const SERIAL_DIGIT_0: u64 = b'0' as u64;
     /// After so many passes the number must come back; so many bytes are always in the device.
     pub const ECHO_DEPTH: u64 = 8;
     /// Value of [`MAGIC_AT`]: "VMFWORK1".

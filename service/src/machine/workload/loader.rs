@@ -76,6 +76,8 @@ pub struct LoadOptions {
     pub echoes: u16,
     /// Window of the virtio-blk device that the guest writes and checks; see [`params::DISK_WINDOW`].
     pub disk_window: Option<u64>,
+    /// Whether the guest writes to its serial port with each pass; see [`params::SERIAL_PASSES`].
+    pub serial: bool,
 }
 
 /// All pieces, in ascending order of address and without overlap.
@@ -150,6 +152,7 @@ fn parameters(config: &WorkloadConfig, options: LoadOptions) -> Piece {
     );
     page.set(params::ECHOES, options.echoes.into());
     page.set(params::DISK_WINDOW, options.disk_window.unwrap_or(0));
+    page.set(params::SERIAL_PASSES, options.serial.into());
     Piece {
         gpa: PARAMS_GPA,
         bytes: page.0,
@@ -303,6 +306,7 @@ mod tests {
             vcpus,
             tsc_khz: 2_000_000,
             exit_after_passes: None,
+            serial: false,
             echoes: 0,
             disk_window: None,
         }
