@@ -1,4 +1,4 @@
-//! Saved state of KVM's own parts. Version 1, not yet released.
+//! Saved state of KVM's own parts. Version 1, frozen.
 //!
 //! Structures of the kernel's stable x86-64 interface travel as byte strings in the kernel's own layout; loading checks the length
 //! of each. Their meaning is the kernel's, and it validates what it is given.

@@ -144,7 +144,7 @@ impl Queue {
     }
 }
 
-/// State of a vhost device, as it is saved. Version 1, not yet released.
+/// State of a vhost device, as it is saved. Version 1, frozen.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct VhostV1 {
     /// Features that the driver has accepted.

@@ -171,7 +171,7 @@ impl Device for SerialPort {
     }
 }
 
-/// Registers of the serial port, schema `serial-16550`, version 1. Not yet released.
+/// Registers of the serial port, schema `serial-16550`, version 1, frozen.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct SerialV1 {
     /// Divisor latch, low byte.
@@ -237,5 +237,24 @@ mod tests {
             .restore(&encode("serial/0", &state).unwrap())
             .unwrap_err();
         assert!(error.to_string().contains("serial/0"), "{error}");
+    }
+
+    #[test]
+    fn state_of_the_serial_port_keeps_its_bytes() {
+        let folder =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/state");
+        let serial = SerialV1 {
+            baud_divisor_low: 1,
+            baud_divisor_high: 2,
+            interrupt_enable: 3,
+            interrupt_identification: 4,
+            line_control: 5,
+            line_status: 6,
+            modem_control: 7,
+            modem_status: 8,
+            scratch: 9,
+            in_buffer: b"typed ahead".to_vec(),
+        };
+        vmferry_devices::saved::fixtures::check(&folder, &[serial]).unwrap();
     }
 }

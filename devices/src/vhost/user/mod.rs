@@ -524,7 +524,7 @@ impl UserDevice {
     }
 }
 
-/// State of a vhost-user device, as it is saved. Version 1, not yet released.
+/// State of a vhost-user device, as it is saved. Version 1, frozen.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct VhostUserV1 {
     /// What the VMM knows.

@@ -16,7 +16,7 @@ pub(super) const IRQCHIP: &str = "kvm-irqchip";
 /// Name of the serial port's section.
 pub(super) const SERIAL: &str = "serial/0";
 
-/// The machine as a whole, schema `machine-kvm`, version 1. Not yet released. A machine of another kind has another schema, so that
+/// The machine as a whole, schema `machine-kvm`, version 1, frozen. A machine of another kind has another schema, so that
 /// neither loads the other's.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct MachineV1 {
@@ -168,8 +168,32 @@ fn only_one<'a>(
             device: section.name.clone(),
             schema: section.schema.clone(),
             version: section.version,
-            supported: format!("{} version {}", schema.schema, schema.version_max),
+            supported: format!("{} versions {versions:?}", schema.schema),
         });
     }
     Ok(section)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use vmferry_devices::saved::fixtures;
+
+    use super::*;
+
+    #[test]
+    fn state_of_the_machine_keeps_its_bytes() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/state");
+        let machine = MachineV1 {
+            mem_bytes: 64 << 20,
+            vcpus: 2,
+            workload: Some(WorkloadV1 {
+                working_set_bytes: 4 << 20,
+                dirty_pages_per_sec: Some(1000),
+                fill_bytes: 8 << 20,
+            }),
+        };
+        fixtures::check(&folder, &[machine]).unwrap();
+    }
 }

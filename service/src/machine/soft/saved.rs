@@ -156,3 +156,41 @@ pub(super) fn load_registers(
         batch_waiting: batch_waiting && same_clock,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use vmferry_devices::saved::fixtures;
+
+    use super::*;
+
+    #[test]
+    fn state_of_the_soft_machine_keeps_its_bytes() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/state");
+        let machine = SoftMachineV1 {
+            mem_bytes: 64 << 20,
+            vcpus: 2,
+            boot_id: "01234567-89ab-cdef-0123-456789abcdef".to_owned(),
+        };
+        fixtures::check(&folder, &[machine]).unwrap();
+        let vcpu = SoftVcpuV1 {
+            phase: mailbox::PHASE_STEADY,
+            pass: 1,
+            next_page: 2,
+            pages_written: 3,
+            filled_pages: 4,
+            fill_check_next: 5,
+            fill_check_in: 6,
+            fill_checked: 7,
+            errors: 8,
+            longest_gap_ns: 9,
+            reset_done: 10,
+            heartbeat_ns: Some(11),
+            batch_left: 12,
+            batch_due_ns: 13,
+            batch_waiting: true,
+        };
+        fixtures::check(&folder, &[vcpu]).unwrap();
+    }
+}

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use vmferry_devices::saved::SavedState;
 
-/// Registers and queues of a device, schema `virtio-mmio`, version 1. Not yet released.
+/// Registers and queues of a device, schema `virtio-mmio`, version 1, frozen.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct TransportV1 {
     /// Which window it stands behind, counted from 0.
@@ -53,4 +53,41 @@ pub struct QueueV1 {
     pub next_avail: u16,
     /// Next entry of the used ring.
     pub next_used: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use vmferry_devices::saved::fixtures;
+
+    use super::*;
+
+    #[test]
+    fn state_of_a_virtio_device_keeps_its_bytes() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/state");
+        let queue = QueueV1 {
+            size: 256,
+            ready: true,
+            desc_gpa: 0x1000,
+            avail_gpa: 0x2000,
+            used_gpa: 0x3000,
+            next_avail: 17,
+            next_used: 16,
+        };
+        let transport = TransportV1 {
+            slot: 1,
+            device_type: 2,
+            device_features_sel: 0,
+            driver_features_sel: 1,
+            driver_features: 0x1_0000_0003,
+            queue_sel: 1,
+            status: 15,
+            interrupt_reasons: 2,
+            config_generation: 4,
+            config: vec![5; 60],
+            queues: vec![queue],
+        };
+        fixtures::check(&folder, &[transport]).unwrap();
+    }
 }
