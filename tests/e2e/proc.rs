@@ -47,7 +47,9 @@ impl Holdings {
         let mut threads = BTreeMap::new();
         for thread in entries(pid, "task") {
             if let Ok(name) = fs::read_to_string(thread.join("comm")) {
-                *threads.entry(name.trim().to_owned()).or_default() += 1;
+                *threads
+                    .entry(thread_kind(name.trim()).to_owned())
+                    .or_default() += 1;
             }
         }
         Self {
@@ -88,6 +90,14 @@ impl Holdings {
             populated_bytes: 0,
             ..self.clone()
         }
+    }
+}
+
+/// What a thread is, by its name: the kernel's own have the number of the process behind it.
+fn thread_kind(name: &str) -> &str {
+    match name.strip_prefix("vhost-") {
+        Some(number) if number.bytes().all(|byte| byte.is_ascii_digit()) => "vhost",
+        _ => name,
     }
 }
 

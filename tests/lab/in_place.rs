@@ -28,6 +28,7 @@ use crate::modules::{load, load_for};
 use crate::net::Tap;
 use crate::qmp::Qmp;
 use crate::trace::{Request, Trace, Traced};
+use crate::upgrades::upgrade_again_and_again;
 use crate::vhost::{Guest as Driven, Host, PAGES, received, vsock_host};
 
 /// A VM at a path, whichever process it is in.
@@ -274,6 +275,16 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
         (received(&tap) > before).then_some(())
     });
     assert_eq!(received(&tap), before + 1, "it was announced by itself");
+}
+
+/// Many enough to see what grows.
+const UPGRADES: u64 = 8;
+
+#[test]
+fn a_guest_keeps_its_tap_and_its_serial_port_through_many_processes() {
+    load_for("/dev/vhost-net", "vhost_net");
+    load("tun");
+    upgrade_again_and_again(Accel::Soft, UPGRADES);
 }
 
 /// Arguments of `announce-self` for one packet.

@@ -9,6 +9,9 @@
 #[path = "../e2e/harness.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod harness; // processes under test, and what can be asked of them
+#[path = "../e2e/line.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod line; // what a guest says on its serial port, in order
 #[path = "../e2e/peer.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod peer; // either side of the protocol, spoken by hand
@@ -21,6 +24,11 @@ mod proxy; // a link that changes, drops and cuts what passes
 #[path = "../e2e/qmp.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod qmp; // the control interface, events kept
+#[path = "../e2e/storage.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod storage; // back ends of disks in processes of their own
+#[path = "../e2e/upgrades.rs"]
+mod upgrades; // one guest through many processes
 
 mod command; // programs of the lab
 mod mdev; // VFIO devices without hardware
