@@ -24,6 +24,8 @@ pub enum Incoming {
     Defer,
     /// Listen here at once.
     Listen(Address),
+    /// From the program that this process was before.
+    Exec,
 }
 
 /// Where the process whose guest is to be taken over, in place, is to be found.

@@ -8,6 +8,7 @@
 //! - [`migration`]: what a migration is told and what it says of itself
 //! - [`observe`]: metrics, records, log spans, reports
 //! - [`qmp`]: the control interface
+//! - [`succession`]: an upgrade in which the process stays and its program changes
 
 pub mod cli;
 pub mod config;
@@ -17,3 +18,4 @@ pub mod machine;
 pub mod migration;
 pub mod observe;
 pub mod qmp;
+pub mod succession;

@@ -48,6 +48,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "fcntl with a struct flock, which no crate here offers for locks of open file descriptions",
     ),
     (
+        "service/src/succession/call.rs",
+        "execve, taking descriptors by their numbers after it, and removing the variable that names them",
+    ),
+    (
         "service/src/machine/workload/image.rs",
         "the guest program in assembly, and its bytes",
     ),

@@ -34,14 +34,14 @@ pub(crate) const SOON: [&str; 2] = ["--x-deadline-scale", "20"];
 const KILLS: u32 = 12;
 
 /// A process that nobody is the parent of any more. Dropping it kills it.
-pub(crate) struct Orphan(u32);
+pub(crate) struct Orphan(pub(crate) u32);
 
 impl Orphan {
     fn pid(&self) -> Pid {
         Pid::from_raw(self.0.cast_signed()).unwrap()
     }
 
-    fn lives(&self) -> bool {
+    pub(crate) fn lives(&self) -> bool {
         test_kill_process(self.pid()).is_ok()
     }
 }
@@ -57,7 +57,7 @@ impl Drop for Orphan {
 pub(crate) struct At(pub(crate) PathBuf);
 
 impl At {
-    fn ask(&self, command: &str) -> Value {
+    pub(crate) fn ask(&self, command: &str) -> Value {
         let mut qmp = until("somebody answers", || Qmp::connect(&self.0));
         qmp.execute(command, json!({})).unwrap()
     }
@@ -79,15 +79,25 @@ impl At {
     }
 
     pub(crate) fn upgrade(&self) -> (Orphan, Value) {
-        let output = vmferry(&self.0, &["upgrade", "--json"]);
-        assert!(output.status.success(), "{output:?}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let report = self.upgrade_by("transfer");
         let pid = u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap();
         (Orphan(pid), report)
     }
+
+    /// Upgrades with this mode.
+    pub(crate) fn upgrade_by(&self, mode: &str) -> Value {
+        let output = vmferry(&self.0, &["upgrade", "--json", "--mode", mode]);
+        assert!(output.status.success(), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["mode"], mode);
+        let parts = report["blackout-parts"].as_object().unwrap();
+        let sum: u64 = parts.values().map(|part| part.as_u64().unwrap()).sum();
+        assert_eq!(Some(sum), report["blackout-us"].as_u64(), "{report}");
+        report
+    }
 }
 
-fn scrape(path: &Path) -> String {
+pub(crate) fn scrape(path: &Path) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -111,11 +121,8 @@ fn the_guest_its_sockets_and_its_output_move_to_the_new_process(accel: Accel) {
     vm.warm_up();
     let at = At(vm.qmp_path());
     let populated = vm.holdings().populated_bytes;
-    let (first, report) = at.upgrade();
+    let (first, _) = at.upgrade();
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
-    let parts = report["blackout-parts"].as_object().unwrap();
-    let sum: u64 = parts.values().map(|part| part.as_u64().unwrap()).sum();
-    assert_eq!(Some(sum), report["blackout-us"].as_u64(), "{report}");
     at.assert_guest_works();
     assert_eq!(
         Holdings::of(first.0).populated_bytes,

@@ -112,6 +112,14 @@ impl Notifier for ServerNotifier {
     fn incoming_failed(&mut self, migration: MigrationId) {
         self.tell(ServerEvent::IncomingFailed, migration);
     }
+
+    fn after_exec(&mut self, migration: MigrationId, done: bool) {
+        let event = match done {
+            true => ServerEvent::Done,
+            false => ServerEvent::Failed,
+        };
+        self.tell(event, migration);
+    }
 }
 
 impl fmt::Debug for ServerNotifier {

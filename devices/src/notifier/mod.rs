@@ -12,6 +12,9 @@
 //! after it hear nothing. One that is registered during an attempt hears of the next attempt first; one that is unregistered during an
 //! attempt still hears how that one ends, unless its SETUP has not come yet.
 //!
+//! An upgrade by exec has two programs, one after the other, in one process: the first tells SETUP, and FAILED if there is no exec; the
+//! second tells the end to those outside ([`Notifier::after_exec`]), DONE or FAILED, so that each of them sees exactly one.
+//!
 //! SETUP and DONE come in the order of [`Priority`], then of registration; FAILED comes in the reverse order, because it undoes.
 //!
 //! Who was told SETUP is a value, [`Told`], which only [`Notifiers::done`] and [`Notifiers::failed`] consume. All calls come from the
@@ -62,6 +65,13 @@ pub trait Notifier: Send {
     /// that what was taken over is given back before the source wants it. Most parts take over nothing.
     fn incoming_failed(&mut self, migration: MigrationId) {
         let _ = migration;
+    }
+
+    /// DONE or FAILED of a migration of mode cpr-exec, told by the program that the process has become: SETUP was told by the program
+    /// before, and this object is another one. FAILED comes before any vCPU runs. Only who is known outside of this process has anything
+    /// to do.
+    fn after_exec(&mut self, migration: MigrationId, done: bool) {
+        let _ = (migration, done);
     }
 }
 

@@ -224,6 +224,23 @@ impl Notifiers {
         }
     }
 
+    /// The end of a migration of mode cpr-exec that the program before has begun, see [`Notifier::after_exec`]: DONE in the order of DONE,
+    /// FAILED in that of FAILED.
+    pub fn after_exec(&self, migration: MigrationId, done: bool) {
+        let mut members = lock(&self.0).members.clone();
+        if !done {
+            members.reverse();
+        }
+        let event = if done { "DONE" } else { "FAILED" };
+        for member in members {
+            if member.modes.contains(Mode::CprExec) && self.has(member.id) {
+                member.slot.tell(event, |notifier| {
+                    notifier.after_exec(migration, done);
+                });
+            }
+        }
+    }
+
     fn has(&self, id: NotifierId) -> bool {
         lock(&self.0).members.iter().any(|member| member.id == id)
     }

@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::observe::logging::{self, LogArgs};
+use crate::succession::{self, Inheritance};
 
 /// Live migration of KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -102,9 +103,31 @@ struct QmpArgs {
 
 /// The whole program: the arguments of this process, logging, and errors as one line.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let inheritance = match succession::take() {
+        Ok(inheritance) => inheritance,
+        Err(error) => {
+            output::message(&format!(
+                "the guest of the program before is lost: {error:#}"
+            ));
+            return exit::Exit::Failed.code();
+        }
+    };
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => match inheritance {
+            None => error.exit(),
+            Some(inheritance) => {
+                // Usage and advice are for whoever is at a terminal.
+                let why = error.to_string();
+                let why = why.lines().next().unwrap_or_default();
+                let error = succession::refuse(inheritance, why);
+                output::message(&format!("{error:#}"));
+                return exit::Exit::Failed.code();
+            }
+        },
+    };
     cli.log.start(style::Colours::of_stderr().on());
-    match cli.execute() {
+    match cli.execute(inheritance) {
         Ok(code) => code,
         Err(error) => {
             let text = format!("{error:#}");
@@ -119,13 +142,16 @@ pub fn main() -> ExitCode {
 }
 
 impl Cli {
-    /// Does what was asked for.
+    /// Does what was asked for; with what the program before has left, if this process was one.
     ///
     /// # Errors
     /// What went wrong, with its causes; to be shown to the user.
-    pub fn execute(self) -> anyhow::Result<ExitCode> {
+    pub fn execute(self, inheritance: Option<Inheritance>) -> anyhow::Result<ExitCode> {
         let exit = match self.command {
-            Command::Run(args) => return args.execute(),
+            Command::Run(args) => return args.execute(inheritance),
+            _ if let Some(inheritance) = inheritance => {
+                return Err(succession::refuse(inheritance, "this is no `vmferry run`"));
+            }
             Command::Demo(args) => return args.execute(),
             Command::WorkloadImage(args) => return args.execute(),
             Command::Report(args) => return args.execute(),

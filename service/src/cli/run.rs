@@ -22,6 +22,7 @@ use crate::machine::virtio::{BlkConfig, NetConfig, OutsideConfig};
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 use crate::observe::metrics;
+use crate::succession::{self, Inheritance, ask};
 
 /// Working set unless another one is asked for; a quarter of small memories.
 const WORKING_SET_DEFAULT: u64 = 64 << 20;
@@ -91,6 +92,9 @@ pub(super) struct RunArgs {
     incoming_cpr: Option<CprOrigin>,
     #[command(flatten)]
     observe: ObserveArgs,
+    /// Say whether this program would go on with the VM that the standard input describes, and end
+    #[arg(long = "x-cpr-exec-asked", hide = true)]
+    asked: bool,
     /// End when the process with this number, which must be the parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     end_with_parent: Option<u32>,
@@ -255,12 +259,36 @@ pub(super) fn working_set_default(mem: Size) -> Size {
 }
 
 impl RunArgs {
-    pub(super) fn execute(self) -> anyhow::Result<ExitCode> {
+    /// Becomes a VM process: a new VM, one that arrives, or that of the program that this process was before.
+    pub(super) fn execute(self, inheritance: Option<Inheritance>) -> anyhow::Result<ExitCode> {
+        if self.asked {
+            let mut config = self.config()?;
+            config.machine.incoming = true;
+            ask::answer(|letter, hello| crate::engine::would_go_on(&config, letter, hello))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         if let Some(parent) = self.end_with_parent {
             end_with_parent(parent)?;
         }
-        let config = self.config()?;
-        crate::engine::run(config)
+        let Some(inheritance) = inheritance else {
+            return crate::engine::run(self.config()?);
+        };
+        let config = match self.config_after_exec() {
+            Ok(config) => config,
+            Err(error) => return Err(succession::refuse(inheritance, &format!("{error:#}"))),
+        };
+        crate::engine::run_after_exec(config, inheritance)
+    }
+
+    fn config_after_exec(self) -> anyhow::Result<RunConfig> {
+        anyhow::ensure!(
+            self.incoming.is_none() && self.incoming_cpr.is_none(),
+            "the guest is here: the command has --incoming"
+        );
+        let mut config = self.config()?;
+        config.incoming = Some(Incoming::Exec);
+        config.machine.incoming = true;
+        Ok(config)
     }
 
     fn config(mut self) -> anyhow::Result<RunConfig> {

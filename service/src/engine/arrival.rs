@@ -1,5 +1,6 @@
 //! The engine's part in an incoming migration: listening, the guest, and what becomes of the process when it fails.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use vmferry_transport::control::Address;
 use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
+use vmferry_transport::streams::Inlet;
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, OriginId, TargetEvent};
@@ -16,6 +18,7 @@ use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
+use super::settle::Succession;
 use super::{Ending, Engine, software};
 use crate::machine::{MachineError, ResumeError};
 use crate::qmp::schema::RunState;
@@ -37,7 +40,35 @@ impl Engine {
         // Far more connections than one listener can have.
         let first = OriginId(self.listened << 32);
         self.listened += 1;
-        let config = TargetConfig {
+        let config = self.target_config(in_place);
+        let (machine, events) = (self.machine.clone(), self.events.clone());
+        let origin = Origin::open(address, first, &mut self.fds, &self.deadlines, &events).await?;
+        self.incoming = Some(Incoming::start(
+            address, origin, first, config, machine, self.clock, events,
+        ));
+        Ok(first)
+    }
+
+    /// Begins to load what the program before has left in an archive.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(super) fn load_archive(&mut self, archive: OwnedFd, id: MigrationId) -> anyhow::Result<()> {
+        let first = OriginId(self.listened << 32);
+        self.listened += 1;
+        let address: Address = format!("exec:{}", std::process::id()).parse()?;
+        let inlet = Inlet::of_file("what the old program has left", archive, 0)?;
+        let origin = Origin::archive(inlet, first, &self.deadlines, &self.events)?;
+        let config = self.target_config(Some(id));
+        let (machine, events) = (self.machine.clone(), self.events.clone());
+        self.incoming = Some(Incoming::start(
+            &address, origin, first, config, machine, self.clock, events,
+        ));
+        Ok(())
+    }
+
+    fn target_config(&self, in_place: Option<MigrationId>) -> TargetConfig {
+        TargetConfig {
             blocks: self.block_infos(),
             devices: self.schemas.clone(),
             streamed: self.streamed.clone(),
@@ -45,13 +76,7 @@ impl Engine {
             uuid: self.uuid,
             in_place: in_place.or(self.kept),
             deadlines: self.deadlines,
-        };
-        let (machine, events) = (self.machine.clone(), self.events.clone());
-        let origin = Origin::open(address, first, &mut self.fds, &self.deadlines, &events).await?;
-        self.incoming = Some(Incoming::start(
-            address, origin, first, config, machine, self.clock, events,
-        ));
-        Ok(first)
+        }
     }
 
     /// `migrate-incoming`.
@@ -116,6 +141,9 @@ impl Engine {
                 if let (MachineError::Disk(_), Some(id)) = (&source, self.unmarked.take()) {
                     self.mark_again(id);
                 }
+                if self.stays_stopped_here(&source) {
+                    return;
+                }
                 TargetEvent::StartedWith(Err(chain(&source)))
             }
             other => other,
@@ -123,6 +151,33 @@ impl Engine {
         if let Some(incoming) = &mut self.incoming {
             incoming.handle(event);
         }
+    }
+
+    /// The old program has the guest back and cannot let it run, for want of a disk perhaps. There is nobody else who could: it is kept
+    /// stopped for the operator, whose `cont` tries again.
+    fn stays_stopped_here(&mut self, error: &MachineError) -> bool {
+        let returned = |succession: &Succession| succession.returned.is_some();
+        if !self.house.succession.as_ref().is_some_and(returned) {
+            return false;
+        }
+        let error = error as &dyn std::error::Error;
+        tracing::error!(
+            error,
+            "the guest is back and stays stopped; cont tries again"
+        );
+        self.arrived_stopped();
+        true
+    }
+
+    /// The guest is here and is not to run.
+    fn arrived_stopped(&mut self) {
+        if let Some(incoming) = &mut self.incoming {
+            let now = self.clock.now();
+            incoming.core_mut().handle_guest_started(now, 0);
+        }
+        self.set_runstate(RunState::Paused);
+        self.primaries.guest_arrived();
+        self.settle_in();
     }
 
     /// Does what concerns more than the links.
@@ -158,9 +213,8 @@ impl Engine {
             IncomingAction::NotifyFailed(migration) => {
                 let (notifiers, events) = (self.notifiers.clone(), self.events.clone());
                 let mode = match self.kept {
-                    _ if self.house.in_place => Mode::CprTransfer,
-                    Some(_) => Mode::CprReboot,
-                    None => Mode::Normal,
+                    Some(_) if !self.house.in_place => Mode::CprReboot,
+                    _ => self.house.mode(),
                 };
                 self.jobs.run(move || {
                     notifiers.incoming_failed(mode, migration);
@@ -185,17 +239,12 @@ impl Engine {
             return;
         }
         self.adopt_output();
+        self.begin_succession();
         let Some(incoming) = &mut self.incoming else {
             return;
         };
         if !(run && self.autostart) {
-            incoming
-                .core_mut()
-                .handle_guest_started(self.clock.now(), 0);
-            self.set_runstate(RunState::Paused);
-            self.primaries.guest_arrived();
-            self.settle_in();
-            return;
+            return self.arrived_stopped();
         }
         match std::mem::replace(&mut self.guest, Guest::Away) {
             Guest::Stopped(stopped) => {
@@ -227,6 +276,7 @@ impl Engine {
     /// good if the operator has said so; then there may be another attempt.
     fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
         tracing::error!(%error, "incoming migration failed; this guest will never run here");
+        self.go_back(&error.to_string());
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
         if !self.exit_on_error {

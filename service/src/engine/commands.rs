@@ -17,10 +17,12 @@ use super::keep::Keep;
 use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
+use super::successor::{InPlace, Successor};
 use super::{Engine, Reply, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
 use crate::migration::params::MigrationMode;
+use crate::qmp::channels::NOWHERE;
 use crate::qmp::schema::{
     BlockInfo, BlockerInfo, KvmInfo, NameInfo, RamHashInfo, RunState, StatusInfo, UuidInfo,
     WorkloadInfo,
@@ -114,7 +116,7 @@ impl Engine {
         answer(reply, outcome);
     }
 
-    fn migrate(&mut self, address: Address, cpr: Option<Address>) -> Answer {
+    fn migrate(&mut self, address: Option<Address>, cpr: Option<Address>) -> Answer {
         let blocked = self.blockers.reasons(self.parameters.mode);
         let refusal = match self.runstate {
             _ if self.ending.is_some() => Some("the VM process is ending".to_owned()),
@@ -137,9 +139,8 @@ impl Engine {
             return Err(QmpError::generic(refusal));
         }
         let mode = self.parameters.mode;
-        let hand_over = self.hand_over(mode, &address, cpr)?;
-        let keep = self.keep(mode, &address)?;
-        let route = Route::to(address, &mut self.fds, self.deadlines).map_err(QmpError::generic)?;
+        let keep = self.keep(mode, address.as_ref())?;
+        let (route, in_place) = self.way(mode, address, cpr).map_err(QmpError::generic)?;
         // Both need the dirty log, and a migration is more urgent than a figure.
         self.end_measurement("a migration has begun");
         let mut id = [0; 16];
@@ -176,7 +177,7 @@ impl Engine {
             route,
             detect_zero_pages: self.parameters.detect_zero_pages,
             mode,
-            hand_over,
+            in_place,
             keep,
         };
         if matches!(self.guest, Guest::Running) {
@@ -192,36 +193,54 @@ impl Engine {
         Ok(json!({}))
     }
 
-    /// What a migration in place begins with; nothing for another one.
-    fn hand_over(
-        &self,
+    /// How a migration of this mode gets to its target, and what one in place begins with.
+    fn way(
+        &mut self,
         mode: MigrationMode,
-        main: &Address,
+        main: Option<Address>,
         cpr: Option<Address>,
-    ) -> Result<Option<HandOver>, QmpError> {
-        let refuse = |text: &str| Err(QmpError::generic(text));
-        match (mode, cpr) {
-            (MigrationMode::Normal | MigrationMode::CprReboot, _) => Ok(None),
-            (MigrationMode::CprTransfer, Some(cpr)) => {
-                if !matches!(main, Address::Unix { .. }) {
-                    return refuse("mode cpr-transfer needs a unix socket as the `main` channel");
-                }
-                let heirlooms = self.heirlooms().map_err(QmpError::generic)?;
-                Ok(Some(HandOver::new(cpr, heirlooms, &self.deadlines)))
+    ) -> Result<(Route, Option<InPlace>), String> {
+        let refuse = |text: &str| Err(text.to_owned());
+        let in_place = match (mode, &main, cpr) {
+            (MigrationMode::CprExec, None, _) => {
+                let command = &self.parameters.cpr_exec_command;
+                let successor = Successor::new(command, self.heirlooms()?, &self.deadlines)?;
+                let route = Route::to_program(command, self.deadlines)?;
+                return Ok((route, Some(InPlace::Program(Box::new(successor)))));
             }
-            (MigrationMode::CprTransfer, None) => {
-                refuse("mode cpr-transfer needs a channel of type `cpr` beside `main`")
+            (MigrationMode::CprExec, Some(_), _) => {
+                return refuse(
+                    "mode cpr-exec keeps the state in memory: leave `uri` and `channels` out",
+                );
             }
-            (MigrationMode::CprExec, _) => refuse("this mode is not supported yet"),
+            (_, None, _) => return refuse(NOWHERE),
+            (MigrationMode::Normal | MigrationMode::CprReboot, ..) => None,
+            (MigrationMode::CprTransfer, Some(Address::Unix { .. }), Some(cpr)) => {
+                let mut heirlooms = self.heirlooms()?;
+                let text = |error| format!("what is to be handed over: {error}");
+                heirlooms.add_outputs().map_err(text)?;
+                let hand_over = HandOver::new(cpr, heirlooms, &self.deadlines);
+                Some(InPlace::Process(hand_over))
+            }
+            (MigrationMode::CprTransfer, _, Some(_)) => {
+                return refuse("mode cpr-transfer needs a unix socket as the `main` channel");
+            }
+            (MigrationMode::CprTransfer, _, None) => {
+                return refuse("mode cpr-transfer needs a channel of type `cpr` beside `main`");
+            }
+        };
+        match main {
+            Some(main) => Ok((Route::to(main, &mut self.fds, self.deadlines)?, in_place)),
+            None => refuse(NOWHERE),
         }
     }
 
     /// What a migration begins with whose memory stays in its file; nothing for another one.
-    fn keep(&self, mode: MigrationMode, main: &Address) -> Result<Option<Keep>, QmpError> {
+    fn keep(&self, mode: MigrationMode, main: Option<&Address>) -> Result<Option<Keep>, QmpError> {
         if mode != MigrationMode::CprReboot {
             return Ok(None);
         }
-        if !matches!(main, Address::File { .. }) {
+        if !matches!(main, Some(Address::File { .. })) {
             return Err(QmpError::generic(
                 "mode cpr-reboot saves into a file: use file:PATH",
             ));

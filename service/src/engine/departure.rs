@@ -87,6 +87,11 @@ impl Engine {
                     serde_json::json!({ "desc": text }),
                 ));
             }
+            OutgoingAction::Exec => {
+                if let Some(outgoing) = &mut self.outgoing {
+                    outgoing.exec();
+                }
+            }
             OutgoingAction::Finished(outcome) => self.finish_outgoing(outcome),
         }
     }

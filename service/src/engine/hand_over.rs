@@ -27,7 +27,7 @@ use crate::machine::heirloom::{DeviceFd, stage};
 /// Role of RAM in the manifest; its name is the block's.
 pub(super) const RAM: &str = "ram";
 /// Name of what belongs to the process and not to a device.
-pub(super) const PROCESS: &str = "process";
+pub(super) const PROCESS: &str = crate::succession::PROCESS;
 /// Role of the listening socket of QMP.
 pub(super) const QMP: &str = "qmp";
 /// Role of the listening socket of the metrics.
@@ -55,7 +55,7 @@ pub(super) struct Heirlooms {
 }
 
 impl Heirlooms {
-    /// RAM and the process's own output.
+    /// RAM.
     ///
     /// # Errors
     /// RAM without a file, or no descriptor is left.
@@ -70,9 +70,16 @@ impl Heirlooms {
             this.ram
                 .push((block.name().to_owned(), bytes, file.try_clone()?));
         }
-        this.add_output(STDOUT, io::stdout())?;
-        this.add_output(STDERR, io::stderr())?;
         Ok(this)
+    }
+
+    /// The process's own output.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn add_outputs(&mut self) -> io::Result<()> {
+        self.add_output(STDOUT, io::stdout())?;
+        self.add_output(STDERR, io::stderr())
     }
 
     /// Something else that belongs to the process.
@@ -109,7 +116,8 @@ impl Heirlooms {
         Ok(())
     }
 
-    fn handout(&self) -> Result<Handout<'_>, vmferry_cpr::CprError> {
+    /// What the manifest is made of.
+    pub(super) fn handout(&self) -> Result<Handout<'_>, vmferry_cpr::CprError> {
         let mut handout = Handout::new();
         for (block, bytes, file) in &self.ram {
             handout.add_ram(block, *bytes, file)?;

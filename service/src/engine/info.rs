@@ -1,6 +1,6 @@
 //! `query-migrate`: figures of the migration under way, or of the last one.
 
-use vmferry_transport::data::SenderProgress;
+use vmferry_transport::data::{Backend, SenderProgress};
 use vmferry_transport::memory::populate;
 use vmferry_transport::proto::{BlackoutParts, MigrationStatus, SourceStats};
 use vmferry_transport::units::{Moment, PAGE_SIZE};
@@ -9,9 +9,11 @@ use super::Engine;
 use super::arrival::qmp_status;
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
+use super::settle::Succession;
 use crate::qmp::schema::{
     BlackoutInfo, MigrationInfo, RamInfo, SocketAddressInfo, VerificationInfo, VfioInfo,
 };
+use crate::succession::Account;
 
 /// What an operator has to know whose migration is in doubt.
 pub(super) fn unresolved(in_place: bool) -> &'static str {
@@ -52,6 +54,20 @@ impl Record {
             backend: outgoing.backend().backend.name(),
             guest_stall_us: outgoing.guest_stall_us(),
             error,
+        }
+    }
+
+    /// Of an upgrade by exec after which this program is the old one again.
+    pub(super) fn returned(account: &Account, reason: String) -> Self {
+        Self {
+            status: MigrationStatus::Failed,
+            stats: SourceStats::default(),
+            progress: SenderProgress::default(),
+            bytes_per_sec: None,
+            dirty_pages_per_sec: 0,
+            backend: Backend::detect().backend.name(),
+            guest_stall_us: account.guest_stall_us,
+            error: Some(reason),
         }
     }
 
@@ -187,6 +203,7 @@ pub(super) fn blackout(parts: BlackoutParts) -> BlackoutInfo {
         verify_us,
         commit_us,
         resume_us,
+        ..BlackoutInfo::default()
     }
 }
 
@@ -216,6 +233,16 @@ impl Engine {
                 .map(|incoming| incoming_info(incoming, total))
                 .unwrap_or_default(),
         };
+        if let (None, None, Some(succession)) = (
+            &self.outgoing,
+            &self.record,
+            self.house
+                .succession
+                .as_ref()
+                .filter(|it| it.times.running_us > 0),
+        ) {
+            whole_of_exec(&mut info, succession);
+        }
         let blocked = self.blockers.reasons(self.parameters.mode);
         info.blocked_reasons = (!blocked.is_empty()).then_some(blocked);
         // Statistics are worth having even where the files cannot be asked.
@@ -227,6 +254,16 @@ impl Engine {
         }
         info
     }
+}
+
+/// An upgrade by exec is one migration, whose beginning only the old program has seen.
+fn whole_of_exec(info: &mut MigrationInfo, succession: &Succession) {
+    let Succession { account, times, .. } = succession;
+    let blackout = account.whole(*times);
+    info.total_time = Some(times.running_us.saturating_sub(account.began_us) / 1000);
+    info.downtime = Some(blackout.total_us / 1000);
+    info.x_blackout = Some(blackout);
+    info.x_guest_stall_us = account.guest_stall_us;
 }
 
 fn incoming_info(incoming: &Incoming, total: u64) -> MigrationInfo {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::socket_acceptconn;
+use vmferry_cpr::letter::Leg;
 use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Manifest, Stage};
 use vmferry_cpr::message::HandOverError;
 use vmferry_cpr::socket::CprSocket;
@@ -21,17 +22,38 @@ use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
 use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT};
+use super::settle::{Succession, WayBackKeeper};
 use super::software;
 use crate::config::CprOrigin;
 use crate::machine::heirloom::DeviceFd;
 use crate::machine::{Given, MachineConfig};
+use crate::succession::account::Times;
+use crate::succession::{ARCHIVE, Inheritance, PROGRAM};
 
 /// The first stage has arrived: the guest's memory, while the guest runs on it in another process.
 #[derive(Debug)]
 pub(super) struct Legacy {
     given: Given,
     id: MigrationId,
-    arrived: Arrived,
+    rest: Rest,
+}
+
+/// How the rest of it comes.
+#[derive(Debug)]
+enum Rest {
+    /// From the old process, when its guest is stopped.
+    Process(Box<Arrived>),
+    /// It is here, with the state of the guest, left by the program that this process was before.
+    Program(Box<Left>),
+}
+
+/// What the program before has left beside memory.
+#[derive(Debug)]
+pub(super) struct Left {
+    pub(super) id: MigrationId,
+    pub(super) inherited: Inherited,
+    pub(super) archive: OwnedFd,
+    pub(super) succession: Succession,
 }
 
 /// What came with the guest and belongs to the process. Used when the guest is ours.
@@ -79,8 +101,65 @@ impl Legacy {
                 devices,
             },
             id,
-            arrived,
+            rest: Rest::Process(Box::new(arrived)),
         })
+    }
+
+    /// Takes what the program has left that this process was before.
+    ///
+    /// # Errors
+    /// It is not a VM like `machine`, or something is missing. The way back is still there.
+    pub(super) fn of_letter(
+        inheritance: Inheritance,
+        way_back: WayBackKeeper,
+        machine: &MachineConfig,
+    ) -> anyhow::Result<Self> {
+        let Inheritance {
+            letter,
+            account,
+            mut table,
+            began_us,
+            way_back: _,
+        } = inheritance;
+        let (blocks, devices) = judge(&letter.manifest, machine).map_err(anyhow::Error::msg)?;
+        let ram = claim_ram(blocks, &mut table)?;
+        let early = claim_devices(&mut table, Stage::Prepare)?;
+        let archive = table.claim(PROCESS, ARCHIVE, FdKind::Other)?;
+        let inherited = Inherited::claim(&mut table)?;
+        let accounts = table.close();
+        tracing::debug!(?accounts, "the old program has left everything");
+        let succession = Succession {
+            account,
+            times: Times {
+                began_us,
+                ..Times::default()
+            },
+            id: letter.id,
+            returned: (letter.leg == Leg::Back).then_some(letter.reason),
+            way_back,
+        };
+        Ok(Self {
+            given: Given {
+                ram,
+                early,
+                devices,
+            },
+            id: letter.id,
+            rest: Rest::Program(Box::new(Left {
+                id: letter.id,
+                inherited,
+                archive,
+                succession,
+            })),
+        })
+    }
+
+    /// What the program before has left beside memory, if it was one.
+    pub(super) fn left(self) -> Option<Left> {
+        match self.rest {
+            Rest::Program(left) => Some(*left),
+            Rest::Process(_) => None,
+        }
     }
 
     /// What the machine is built from. Once.
@@ -99,7 +178,10 @@ impl Legacy {
     /// # Errors
     /// The old process has gone or given up.
     pub(super) fn prepared(self, origin: OriginId, events: Events) -> anyhow::Result<()> {
-        let ready = self.arrived.taken().context("the old process")?;
+        let Rest::Process(arrived) = self.rest else {
+            bail!("nothing more comes from a program that is gone");
+        };
+        let ready = arrived.taken().context("the old process")?;
         let wait = move || {
             let report = |event| {
                 // The engine ends only with the process.
@@ -141,7 +223,7 @@ pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judg
     check_backing(&blocks, &machine.backing.paths(mem_bytes))?;
     let is_known = |entry: &FdEntry| {
         if is_of_process(entry) {
-            let roles = [QMP, METRICS, STDOUT, STDERR];
+            let roles = [QMP, METRICS, STDOUT, STDERR, ARCHIVE, PROGRAM];
             return roles.contains(&entry.role.as_str());
         }
         machine.expects(entry)
@@ -202,7 +284,7 @@ fn check_backing(blocks: &[FdEntry], paths: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-fn is_ram(entry: &FdEntry) -> bool {
+pub(super) fn is_ram(entry: &FdEntry) -> bool {
     matches!(entry.kind, FdKind::RamMemfd | FdKind::RamFile)
 }
 

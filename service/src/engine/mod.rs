@@ -34,12 +34,15 @@ mod origin;
 mod outgoing;
 mod ownership;
 mod passthrough;
+mod rehearsal;
 mod route;
 mod run_control;
 mod settings;
 mod settle;
+mod successor;
 mod yank;
 
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,12 +51,13 @@ use anyhow::Context;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::Instant as TokioInstant;
 use tracing::Instrument;
+use vmferry_cpr::letter::Letter;
 use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::control::{Address, Listener, runtime};
 use vmferry_transport::data::BandwidthLimit;
 use vmferry_transport::limits::Deadlines;
 use vmferry_transport::units::{MigrationId, PAGE_SIZE, Uuid};
-use vmferry_transport::wire::hello::BlockInfo;
+use vmferry_transport::wire::hello::{BlockInfo, Hello};
 
 use crate::config::{Incoming as IncomingConfig, RunConfig};
 use crate::fds::FdStore;
@@ -66,6 +70,8 @@ use crate::observe::record::Side;
 use crate::observe::{ObserveConfig, Observer, logging};
 use crate::qmp::schema::RunState;
 use crate::qmp::{EngineHandle, QmpError, QmpEvent, ShutdownReason};
+use crate::succession::Inheritance;
+use crate::succession::account::now_us;
 use announcing::Announcing;
 use clock::Clock;
 use dirty_rate::DirtyRate;
@@ -73,11 +79,11 @@ use event::{Event, Events};
 use guest::{Guest, StoppedGuest};
 use incoming::Incoming;
 use info::Record;
-use inherit::Legacy;
+use inherit::{Left, Legacy};
 use jobs::JobThread;
 use keep::NamedMemory;
 use outgoing::Outgoing;
-use settle::House;
+use settle::{House, WayBackKeeper};
 use vmferry_transport::wire::DeviceSchema;
 
 /// How often the data threads' progress is looked at while a migration runs.
@@ -95,19 +101,54 @@ pub(crate) fn software() -> String {
 /// # Errors
 /// When the VM cannot be built or its sockets cannot be opened. What happens later goes to QMP and the log.
 pub fn run(config: RunConfig) -> anyhow::Result<ExitCode> {
-    runtime::run(run_engine(config)).context("cannot start the control thread")?
+    runtime::run(run_engine(config, None)).context("cannot start the control thread")?
 }
 
-async fn run_engine(config: RunConfig) -> anyhow::Result<ExitCode> {
+/// The same for a program that goes on with the VM of the program before. If it cannot, the process becomes that one again.
+///
+/// # Errors
+/// As [`run`], and there was no way back.
+pub fn run_after_exec(config: RunConfig, mut inheritance: Inheritance) -> anyhow::Result<ExitCode> {
+    let way_back = WayBackKeeper::new(inheritance.way_back.take());
+    let keeper = way_back.clone();
+    let run = || {
+        let engine = run_engine(config, Some((inheritance, keeper)));
+        runtime::run(engine).context("cannot start the control thread")?
+    };
+    // A mistake of the new program must not cost the guest.
+    let ended = std::panic::catch_unwind(AssertUnwindSafe(run));
+    let ended = ended.unwrap_or_else(|_| Err(anyhow::anyhow!("the new program panicked")));
+    match (ended, way_back.take()) {
+        (Err(error), Some(way_back)) => Err(way_back.go(&format!("{error:#}"))),
+        (ended, _) => ended,
+    }
+}
+
+/// Whether this program, started so, would go on with the VM of a program that asks. The machine is built, as far as nobody else can
+/// have what it uses, and thrown away.
+///
+/// # Errors
+/// Why not.
+pub fn would_go_on(config: &RunConfig, letter: &Letter, hello: &Hello) -> anyhow::Result<()> {
+    rehearsal::would_go_on(config, letter, hello)
+}
+
+async fn run_engine(
+    config: RunConfig,
+    left: Option<(Inheritance, WayBackKeeper)>,
+) -> anyhow::Result<ExitCode> {
     let (events, queue) = mpsc::unbounded_channel();
     let machine_events = events.clone();
     let tell = Arc::new(move |event| {
         // The engine ends only with the process.
         let _ = machine_events.send(Event::Machine(event));
     });
-    let mut legacy = match &config.incoming_cpr {
-        Some(origin) => Some(Legacy::receive(origin, &config.machine)?),
-        None => None,
+    let mut legacy = match (left, &config.incoming_cpr) {
+        (Some((inheritance, way_back)), _) => {
+            Some(Legacy::of_letter(inheritance, way_back, &config.machine)?)
+        }
+        (None, Some(origin)) => Some(Legacy::receive(origin, &config.machine)?),
+        (None, None) => None,
     };
     let given = legacy.as_mut().map(Legacy::take_given);
     let disks = Disks::open(&config.disks).context("cannot open the disks")?;
@@ -326,6 +367,20 @@ impl Engine {
             None if config.paused => {}
             None => self.resume_guest(),
             Some(IncomingConfig::Defer) => {}
+            Some(IncomingConfig::Exec) => {
+                let left = legacy.and_then(Legacy::left);
+                let left = left.context("no program was here before")?;
+                let Left {
+                    id,
+                    inherited,
+                    archive,
+                    mut succession,
+                } = left;
+                succession.times.built_us = now_us();
+                self.house.inherit(inherited);
+                self.house.succession = Some(succession);
+                return self.load_archive(archive, id);
+            }
             Some(IncomingConfig::Listen(address)) => {
                 let origin = self
                     .listen(address, legacy.as_ref().map(Legacy::id))

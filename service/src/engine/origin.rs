@@ -100,6 +100,19 @@ impl Origin {
             }
             _ => return Ok(Self::Network(Listener::bind(address).await?)),
         };
+        Ok(Self::archive(inlet, id, deadlines, events)?)
+    }
+
+    /// Begins to read an archive.
+    ///
+    /// # Errors
+    /// The process is out of threads.
+    pub(super) fn archive(
+        inlet: Inlet,
+        id: OriginId,
+        deadlines: &Deadlines,
+        events: &Events,
+    ) -> Result<Self, StreamError> {
         let (connect, connections) = connections();
         let events = events.clone();
         let failed = move |error: StreamError| {

@@ -17,21 +17,23 @@ use vmferry_transport::proto::{
     SourceTuning,
 };
 use vmferry_transport::units::{Moment, PageCount};
-use vmferry_transport::wire::frame::FrameBuffer;
+use vmferry_transport::wire::frame::{FrameBuffer, TargetFrame};
 use vmferry_transport::wire::hello::DataHello;
+
+mod in_place;
 
 use super::armed_log::{ArmedLog, arm, fetch, stop_armed};
 use super::clock::{Clock, micros};
 use super::data_links::{dial, end_sender};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
-use super::hand_over::HandOver;
 use super::jobs::{JobThread, off_thread};
 use super::keep::Keep;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
 use super::passthrough::Sources;
 use super::route::Route;
+use super::successor::InPlace;
 use crate::machine::Machine;
 use crate::machine::disk::Disks;
 
@@ -44,6 +46,8 @@ pub(super) enum OutgoingAction {
     StopGuest,
     ResumeGuest(StoppedGuest),
     Unresolved,
+    /// Become the new program; returns only if that fails, and tells the core: [`Outgoing::exec`].
+    Exec,
     Finished(Outcome<StoppedGuest>),
 }
 
@@ -85,8 +89,7 @@ pub(super) struct Outgoing {
     /// Connections that were under way when the links were closed end as soon as they notice.
     closing: bool,
     mode: Mode,
-    /// In place only.
-    hand_over: Option<HandOver>,
+    in_place: Option<InPlace>,
     /// Memory stays in a file.
     keep: Option<Keep>,
 }
@@ -112,8 +115,8 @@ pub(super) struct OutgoingStart {
     pub(super) disks: Arc<Disks>,
     pub(super) detect_zero_pages: bool,
     pub(super) mode: Mode,
-    /// In place only.
-    pub(super) hand_over: Option<HandOver>,
+    /// How it reaches its target, if another program gets the same RAM.
+    pub(super) in_place: Option<InPlace>,
     /// Mode cpr-reboot only.
     pub(super) keep: Option<Keep>,
 }
@@ -138,7 +141,7 @@ impl Outgoing {
             disks,
             detect_zero_pages,
             mode,
-            hand_over,
+            in_place,
             keep,
         } = start;
         let (checksum, guest_ran) = (config.checksum, config.guest_runs);
@@ -174,7 +177,7 @@ impl Outgoing {
             lent: None,
             closing: false,
             mode,
-            hand_over,
+            in_place,
             keep,
         }
     }
@@ -198,7 +201,7 @@ impl Outgoing {
 
     /// Another process has the same RAM.
     pub(super) fn is_in_place(&self) -> bool {
-        self.hand_over.is_some()
+        self.in_place.is_some()
     }
 
     pub(super) fn backend(&self) -> &BackendChoice {
@@ -233,6 +236,10 @@ impl Outgoing {
         }
         if self.unplugging {
             self.look_whether_unplugged(now);
+        }
+        if matches!(self.in_place, Some(InPlace::Program(_))) {
+            // The one who is waited for is this process.
+            self.core.handle_frame(now, TargetFrame::Keepalive);
         }
         self.core.handle_timeout(now);
     }
@@ -404,8 +411,8 @@ impl Outgoing {
                 }
                 SourceAction::ConnectControl => self.connect_control(),
                 SourceAction::SendControl(frame) => {
-                    if let Some(control) = &self.control {
-                        control.send(frame.encode());
+                    if self.send_control(&frame) {
+                        return Some(OutgoingAction::Exec);
                     }
                 }
                 SourceAction::ConnectData(hellos) => self.connect_data(hellos),
@@ -447,20 +454,8 @@ impl Outgoing {
                 SourceAction::SaveState { hash_ram } => self.save(jobs, hash_ram),
                 SourceAction::CloseLinks => self.close_links(),
                 SourceAction::StopLog => self.stop_log(jobs),
-                SourceAction::OfferFds => {
-                    let (id, report) = (self.core.migration_id(), self.reporter());
-                    if let Some(keep) = &self.keep {
-                        keep.write_ahead(report);
-                    } else if let Some(hand_over) = &mut self.hand_over {
-                        hand_over.offer(id, report);
-                    }
-                }
-                SourceAction::HandOverFds => {
-                    self.hand_over.iter_mut().for_each(HandOver::hand_over);
-                    if let Some(keep) = &self.keep {
-                        keep.seal(self.core.migration_id(), self.reporter());
-                    }
-                }
+                SourceAction::OfferFds => self.offer_fds(),
+                SourceAction::HandOverFds => self.hand_over_fds(),
             }
         }
         None
@@ -475,6 +470,10 @@ impl Outgoing {
     }
 
     fn connect_control(&mut self) {
+        if matches!(self.in_place, Some(InPlace::Program(_))) {
+            // There is nobody to connect to.
+            return self.core.handle_control_connected(self.clock.now());
+        }
         self.connects += 1;
         let number = self.connects;
         let (report, route, arrivals) =
@@ -629,7 +628,7 @@ impl Outgoing {
     /// Data threads are joined on a thread of their own: the control thread never waits for them.
     fn close_links(&mut self) {
         self.closing = true;
-        self.hand_over.iter_mut().for_each(HandOver::close);
+        self.in_place.iter_mut().for_each(InPlace::close);
         let report = self.reporter();
         let (control, sender) = (self.control.take(), self.sender.take());
         if let Some(sender) = &sender {

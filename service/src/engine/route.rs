@@ -99,6 +99,16 @@ impl Route {
         })))
     }
 
+    /// To the program that this process becomes: nobody is ever connected to.
+    pub(super) fn to_program(command: &[String], deadlines: Deadlines) -> Result<Self, String> {
+        Ok(Self(Rc::new(Inner {
+            address: Address::exec(command).map_err(|error| error.to_string())?,
+            deadlines,
+            way: Way::Dial,
+            closed: Cell::new(false),
+        })))
+    }
+
     /// As the operator has named it.
     pub(super) fn address(&self) -> &Address {
         &self.0.address

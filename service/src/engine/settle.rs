@@ -2,17 +2,23 @@
 //! metrics stay the same sockets at the same paths, so clients that connect meanwhile wait for a moment and are lost by nobody.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmferry_cpr::manifest::FdKind;
+use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::{Address, Listener};
+use vmferry_transport::units::MigrationId;
 
 use super::Engine;
 use super::hand_over::{Heirlooms, METRICS, QMP};
+use super::info::Record;
 use super::inherit::Inherited;
-use crate::config::RunConfig;
+use crate::config::{Incoming, RunConfig};
 use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
 use crate::qmp::{EngineHandle, QmpServer};
+use crate::succession::account::{Times, now_us};
+use crate::succession::{Account, WayBack};
 
 /// The process's own sockets, and those that it is about to get.
 #[derive(Debug)]
@@ -24,17 +30,56 @@ pub(super) struct House {
     /// For the server, until there is one.
     handle: Option<EngineHandle>,
     inherited: Option<Inherited>,
+    /// This program has come into the process by an exec.
+    pub(super) succession: Option<Succession>,
+}
+
+/// What a program that has come by an exec keeps of it.
+#[derive(Debug)]
+pub(super) struct Succession {
+    pub(super) account: Account,
+    pub(super) times: Times,
+    pub(super) id: MigrationId,
+    /// Why the new program could not go on, if this is the old one again.
+    pub(super) returned: Option<String>,
+    /// Until the guest is here.
+    pub(super) way_back: WayBackKeeper,
+}
+
+/// The one way back, for whoever finds first that it is needed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WayBackKeeper(Arc<Mutex<Option<WayBack>>>);
+
+impl WayBackKeeper {
+    pub(super) fn new(way_back: Option<WayBack>) -> Self {
+        Self(Arc::new(Mutex::new(way_back)))
+    }
+
+    /// Takes it: to use it, or to give it up.
+    pub(super) fn take(&self) -> Option<WayBack> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl House {
     pub(super) fn new(config: &RunConfig) -> Self {
         Self {
-            in_place: config.incoming_cpr.is_some(),
+            in_place: config.incoming_cpr.is_some() || config.incoming == Some(Incoming::Exec),
             server: None,
             qmp: config.qmp.clone(),
             metrics: config.observe.metrics.clone(),
             handle: None,
             inherited: None,
+            succession: None,
+        }
+    }
+
+    /// In which mode the guest comes here.
+    pub(super) fn mode(&self) -> Mode {
+        match &self.succession {
+            Some(_) => Mode::CprExec,
+            None if self.in_place => Mode::CprTransfer,
+            None => Mode::Normal,
         }
     }
 
@@ -105,6 +150,7 @@ impl Engine {
         if !self.house.in_place {
             return;
         }
+        self.end_succession();
         let Inherited { qmp, metrics, .. } = self.house.inherited.take().unwrap_or_default();
         if let (Some(socket), Some(handle)) = (qmp, self.house.handle.take()) {
             let listener = Address::unix(&self.house.qmp)
@@ -128,5 +174,51 @@ impl Engine {
             "took the guest over, QMP at {}",
             self.house.qmp.display()
         ));
+    }
+
+    /// COMMIT has come to a program that is to go on after an exec, and the guest has not run here yet. If this is the old program
+    /// again, those outside hear FAILED before it does.
+    pub(super) fn begin_succession(&mut self) {
+        let Some(succession) = &mut self.house.succession else {
+            return;
+        };
+        succession.times.loaded_us = now_us();
+        if succession.returned.is_some() {
+            self.tell_after_exec(false);
+        }
+    }
+
+    /// The guest is here, and there is no way back any more.
+    fn end_succession(&mut self) {
+        let Some(succession) = &mut self.house.succession else {
+            return;
+        };
+        succession.times.running_us = now_us();
+        drop(succession.way_back.take());
+        match succession.returned.clone() {
+            None => self.tell_after_exec(true),
+            Some(reason) => {
+                tracing::error!(reason, "the upgrade has failed, the guest is still here");
+                self.record = Some(Record::returned(&succession.account, reason));
+            }
+        }
+    }
+
+    fn tell_after_exec(&self, done: bool) {
+        let Some(succession) = &self.house.succession else {
+            return;
+        };
+        let (notifiers, id) = (self.notifiers.clone(), succession.id);
+        self.jobs.run(move || notifiers.after_exec(id, done));
+    }
+
+    /// The guest cannot go on in this program. If it has come by an exec, this process becomes the old program again, which returns
+    /// only if it cannot.
+    pub(super) fn go_back(&self, why: &str) {
+        let succession = self.house.succession.as_ref();
+        if let Some(way_back) = succession.and_then(|succession| succession.way_back.take()) {
+            let error = way_back.go(why);
+            tracing::error!(error = format!("{error:#}"), "no way back");
+        }
     }
 }

@@ -151,6 +151,8 @@ const BLACKOUT: Type = Type::Object(&object(&[
     needs("dirty-fetch-us", INT),
     needs("last-round-us", INT),
     needs("device-state-us", INT),
+    may("exec-us", INT),
+    may("build-us", INT),
     needs("load-us", INT),
     needs("verify-us", INT),
     needs("commit-us", INT),

@@ -91,6 +91,9 @@ const SOCKET: Object = Object {
     }),
 };
 
+/// Why a migration without a place is refused.
+pub(crate) const NOWHERE: &str = "either `uri` or `channels` must say where";
+
 /// The addresses that the arguments name: that of the `main` channel, and that of `cpr`, if there is one.
 ///
 /// # Errors
@@ -109,9 +112,7 @@ pub(super) fn addresses(
         (Some(_), Some(_)) => Err(QmpError::generic(
             "give either `uri` or `channels`, not both",
         )),
-        (None, None) => Err(QmpError::generic(
-            "either `uri` or `channels` must say where",
-        )),
+        (None, None) => Err(QmpError::generic(NOWHERE)),
     }
 }
 

@@ -32,8 +32,8 @@ pub enum Command {
     Quit,
     /// `migrate`: returns as soon as the attempt is under way.
     Migrate {
-        /// Where to.
-        address: Address,
+        /// Where to; only a migration of mode cpr-exec has no such place.
+        address: Option<Address>,
         /// Where the new process takes descriptors, for a migration in place.
         cpr: Option<Address>,
         /// Go on with a post-copy that has lost its connection.
@@ -271,7 +271,13 @@ macro_rules! arguments {
 
 pub(super) fn migrate(given: Arguments) -> Parsed {
     arguments!(given { uri: Option<String>, channels: Option<Value>, resume: Option<bool> });
-    let (address, cpr) = channels::addresses(uri.as_deref(), channels)?;
+    let (address, cpr) = match (uri.as_deref(), channels) {
+        (None, None) => (None, None),
+        (uri, channels) => {
+            let (main, cpr) = channels::addresses(uri, channels)?;
+            (Some(main), cpr)
+        }
+    };
     Ok(Command::Migrate {
         address,
         cpr,

@@ -288,7 +288,7 @@ mod tests {
                 "migrate",
                 json!({"uri": "tcp:[::1]:4"}),
                 Command::Migrate {
-                    address: address(),
+                    address: Some(address()),
                     cpr: None,
                     resume: false,
                 },
@@ -298,7 +298,7 @@ mod tests {
                 json!({"resume": true, "channels": [{"channel-type": "main", "addr":
                     {"transport": "socket", "type": "inet", "host": "::1", "port": "4"}}]}),
                 Command::Migrate {
-                    address: address(),
+                    address: Some(address()),
                     cpr: None,
                     resume: true,
                 },

@@ -12,7 +12,7 @@
 //!   a bounded channel, and a client that does not keep up is disconnected.
 
 mod catalog;
-mod channels;
+pub(crate) mod channels;
 pub mod codec;
 mod command;
 mod dispatch;

@@ -340,6 +340,12 @@ pub struct BlackoutInfo {
     pub last_round_us: u64,
     /// Saving and sending device state.
     pub device_state_us: u64,
+    /// The new program beginning, if the process has become one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub exec_us: u64,
+    /// Its machine being built around the memory.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub build_us: u64,
     /// The target loading it.
     pub load_us: u64,
     /// Comparing both sides, if asked for.
@@ -350,9 +356,17 @@ pub struct BlackoutInfo {
     pub resume_us: u64,
 }
 
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde asks for"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 impl BlackoutInfo {
     /// The parts with their names, in the order in which they happen.
-    pub fn parts(&self) -> [(&'static str, u64); 9] {
+    pub fn parts(&self) -> [(&'static str, u64); 11] {
         let Self {
             total_us: _,
             pause_us,
@@ -360,6 +374,8 @@ impl BlackoutInfo {
             dirty_fetch_us,
             last_round_us,
             device_state_us,
+            exec_us,
+            build_us,
             load_us,
             verify_us,
             commit_us,
@@ -371,6 +387,8 @@ impl BlackoutInfo {
             ("last dirty fetch", dirty_fetch_us),
             ("last round", last_round_us),
             ("device state", device_state_us),
+            ("exec", exec_us),
+            ("build", build_us),
             ("load", load_us),
             ("verify", verify_us),
             ("commit", commit_us),
@@ -635,12 +653,14 @@ mod tests {
     #[test]
     fn the_parts_of_a_blackout_add_up_to_every_field() {
         let info = BlackoutInfo {
-            total_us: 511,
+            total_us: 2047,
             pause_us: 1,
             pre_switchover_us: 256,
             dirty_fetch_us: 2,
             last_round_us: 4,
             device_state_us: 8,
+            exec_us: 512,
+            build_us: 1024,
             load_us: 16,
             verify_us: 32,
             commit_us: 64,

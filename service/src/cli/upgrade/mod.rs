@@ -1,5 +1,6 @@
 //! `vmferry upgrade`: moves a VM into a new process of another binary on the same host, under the running guest.
 
+mod exec;
 mod process;
 mod qemu;
 mod vmferry;
@@ -10,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use self::process::VmProcess;
@@ -24,9 +25,11 @@ use super::signals::Signals;
 #[command(after_help = "Examples:\n  \
     vmferry upgrade --qmp /tmp/vm.qmp\n  \
     vmferry upgrade --qmp /tmp/vm.qmp --binary /opt/vmferry-0.2/bin/vmferry --json\n  \
+    vmferry upgrade --qmp /tmp/vm.qmp --mode exec\n  \
     vmferry upgrade --qmp /tmp/qemu.qmp -- qemu-system-x86_64 -M microvm ...\n\n\
     The guest's memory is neither copied nor sent: both processes map the same files.\n\
-    Clients find the new process at the same path. The old one ends.\n\n\
+    Clients find the new process at the same path. The old one ends. With --mode exec\n\
+    there is one process, which keeps its number, and clients connect again.\n\n\
     A VM of QEMU (10 or newer) must have its memory in descriptors that can be passed\n\
     on: a memory-backend-memfd with share=on, and aux-ram-share=on for the machine.\n\n\
     Exit status: 0 the new process runs the guest, 1 it does not, or the message says\n\
@@ -38,12 +41,22 @@ pub(super) struct UpgradeArgs {
     /// The new program [default: this one; for a VM of QEMU the one that runs it]
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
+    /// How: into a new process (transfer), or by having the same process become the new program (exec)
+    #[arg(long, value_enum, value_name = "transfer|exec", default_value_t = How::Transfer, hide_possible_values = true)]
+    mode: How,
     /// Print what happened as JSON
     #[arg(long)]
     json: bool,
     /// Command that starts the new QEMU [default: that of the old one]
     #[arg(last = true, value_name = "COMMAND", conflicts_with = "binary")]
     command: Vec<OsString>,
+}
+
+/// Which way an upgrade goes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum How {
+    Transfer,
+    Exec,
 }
 
 impl UpgradeArgs {
@@ -60,8 +73,17 @@ impl UpgradeArgs {
                 self.command.is_empty(),
                 "a VM of vmferry is started with the command line that it has; name the new program with --binary"
             );
-            return vmferry::upgrade(client, old, &qmp, self.binary, self.json);
+            let upgrade = match self.mode {
+                How::Transfer => vmferry::upgrade,
+                How::Exec => exec::upgrade,
+            };
+            return upgrade(client, old, &qmp, self.binary, self.json);
         }
+        ensure!(
+            self.mode == How::Transfer,
+            "{} is upgraded into a new process only: leave --mode exec out",
+            client.name()
+        );
         let old = VmProcess::open(old)?;
         let mut command = match self.command.is_empty() {
             true => old.command()?,

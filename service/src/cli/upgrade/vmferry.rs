@@ -29,6 +29,7 @@ use crate::cli::record::Record;
 use crate::cli::size::duration;
 use crate::cli::status::GuestStatus;
 use crate::migration::status::MigrationStatus;
+use crate::succession;
 
 /// Pause between two looks at the migration.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -36,19 +37,21 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const END_DEADLINE: Duration = Duration::from_secs(10);
 /// Options of `vmferry run` that say how its guest came, not what it is; with the number of words each takes.
 const OF_THE_ARRIVAL: [(&str, usize); 4] = [
+    ("--end-with-parent", 1),
     ("--incoming", 1),
     ("--incoming-cpr", 1),
-    ("--end-with-parent", 1),
     ("--paused", 0),
 ];
+/// The same for a process that stays and has the same parent.
+pub(super) const OF_THE_GUESTS_ARRIVAL: &[(&str, usize)] = OF_THE_ARRIVAL.split_at(1).1;
 
 /// What an upgrade has cost.
 #[derive(Debug)]
-struct Done {
-    record: Record,
-    old: Pid,
-    new: u32,
-    whole: Duration,
+pub(super) struct Done {
+    pub(super) record: Record,
+    pub(super) old: Pid,
+    pub(super) new: u32,
+    pub(super) whole: Duration,
 }
 
 /// Upgrades the VM behind `client`, which listens at `qmp` and is process `old`; `binary` is the new program, this one if there is none.
@@ -105,14 +108,19 @@ pub(super) fn upgrade(
         new: child.id(),
         whole: began.elapsed(),
     };
-    if json {
-        output::line(format_args!("{:#}", done.json()))?;
-    } else {
-        for line in done.lines() {
-            output::line(format_args!("{line}"))?;
-        }
-    }
+    done.show(json)?;
     Ok(Exit::Done)
+}
+
+/// The command line of process `old`, which must be one of `vmferry run`.
+pub(super) fn command_line(old: Pid) -> anyhow::Result<Vec<u8>> {
+    let unknown = || format!("cannot tell how process {old} was started");
+    let cmdline = fs::read(format!("/proc/{old}/cmdline")).with_context(unknown)?;
+    ensure!(
+        split(&cmdline).any(|word| word == "run"),
+        "process {old} was not started with `vmferry run`"
+    );
+    Ok(cmdline)
 }
 
 /// Starts the new process as the old one was started, with a socket that the old one will find it at.
@@ -122,11 +130,7 @@ fn start(program: &Path, old: Pid, place: &TempDir) -> anyhow::Result<Child> {
         fs::read(proc.join(name))
             .with_context(|| format!("cannot tell how process {old} was started"))
     };
-    let words = arguments(&read("cmdline")?);
-    ensure!(
-        words.iter().any(|word| word == "run"),
-        "process {old} was not started with `vmferry run`"
-    );
+    let words = arguments(&command_line(old)?, &OF_THE_ARRIVAL);
     let listener = UnixListener::bind(place.path().join("cpr"))
         .context("cannot listen for the old process")?;
     let mut incoming = OsString::from("unix:");
@@ -151,20 +155,20 @@ fn start(program: &Path, old: Pid, place: &TempDir) -> anyhow::Result<Child> {
 }
 
 /// The words of the old process's command line without its name and without how its guest came.
-fn arguments(cmdline: &[u8]) -> Vec<OsString> {
+pub(super) fn arguments(cmdline: &[u8], of_the_arrival: &[(&str, usize)]) -> Vec<OsString> {
     let mut words = split(cmdline).skip(1);
     let mut kept = Vec::new();
     while let Some(word) = words.next() {
-        let of_the_arrival = OF_THE_ARRIVAL.into_iter().find(|(option, _)| {
+        let found = of_the_arrival.iter().find(|(option, _)| {
             word.as_bytes()
                 .strip_prefix(option.as_bytes())
                 .is_some_and(|rest| rest.is_empty() || rest[0] == b'=')
         });
-        match of_the_arrival {
+        match found {
             None => kept.push(word),
             // With `=` the value is in the same word.
             Some((option, count)) if word.len() == option.len() => {
-                words.by_ref().take(count).for_each(drop);
+                words.by_ref().take(*count).for_each(drop);
             }
             Some(_) => {}
         }
@@ -178,7 +182,9 @@ fn environment(environ: &[u8]) -> impl Iterator<Item = (OsString, OsString)> {
             .as_bytes()
             .split_at(line.as_bytes().iter().position(|b| *b == b'=')?);
         let owned = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
-        Some((owned(name), owned(&value[1..])))
+        // The kernel goes on showing what an exec has used up.
+        let passed_on = name != succession::VARIABLE.as_bytes();
+        passed_on.then(|| (owned(name), owned(&value[1..])))
     })
 }
 
@@ -246,6 +252,21 @@ fn end(mut client: QmpClient, old: Pid) -> anyhow::Result<()> {
 }
 
 impl Done {
+    /// Says what has happened.
+    pub(super) fn show(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            return Ok(output::line(format_args!("{:#}", self.json()))?);
+        }
+        for line in self.lines() {
+            output::line(format_args!("{line}"))?;
+        }
+        Ok(())
+    }
+
+    fn is_same_process(&self) -> bool {
+        self.old.as_raw_nonzero().get().unsigned_abs() == self.new
+    }
+
     /// The parts of the blackout under the names that they have here.
     fn parts(&self) -> Vec<(&'static str, u64)> {
         let Some(parts) = self.record.blackout() else {
@@ -257,6 +278,8 @@ impl Done {
             ("devices letting go", parts.dirty_fetch_us),
             ("handing descriptors over", parts.last_round_us),
             ("saving device state", parts.device_state_us),
+            ("starting the new program", parts.exec_us),
+            ("building the machine", parts.build_us),
             ("loading it", parts.load_us),
             ("commit", parts.commit_us),
             ("resuming the vCPUs", parts.resume_us),
@@ -275,6 +298,7 @@ impl Done {
             .map(|(name, us)| (format!("{}-us", name.replace(' ', "-")), us.into()))
             .collect();
         json!({
+            "mode": if self.is_same_process() { "exec" } else { "transfer" },
             "old-pid": self.old.as_raw_nonzero().get(),
             "new-pid": self.new,
             "blackout-us": self.total_us(),
@@ -285,13 +309,15 @@ impl Done {
 
     fn lines(&self) -> Vec<String> {
         let whole = u64::try_from(self.whole.as_micros()).unwrap_or(u64::MAX);
-        let mut lines = vec![
-            format!(
-                "process {} has taken the guest over from process {} in {}",
-                self.new,
-                self.old,
-                duration(whole)
+        let who = match self.is_same_process() {
+            true => format!("process {} goes on as the new program after", self.new),
+            false => format!(
+                "process {} has taken the guest over from process {} in",
+                self.new, self.old
             ),
+        };
+        let mut lines = vec![
+            format!("{who} {}", duration(whole)),
             format!("blackout {}", duration(self.total_us())),
         ];
         let parts = self.parts().into_iter().filter(|(_, us)| *us > 0);
@@ -309,16 +335,20 @@ mod tests {
         let cmdline = b"/old/vmferry\0--log\0debug\0run\0--mem\x001G\0--incoming\0unix:/tmp/x\0--qmp\0q\0--paused\0\
             --incoming-cpr=inherited\0--end-with-parent\x0012\0--incoming=defer\0--vcpus\x002\0";
         assert_eq!(
-            arguments(cmdline),
+            arguments(cmdline, &OF_THE_ARRIVAL),
             [
                 "--log", "debug", "run", "--mem", "1G", "--qmp", "q", "--vcpus", "2"
             ]
         );
+        let same_parent = arguments(cmdline, OF_THE_GUESTS_ARRIVAL);
+        assert!(same_parent.contains(&"--end-with-parent".into()));
+        assert!(!same_parent.contains(&"--paused".into()));
     }
 
     #[test]
     fn the_environment_is_read_with_empty_values_and_equal_signs() {
-        let environ: Vec<_> = environment(b"A=1\0EMPTY=\0B=x=y\0nonsense\0").collect();
+        let environ: Vec<_> =
+            environment(b"A=1\0EMPTY=\0VMFERRY_CPR_EXEC=7\0B=x=y\0nonsense\0").collect();
         let expected = [("A", "1"), ("EMPTY", ""), ("B", "x=y")];
         assert_eq!(environ, expected.map(|(a, b)| (a.into(), b.into())));
     }

@@ -99,6 +99,11 @@ pub struct SourceStats {
 }
 
 impl<P> Source<P> {
+    /// The blackout until now, when the target has said READY and not RUNNING. For a target that will take this process's place.
+    pub fn blackout_so_far(&self, now: Moment) -> BlackoutParts {
+        self.blackout_parts(now, 0)
+    }
+
     /// The parts are differences of consecutive times, so they add up whatever the clocks of the two sides say.
     pub(super) fn blackout_parts(&self, running: Moment, resume_us: u64) -> BlackoutParts {
         let Blackout {

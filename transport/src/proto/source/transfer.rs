@@ -12,7 +12,8 @@ use crate::wire::frame::{Ready, SourceFrame, StateEnd};
 use crate::wire::hello::{DataHello, Hello, HelloReply, VersionRange};
 
 impl<P: fmt::Debug> Source<P> {
-    pub(super) fn hello(&self) -> Hello {
+    /// What this attempt begins with, for whoever wants to judge it before.
+    pub fn hello(&self) -> Hello {
         let SourceConfig {
             migration_id,
             data_connections,

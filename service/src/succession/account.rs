@@ -1,0 +1,114 @@
+//! What the old program tells the new one of the migration so far, so that the whole can be shown: times, and how it was asked for.
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use crate::qmp::schema::BlackoutInfo;
+
+/// The old program's account. Unknown members are of later versions, missing ones are 0.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Account {
+    /// When the migration began, in microseconds of the monotonic clock, which an exec does not touch.
+    pub began_us: u64,
+    /// When the exec was asked for, on the same clock.
+    pub exec_us: u64,
+    /// The parts of the blackout until then.
+    pub blackout: BlackoutInfo,
+    /// Longest time in which the guest could not write before it was stopped, if it tells.
+    pub guest_stall_us: Option<u64>,
+}
+
+impl Account {
+    /// For a letter.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Out of a letter.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn decode(bytes: &[u8]) -> anyhow::Result<Self> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| anyhow::anyhow!("the account of the old program: {error}"))
+    }
+
+    /// The whole blackout, when the new program began, had built its machine, had loaded the state, and ran the guest.
+    pub fn whole(&self, times: Times) -> BlackoutInfo {
+        let Times {
+            began_us,
+            built_us,
+            loaded_us,
+            running_us,
+        } = times;
+        let parts = BlackoutInfo {
+            exec_us: began_us.saturating_sub(self.exec_us),
+            build_us: built_us.saturating_sub(began_us),
+            load_us: loaded_us.saturating_sub(built_us),
+            resume_us: running_us.saturating_sub(loaded_us),
+            ..self.blackout
+        };
+        let total_us = parts.parts().iter().map(|(_, us)| us).sum();
+        BlackoutInfo { total_us, ..parts }
+    }
+}
+
+/// Moments of the new program, in microseconds of the monotonic clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// It began.
+    pub began_us: u64,
+    /// Its machine is built.
+    pub built_us: u64,
+    /// The state is loaded.
+    pub loaded_us: u64,
+    /// The guest runs.
+    pub running_us: u64,
+}
+
+/// Now, in microseconds of the monotonic clock of this host.
+pub fn now_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_survives_and_its_parts_add_up_over_both_programs() {
+        let blackout = BlackoutInfo {
+            total_us: 70,
+            pause_us: 40,
+            device_state_us: 30,
+            ..BlackoutInfo::default()
+        };
+        let account = Account {
+            began_us: 5,
+            exec_us: 1000,
+            blackout,
+            guest_stall_us: Some(9),
+        };
+        assert_eq!(Account::decode(&account.encode()).unwrap(), account);
+        let whole = account.whole(Times {
+            began_us: 1100,
+            built_us: 1300,
+            loaded_us: 1400,
+            running_us: 1404,
+        });
+        assert_eq!(whole.total_us, 70 + 404);
+        assert_eq!((whole.exec_us, whole.build_us), (100, 200));
+        assert_eq!((whole.load_us, whole.resume_us), (100, 4));
+    }
+
+    #[test]
+    fn an_account_of_another_version_is_read_as_far_as_it_goes() {
+        let account = Account::decode(br#"{"began-us": 3, "later": []}"#).unwrap();
+        assert_eq!(account.began_us, 3);
+        assert!(Account::decode(b"").is_err());
+        assert!(Account::decode(br#"{"began-us": "x"}"#).is_err());
+    }
+}
