@@ -18,6 +18,8 @@ use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
 use vmferry_cpr::{memfd, shared, spawn};
+use vmferry_transport::memory::GuestRam;
+use vmferry_transport::memory::populate::map_existing;
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
@@ -177,10 +179,23 @@ impl Legacy {
     ///
     /// # Errors
     /// The old process has gone or given up.
-    pub(super) fn prepared(self, origin: OriginId, events: Events) -> anyhow::Result<()> {
+    pub(super) fn prepared(
+        self,
+        ram: &GuestRam,
+        origin: OriginId,
+        events: Events,
+    ) -> anyhow::Result<()> {
         let Rest::Process(arrived) = self.rest else {
             bail!("nothing more comes from a program that is gone");
         };
+        // While the guest runs elsewhere: later it would wait for each page.
+        match map_existing(ram) {
+            Ok(pages) => tracing::debug!(pages = pages.0, "guest memory is mapped"),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::info!(error, "guest memory is mapped when the guest uses it");
+            }
+        }
         let ready = arrived.taken().context("the old process")?;
         let wait = move || {
             let report = |event| {

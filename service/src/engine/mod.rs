@@ -387,7 +387,7 @@ impl Engine {
                     .await?;
                 if let Some(legacy) = legacy {
                     // The old process is waiting for this, and nobody else.
-                    return legacy.prepared(origin, self.events.clone());
+                    return legacy.prepared(self.machine.ram(), origin, self.events.clone());
                 }
                 let local = self.incoming.as_ref().map_or(address, Incoming::address);
                 logging::announce(format_args!("waiting for an incoming migration at {local}"));

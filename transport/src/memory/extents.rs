@@ -127,7 +127,12 @@ fn is_full(file: &File, block_end: u64) -> io::Result<bool> {
     let stat = rustix::fs::fstat(file)?;
     let covers = u64::try_from(stat.st_size).is_ok_and(|size| size >= block_end);
     let full = stat.st_blocks.saturating_mul(STAT_BLOCK_BYTES) >= stat.st_size;
-    Ok(covers && full && rustix::fs::fstatfs(file)?.f_type == TMPFS_MAGIC)
+    Ok(covers && full && is_tmpfs(file)?)
+}
+
+/// Whether what a file has is memory, and on no disk.
+pub(super) fn is_tmpfs(file: &File) -> io::Result<bool> {
+    Ok(rustix::fs::fstatfs(file)?.f_type == TMPFS_MAGIC)
 }
 
 /// `None` when there is nothing of the kind up to the end of the file.

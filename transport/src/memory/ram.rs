@@ -2,13 +2,15 @@
 
 #![expect(
     unsafe_code,
-    reason = "vouches for the addresses of vm-memory's mappings"
+    reason = "vouches for the addresses of vm-memory's mappings, and asks the kernel to map pages there"
 )]
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
+use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
@@ -118,6 +120,18 @@ impl RamBlock {
         let offset = usize::try_from(start.to_offset()).ok()?;
         let len = usize::try_from(count.to_bytes()).ok()?;
         Some((self.mapping.host_address().wrapping_add(offset), len))
+    }
+
+    /// Has the kernel map a run of pages into this process, as reading them all would. Pages that do not exist come into being.
+    ///
+    /// # Errors
+    /// The run is not inside the block, or the kernel's answer: EINVAL before Linux 5.14.
+    pub(crate) fn fill_page_tables(&self, start: PageIndex, count: PageCount) -> io::Result<()> {
+        let range = self.host_range(start, count);
+        let (address, bytes) = range.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range is inside of a mapping that lives as long as `self`, and what is mapped there does not change by this.
+        let done = unsafe { madvise(address.cast(), bytes, Advice::LinuxPopulateRead) };
+        Ok(done?)
     }
 
     /// File behind the block and the offset of the block's first byte in it; `None` for anonymous memory.

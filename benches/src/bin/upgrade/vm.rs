@@ -1,141 +1,86 @@
-//! What a guest notices of upgrades in place, against the size of its memory: a VM of vmferry and one of QEMU with the same guest take
-//! turns, each handed over to a new process again and again by `vmferry upgrade`.
-//!
-//! The gap is what the guest itself saw: the longest time between two of its writes, read from its memory. No memory may come into being
-//! and nothing in it may be wrong. Medians go to standard error as a table and, with every sample, to standard output as JSON.
+//! VMs that are upgraded: of vmferry and of QEMU.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmferry::cli::client::QmpClient;
-use vmferry::machine::workload::layout::{MAILBOX_GPA, PARAMS_GPA, mailbox, params};
+use vmferry::machine::workload::layout::{PARAMS_GPA, mailbox, mailbox_gpa, params};
+
+use crate::rate::Watch;
 
 /// Environment variable that makes this program the one that is measured.
-const BE_VMFERRY: &str = "VMFERRY_UPGRADE_BE_VMFERRY";
+pub(crate) const BE_VMFERRY: &str = "VMFERRY_UPGRADE_BE_VMFERRY";
 /// Far longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a guest is watched at most until it writes as before.
+const AFTERWARDS: Duration = Duration::from_secs(2);
 
-/// Measures upgrades in place.
-#[derive(Clone, Debug, Parser)]
-struct Options {
-    /// Sizes of memory in MiB.
-    #[arg(long, value_delimiter = ',', default_values_t = [256, 1024, 4096, 16384])]
-    mem: Vec<u64>,
-    /// Memory that the guest keeps writing, in MiB.
-    #[arg(long, default_value_t = 64)]
-    working_set: u64,
-    /// Upgrades of each VM.
-    #[arg(long, default_value_t = 20)]
-    runs: usize,
-    /// Without QEMU.
-    #[arg(long)]
-    no_qemu: bool,
-    /// QEMU, 10 or newer.
-    #[arg(long, default_value = "qemu-system-x86_64")]
-    qemu: String,
-    /// A small run that proves that everything works and measures nothing.
-    #[arg(long)]
-    smoke: bool,
+/// Pages per second of each of several vCPUs.
+const HELD_BACK: u64 = 2000;
+
+/// What a VM has. Sizes in MiB.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) mem: u64,
+    pub(crate) working_set: u64,
+    pub(crate) vcpus: u32,
+    pub(crate) disks: usize,
 }
 
-fn main() -> ExitCode {
-    // The VMs and their upgrades are this program too, so that they are never older than what is measured.
-    if std::env::var_os(BE_VMFERRY).is_some() {
-        return vmferry::cli::main();
-    }
-    let mut options = Options::parse();
-    if options.smoke {
-        (options.mem, options.working_set, options.runs) = (vec![64], 4, 1);
-    }
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("upgrade: {error:#}");
-            ExitCode::FAILURE
+impl Shape {
+    /// One vCPU at full speed; more of them are held back, because with fewer processors than vCPUs they would measure the scheduler.
+    fn dirty_rate(&self) -> String {
+        match self.vcpus {
+            1 => "max".to_owned(),
+            vcpus => (u64::from(vcpus) * HELD_BACK).to_string(),
         }
     }
-}
-
-fn run(options: &Options) -> Result<()> {
-    let mut cases = Vec::new();
-    for &mem in &options.mem {
-        let mut vms = vec![Vm::vmferry(mem, options.working_set)?];
-        if !options.no_qemu {
-            vms.push(Vm::qemu(&options.qemu, mem, options.working_set)?);
-        }
-        for vm in &vms {
-            vm.tell("stop")?;
-        }
-        let mut samples = vec![Vec::new(); vms.len()];
-        for _ in 0..options.runs {
-            for (vm, samples) in vms.iter_mut().zip(&mut samples) {
-                // One guest at a time: each takes a processor of its own.
-                vm.tell("cont")?;
-                samples.push(vm.upgrade()?);
-                vm.tell("stop")?;
-            }
-        }
-        for (vm, samples) in vms.iter().zip(samples) {
-            let median = |what: fn(&Sample) -> f64| median(samples.iter().map(what).collect());
-            let (gap, blackout) = (median(|s| s.gap_ms), median(|s| s.blackout_ms));
-            let total = median(|s| s.total_ms);
-            let worst = samples.iter().map(|s| s.gap_ms).fold(0.0, f64::max);
-            eprintln!(
-                "{:8} {mem:6} MiB: gap {gap:6.2} ms (max {worst:6.2}), blackout {blackout:6.2} ms, in all {total:7.1} ms",
-                vm.name
-            );
-            cases.push(json!({
-                "vmm": vm.name,
-                "mem-mib": mem,
-                "gap-ms": gap,
-                "blackout-ms": blackout,
-                "total-ms": total,
-                "samples": samples.iter().map(Sample::report).collect::<Vec<_>>(),
-            }));
-        }
-    }
-    let report = json!({ "benchmark": "upgrade", "cases": cases });
-    println!("{report:#}");
-    Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// One upgrade.
 #[derive(Clone, Debug)]
-struct Sample {
-    gap_ms: f64,
+pub(crate) struct Sample {
+    pub(crate) gap_ms: f64,
     /// As the VMM says; QEMU knows whole milliseconds only.
-    blackout_ms: f64,
+    pub(crate) blackout_ms: f64,
+    /// From the last write before to the first moment at which the guest writes at 90 % of its rate.
+    pub(crate) back_ms: f64,
     /// From the start of the new process to its word that it runs the guest, or to the end of the old one (vmferry).
-    total_ms: f64,
+    pub(crate) total_ms: f64,
+    /// Of the blackout, as the VMM says.
+    parts: Value,
 }
 
 impl Sample {
-    fn report(&self) -> Value {
+    pub(crate) fn report(&self) -> Value {
         let Self {
             gap_ms,
             blackout_ms,
+            back_ms,
             total_ms,
+            parts,
         } = self;
-        json!({ "gap-ms": gap_ms, "blackout-ms": blackout_ms, "total-ms": total_ms })
+        json!({
+            "gap-ms": gap_ms,
+            "blackout-ms": blackout_ms,
+            "back-ms": back_ms,
+            "total-ms": total_ms,
+            "blackout-parts": parts,
+        })
     }
 }
 
 /// A VM, in whichever process. Dropping it ends it.
-struct Vm {
-    name: &'static str,
+pub(crate) struct Vm {
+    pub(crate) name: &'static str,
+    pub(crate) shape: Shape,
     dir: TempDir,
     /// The process that runs it.
     pid: u64,
@@ -144,17 +89,27 @@ struct Vm {
 }
 
 impl Vm {
-    fn vmferry(mem: u64, working_set: u64) -> Result<Self> {
+    pub(crate) fn vmferry(shape: Shape) -> Result<Self> {
         let dir = TempDir::with_prefix("vmferry-upgrade-")?;
         let mut command = ourselves()?;
         command
-            .args(["run", "--mem", &format!("{mem}M"), "--dirty-rate", "max"])
-            .args(["--working-set", &format!("{working_set}M"), "--qmp"])
+            .args(["run", "--mem", &format!("{}M", shape.mem)])
+            .args(["--vcpus", &shape.vcpus.to_string()])
+            .args(["--dirty-rate", &shape.dirty_rate()])
+            .args(["--working-set", &format!("{}M", shape.working_set), "--qmp"])
             .arg(dir.path().join("qmp"));
-        Self::start("vmferry", dir, command)
+        for disk in 0..shape.disks {
+            let path = dir.path().join(format!("disk{disk}"));
+            File::create(&path)?.set_len(1 << 20)?;
+            command.arg("--disk").arg(path);
+        }
+        Self::start("vmferry", shape, dir, command)
     }
 
-    fn qemu(qemu: &str, mem: u64, working_set: u64) -> Result<Self> {
+    pub(crate) fn qemu(qemu: &str, shape: Shape) -> Result<Self> {
+        let Shape {
+            mem, working_set, ..
+        } = shape;
         let dir = TempDir::with_prefix("vmferry-upgrade-")?;
         let image = dir.path().join("workload");
         let made = ourselves()?
@@ -182,18 +137,19 @@ impl Vm {
             .args(["-qmp", "unix:qmp,server=on,wait=off", "-kernel"])
             .arg(&image)
             .current_dir(dir.path());
-        Self::start("qemu", dir, command)
+        Self::start("qemu", shape, dir, command)
     }
 
-    fn start(name: &'static str, dir: TempDir, mut command: Command) -> Result<Self> {
+    fn start(name: &'static str, shape: Shape, dir: TempDir, mut command: Command) -> Result<Self> {
         let first = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        let vm = Self {
+        let mut vm = Self {
             name,
+            shape,
             dir,
             pid: first.id().into(),
             first,
@@ -202,13 +158,14 @@ impl Vm {
         // Not asked over QMP: some KVMs do not survive a boot that is interrupted.
         while vm
             .memory()
-            .and_then(|ram| ram.field(mailbox::PASSES))
+            .and_then(|ram| ram.least(mailbox::PASSES))
             .unwrap_or(0)
             < 2
         {
+            let ended = vm.first.try_wait()?;
             ensure!(
-                Instant::now() < deadline,
-                "the guest of {name} does not run"
+                ended.is_none() && Instant::now() < deadline,
+                "the guest of {name} with {shape:?} does not run"
             );
             thread::sleep(Duration::from_millis(20));
         }
@@ -219,18 +176,21 @@ impl Vm {
         self.dir.path().join("qmp")
     }
 
-    fn tell(&self, command: &str) -> Result<()> {
+    pub(crate) fn tell(&self, command: &str) -> Result<()> {
         QmpClient::connect(&self.qmp())?.execute(command, json!({}))?;
         Ok(())
     }
 
-    fn upgrade(&mut self) -> Result<Sample> {
+    pub(crate) fn upgrade(&mut self) -> Result<Sample> {
         // The guest has been stopped: that gap ends now.
         thread::sleep(Duration::from_millis(50));
         let ram = self.memory()?;
         let populated = ram.file.metadata()?.blocks();
         ram.forget_gap()?;
-        thread::sleep(Duration::from_millis(50));
+        // The rate before counts.
+        let mut watch = Watch::start(self.memory()?);
+        thread::sleep(Duration::from_millis(100));
+        watch.mark();
         let output = ourselves()?
             .args(["upgrade", "--json", "--qmp"])
             .arg(self.qmp())
@@ -244,9 +204,10 @@ impl Vm {
         self.pid = report["new-pid"].as_u64().context("no new-pid")?;
         // Long enough for the gap to end, and for a write of every page.
         thread::sleep(Duration::from_millis(150));
+        let back_ms = watch.end(AFTERWARDS)?;
         let ram = self.memory()?;
         ensure!(
-            ram.field(mailbox::ERRORS)? == 0,
+            ram.total(mailbox::ERRORS)? == 0,
             "{}: corruption",
             self.name
         );
@@ -254,8 +215,10 @@ impl Vm {
         ensure!(now == populated, "{}: memory came into being", self.name);
         Ok(Sample {
             gap_ms: ram.gap_ms()?,
+            back_ms,
             blackout_ms: number("blackout-us")? / 1e3,
             total_ms: number("total-us")? / 1e3,
+            parts: report["blackout-parts"].clone(),
         })
     }
 
@@ -267,7 +230,7 @@ impl Vm {
             if !link.is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:")) {
                 continue;
             }
-            let ram = Ram::open(&path)?;
+            let ram = Ram::open(&path, self.shape.vcpus)?;
             if ram.word(PARAMS_GPA + params::MAGIC_AT).ok() == Some(params::MAGIC) {
                 return Ok(ram);
             }
@@ -288,15 +251,16 @@ impl Drop for Vm {
     }
 }
 
-/// Memory of a guest with one vCPU, seen from outside.
-struct Ram {
+/// Memory of a guest, seen from outside.
+pub(crate) struct Ram {
     file: File,
+    vcpus: u32,
 }
 
 impl Ram {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, vcpus: u32) -> Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
-        Ok(Self { file })
+        Ok(Self { file, vcpus })
     }
 
     fn word(&self, gpa: u64) -> Result<u64> {
@@ -305,20 +269,40 @@ impl Ram {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    fn field(&self, at: u64) -> Result<u64> {
-        self.word(MAILBOX_GPA + at)
+    /// A field of the mailbox of each vCPU.
+    fn fields(&self, at: u64) -> Result<Vec<u64>> {
+        let words = (0..self.vcpus).map(|vcpu| self.word(mailbox_gpa(vcpu) + at));
+        words.collect()
+    }
+
+    fn least(&self, at: u64) -> Result<u64> {
+        Ok(self.fields(at)?.into_iter().min().unwrap_or(0))
+    }
+
+    fn total(&self, at: u64) -> Result<u64> {
+        Ok(self.fields(at)?.into_iter().sum())
+    }
+
+    /// Pages that the guest has written since it began.
+    pub(crate) fn written(&self) -> Result<u64> {
+        self.total(mailbox::PAGES_WRITTEN)
     }
 
     fn forget_gap(&self) -> Result<()> {
-        let requested = self.field(mailbox::RESET_REQUESTED)? + 1;
-        let at = MAILBOX_GPA + mailbox::RESET_REQUESTED;
-        Ok(self.file.write_all_at(&requested.to_le_bytes(), at)?)
+        for vcpu in 0..self.vcpus {
+            let at = mailbox_gpa(vcpu) + mailbox::RESET_REQUESTED;
+            let requested = self.word(at)? + 1;
+            self.file.write_all_at(&requested.to_le_bytes(), at)?;
+        }
+        Ok(())
     }
 
+    /// The longest of any vCPU.
     #[expect(clippy::cast_precision_loss, reason = "a time for people")]
     fn gap_ms(&self) -> Result<f64> {
         let khz = self.word(PARAMS_GPA + params::TSC_KHZ)?.max(1);
-        Ok(self.field(mailbox::LONGEST_GAP_TICKS)? as f64 / khz as f64)
+        let longest = self.fields(mailbox::LONGEST_GAP_TICKS)?.into_iter().max();
+        Ok(longest.unwrap_or(0) as f64 / khz as f64)
     }
 }
 
