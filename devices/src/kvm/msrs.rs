@@ -18,6 +18,11 @@ const MSRS_MAX: usize = 1024;
 /// that has just been made equal to the source's; nothing else is remembered, and a guest that wants the clock again sets it again.
 const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
+/// Whether an MSR is one with which a guest asks for the wall clock.
+pub(super) fn is_wall_clock(index: u32) -> bool {
+    KVM_WALL_CLOCK.contains(&index)
+}
+
 /// Those of `listed` that `vcpu` lets us read, without the TSC, which has a way of its own, and without those that only ask KVM to write
 /// something. The order of the list is kept, the TSC
 /// deadline comes last.
@@ -26,7 +31,7 @@ pub(super) fn readable_msrs(vcpu: &VcpuFd, listed: &[u32]) -> io::Result<Vec<u32
         .iter()
         .copied()
         .filter(|index| !matches!(*index, IA32_TSC | IA32_TSC_DEADLINE))
-        .filter(|index| !KVM_WALL_CLOCK.contains(index))
+        .filter(|index| !is_wall_clock(*index))
         .collect();
     if listed.contains(&IA32_TSC_DEADLINE) {
         candidates.push(IA32_TSC_DEADLINE);

@@ -1,15 +1,17 @@
-//! Saved state of KVM's own parts. Version 1, frozen.
+//! Saved state of KVM's own parts. Frozen.
 //!
 //! Structures of the kernel's stable x86-64 interface travel as byte strings in the kernel's own layout; loading checks the length
 //! of each. Their meaning is the kernel's, and it validates what it is given.
 
 use serde::{Deserialize, Serialize};
 
-use crate::saved::SavedState;
+use super::msrs::is_wall_clock;
+use crate::saved::{SavedState, read};
 
-/// State of one vCPU.
+/// State of one vCPU, schema `kvm-vcpu`, version 2. Version 1 had the same fields, and the MSRs with which a guest asks for the wall clock
+/// among the others: setting them makes KVM write into memory.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct VcpuV1 {
+pub struct VcpuV2 {
     /// What CPUID shall tell the guest: an array of `struct kvm_cpuid_entry2`.
     #[serde(with = "serde_bytes")]
     pub cpuid: Vec<u8>,
@@ -45,9 +47,15 @@ pub struct VcpuV1 {
     pub mp_state: u32,
 }
 
-impl SavedState for VcpuV1 {
+impl SavedState for VcpuV2 {
     const SCHEMA: &'static str = "kvm-vcpu";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
+
+    fn upgrade(_: u32, bytes: &[u8]) -> Result<Self, String> {
+        let mut saved: Self = read(bytes)?;
+        saved.msrs.retain(|(index, _)| !is_wall_clock(*index));
+        Ok(saved)
+    }
 }
 
 /// Time stamp counter of one vCPU.

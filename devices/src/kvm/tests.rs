@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::bytes::{from_bytes, to_bytes};
 use super::ioctl::XsaveArea;
 use super::msrs::set_msrs;
-use super::saved::{ClockV1, IrqchipV1, VcpuV1};
+use super::saved::{ClockV1, IrqchipV1, VcpuV2};
 use super::*;
 use crate::DeviceError;
 use crate::saved::{decode, encode};
@@ -82,7 +82,7 @@ fn all_of_a_vcpus_state_arrives_in_a_second_vm() {
         make_distinctive(&source, &profile);
         let saved = source.save(&profile).unwrap();
         assert_eq!(saved.lapic.is_some(), irqchip);
-        let saved: VcpuV1 = decode(&encode("vcpu/0", &saved).unwrap()).unwrap();
+        let saved: VcpuV2 = decode(&encode("vcpu/0", &saved).unwrap()).unwrap();
 
         let (_target_vm, mut target, target_profile) = vm_with_vcpu(irqchip).unwrap();
         assert!(
@@ -139,7 +139,7 @@ fn a_timer_with_a_deadline_keeps_it() {
 const TSC_DEADLINE: u32 = 0x6e0;
 
 /// Something done to a saved state.
-type Change<'a> = &'a dyn Fn(&mut VcpuV1);
+type Change<'a> = &'a dyn Fn(&mut VcpuV2);
 
 #[test]
 fn every_field_counts_as_a_difference() {

@@ -16,7 +16,7 @@ use super::clock::ClockMove;
 use super::cpuid::{cpuid_from_bytes, cpuid_to_bytes, guest_cpuid, missing_features};
 use super::ioctl::{XSAVE_BYTES_MIN, XsaveArea, has_tsc_offset, xsave_bytes};
 use super::msrs::{IA32_TSC_DEADLINE, get_msrs, readable_msrs, set_msrs};
-use super::saved::VcpuV1;
+use super::saved::VcpuV2;
 use super::tsc::{restore_tsc, restore_tsc_khz, save_tsc};
 use crate::DeviceError;
 
@@ -111,7 +111,7 @@ impl KvmVcpu {
     ///
     /// # Errors
     /// The call that failed; the vCPU is unchanged.
-    pub fn save(&self, profile: &VcpuProfile) -> Result<VcpuV1, DeviceError> {
+    pub fn save(&self, profile: &VcpuProfile) -> Result<VcpuV2, DeviceError> {
         let Self {
             fd: vcpu,
             name: device,
@@ -130,7 +130,7 @@ impl KvmVcpu {
         let visible = vcpu
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(kernel(device, "KVM_GET_CPUID2"))?;
-        Ok(VcpuV1 {
+        Ok(VcpuV2 {
             cpuid: cpuid_to_bytes(cpuid),
             visible_cpuid: (visible != *cpuid).then(|| cpuid_to_bytes(&visible)),
             regs: to_bytes(&vcpu.get_regs().map_err(kernel(device, "KVM_GET_REGS"))?),
@@ -161,7 +161,7 @@ impl KvmVcpu {
     pub fn restore(
         &mut self,
         profile: &VcpuProfile,
-        state: &VcpuV1,
+        state: &VcpuV2,
         clock: Option<&ClockMove>,
     ) -> Result<(), DeviceError> {
         let Self {
@@ -229,8 +229,8 @@ struct Decoded {
 }
 
 impl Decoded {
-    fn new(device: &str, state: &VcpuV1, profile: &VcpuProfile) -> Result<Self, DeviceError> {
-        let VcpuV1 {
+    fn new(device: &str, state: &VcpuV2, profile: &VcpuProfile) -> Result<Self, DeviceError> {
+        let VcpuV2 {
             cpuid,
             visible_cpuid,
             regs,
@@ -327,7 +327,7 @@ fn lapic_from_bytes(
     }
 }
 
-impl VcpuV1 {
+impl VcpuV2 {
     /// What differs between two states of a vCPU that has not run in between, one text per field; empty if nothing does. Left out is
     /// what moves on by itself: the TSC, its deadline, clocks.
     pub fn differences(&self, other: &Self) -> Vec<String> {

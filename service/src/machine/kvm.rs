@@ -28,7 +28,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM
 use kvm_ioctls::{DeviceFd as KvmDevice, Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 use vmferry_devices::announce::Announce;
-use vmferry_devices::kvm::saved::VcpuV1;
+use vmferry_devices::kvm::saved::VcpuV2;
 use vmferry_devices::kvm::{
     ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmNotifier, KvmVcpu, MemorySlots, VcpuProfile,
     install_kick_handler, restore_clock, restore_irqchip, save_clock, save_irqchip, tell_paused,
@@ -303,7 +303,7 @@ impl KvmMachine {
         section: &Section,
         clock: &ClockMove,
     ) -> Result<(), DeviceError> {
-        let saved: VcpuV1 = decode(section)?;
+        let saved: VcpuV2 = decode(section)?;
         let mut kvm = vcpu.lock();
         kvm.restore(&self.profile, &saved, Some(clock))?;
         let differences = saved.differences(&kvm.save(&self.profile)?);

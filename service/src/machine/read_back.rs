@@ -1,7 +1,7 @@
 //! Reading a machine's state back after loading it, to find out whether it took what it was given.
 
 use vmferry_devices::DeviceError;
-use vmferry_devices::kvm::saved::{ClockV1, VcpuV1};
+use vmferry_devices::kvm::saved::{ClockV1, VcpuV2};
 use vmferry_devices::saved::{SavedState, decode};
 use vmferry_transport::wire::Section;
 
@@ -23,8 +23,8 @@ pub fn state_differences(
         match loaded.iter().find(|section| section.name == *name) {
             None => differences.push(format!("{name}: was not loaded")),
             Some(_) if now.schema == ClockV1::SCHEMA => {}
-            Some(then) if now.schema == VcpuV1::SCHEMA => {
-                let (then, now): (VcpuV1, VcpuV1) = (decode(then)?, decode(&now)?);
+            Some(then) if now.schema == VcpuV2::SCHEMA => {
+                let (then, now): (VcpuV2, VcpuV2) = (decode(then)?, decode(&now)?);
                 differences.extend(
                     then.differences(&now)
                         .iter()

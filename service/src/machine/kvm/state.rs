@@ -53,7 +53,7 @@ pub(super) fn schemas(vcpus: u32, has_irqchip: bool) -> Vec<DeviceSchema> {
         schema_of::<kvm::saved::ClockV1>(CLOCK),
     ];
     schemas
-        .extend((0..vcpus).map(|number| schema_of::<kvm::saved::VcpuV1>(&kvm::vcpu_name(number))));
+        .extend((0..vcpus).map(|number| schema_of::<kvm::saved::VcpuV2>(&kvm::vcpu_name(number))));
     schemas.push(schema_of::<crate::machine::serial::SerialV1>(SERIAL));
     if has_irqchip {
         schemas.push(schema_of::<kvm::saved::IrqchipV1>(IRQCHIP));

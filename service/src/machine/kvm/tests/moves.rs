@@ -231,8 +231,8 @@ fn vcpu_state_with_wrong_content_is_refused() {
         .iter()
         .position(|section| section.name == "vcpu/0")
         .unwrap();
-    let good: VcpuV1 = decode(&sections[at]).unwrap();
-    let refuse = |change: &dyn Fn(&mut VcpuV1), reason: &str| {
+    let good: VcpuV2 = decode(&sections[at]).unwrap();
+    let refuse = |change: &dyn Fn(&mut VcpuV2), reason: &str| {
         let target = machine(&incoming(&config));
         let target_stopped = target.pause().unwrap();
         let mut bad = good.clone();
