@@ -72,4 +72,5 @@ mod upgrade_faults; // I1, I3, I7: every fault at every step of an upgrade
 mod upgrade_qemu; // I2: a VM of QEMU goes on in a new QEMU
 mod upgrade_serial; // I2: no byte of the serial port is lost or doubled in an upgrade
 mod upgrade_soak; // I1, I2, I4: many upgrades of one guest with all its devices, nothing lost, nothing leaked
+mod versions; // I2, I3: VMs of older builds, and back to them
 mod vhost_user; // I2, I3: disks whose back end is another process
