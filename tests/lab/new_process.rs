@@ -24,8 +24,13 @@ pub(crate) struct Moved {
 impl Moved {
     /// Upgrades the VM that answers at `path`.
     pub(crate) fn from(path: PathBuf) -> Self {
+        Self::by("transfer", path)
+    }
+
+    /// The same in one of the two modes.
+    pub(crate) fn by(mode: &str, path: PathBuf) -> Self {
         let output = program()
-            .args(["upgrade", "--json", "--qmp"])
+            .args(["upgrade", "--json", "--mode", mode, "--qmp"])
             .arg(&path)
             .stdin(Stdio::null())
             .output()
@@ -46,6 +51,14 @@ impl Moved {
             left.map_or(true, |left| left == 0).then_some(())
         });
         next
+    }
+
+    /// Upgrades it without a new process.
+    pub(crate) fn execs(self) -> Self {
+        let program = Self::by("exec", self.path.clone());
+        assert_eq!(program.pid, self.pid);
+        std::mem::forget(self);
+        program
     }
 
     pub(crate) fn query(&self, command: &str) -> Value {

@@ -240,6 +240,10 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
     let moved = moved.again();
     assert_copies(&device, &memory, 0, 253);
     moved.assert_passes(2);
+    // Another program in this process.
+    let moved = moved.execs();
+    assert_copies(&device, &memory, 0, 254);
+    moved.assert_passes(2);
 }
 
 #[test]

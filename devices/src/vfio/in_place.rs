@@ -144,14 +144,26 @@ pub fn blocker(set: &VfioSet, reach: &Reach) -> Option<String> {
     }
 }
 
+/// Who had the devices before.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Before {
+    /// Another process, which may want them back.
+    #[default]
+    Process,
+    /// Another program in this process, which is gone (cpr-exec). A program that has failed after it took them was there too.
+    Program,
+}
+
 /// The new process: its addresses are behind the mappings from now on. The devices work on or stay stopped, as they came.
 ///
 /// # Errors
 /// The old process has not let go, or a limit of locked memory is too low. The old one takes back whatever was taken.
-pub fn take_over(reach: &mut Reach) -> Result<(), DeviceError> {
-    reach
-        .take()
-        .map_err(|source| kernel("mapping guest memory for VFIO devices", source))
+pub fn take_over(reach: &mut Reach, before: Before) -> Result<(), DeviceError> {
+    let taken = match before {
+        Before::Process => reach.take(),
+        Before::Program => reach.take_back(),
+    };
+    taken.map_err(|source| kernel("mapping guest memory for VFIO devices", source))
 }
 
 impl Notifier for VfioInPlace {

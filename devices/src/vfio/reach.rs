@@ -70,7 +70,7 @@ pub struct Reach {
     way: Way,
     /// Our addresses are behind the mappings, as far as we know.
     ours: bool,
-    /// They may be because we have taken the mappings from another process.
+    /// It was another process that has mapped them, and we have never let go.
     taken: bool,
 }
 
@@ -109,7 +109,7 @@ impl Reach {
 
     pub(super) fn map_with(face: Arc<dyn DmaFace>, memory: Vec<Reached>) -> io::Result<Self> {
         let mut this = Self::apart(face, Vec::new())?;
-        this.ours = true;
+        (this.ours, this.taken) = (true, false);
         for reached in memory {
             this.face.map(reached.range(), reached.memory.as_ref())?;
             this.memory.push(reached);
@@ -127,7 +127,7 @@ impl Reach {
             memory,
             way,
             ours: false,
-            taken: false,
+            taken: true,
         })
     }
 
@@ -171,7 +171,6 @@ impl Reach {
         if self.ours {
             return Ok(());
         }
-        self.taken = true;
         self.memory.iter().try_for_each(|reached| {
             let (range, memory) = (reached.range(), reached.memory.as_ref());
             match self.way {
@@ -183,7 +182,7 @@ impl Reach {
         Ok(())
     }
 
-    /// The old process: the guest stays. Takes the mappings from whoever has them, which is nobody that will use them: the new process has
+    /// The old process: the guest stays. Also a new program in the same process (cpr-exec), where nobody else is left. Takes the mappings from whoever has them, which is nobody that will use them: the new process has
     /// failed, or has died.
     ///
     /// # Errors
@@ -234,7 +233,7 @@ impl Drop for Reach {
     fn drop(&mut self) {
         for reached in &self.memory {
             if self.taken {
-                // The kernel may use it through our address.
+                // The kernel may use it through our address, even after a failure half-way.
                 std::mem::forget(Arc::clone(&reached.memory));
             } else if !self.ours {
                 continue;

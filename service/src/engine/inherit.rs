@@ -18,6 +18,7 @@ use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
 use vmferry_cpr::{memfd, shared, spawn};
+use vmferry_devices::vfio::in_place::Before;
 use vmferry_transport::memory::GuestRam;
 use vmferry_transport::memory::populate::map_existing;
 use vmferry_transport::units::MigrationId;
@@ -99,6 +100,7 @@ impl Legacy {
         Ok(Self {
             given: Given {
                 ram,
+                before: Before::Process,
                 early,
                 devices,
             },
@@ -143,6 +145,7 @@ impl Legacy {
         Ok(Self {
             given: Given {
                 ram,
+                before: Before::Program,
                 early,
                 devices,
             },

@@ -72,8 +72,8 @@ fn build(config: &RunConfig, letter: &Letter) -> anyhow::Result<Arc<dyn Machine>
     let tell = Arc::new(|_| {});
     let given = Some(Given {
         ram,
-        early: Vec::new(),
         devices,
+        ..Given::default()
     });
     machine::build(&machine, given, backends, config.accel, tell)
         .context("cannot build the machine")

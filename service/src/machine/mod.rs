@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 use vmferry_cpr::manifest::FdEntry;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vfio::VfioSet;
+use vmferry_devices::vfio::in_place::Before;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -101,6 +102,8 @@ pub struct MachineConfig {
 pub struct Given {
     /// The files of guest memory, in the order of the blocks.
     pub ram: Vec<File>,
+    /// Who had them before.
+    pub before: Before,
     /// Descriptors of its devices that came with them.
     pub early: Vec<DeviceFd>,
     /// What is said of the descriptors of its devices, which come later.
@@ -220,7 +223,7 @@ pub fn build(
         Some(given) => (
             MachineRam::from_files(config.mem_bytes, given.ram)?,
             Some(given.devices),
-            Passed::FromProcess(given.early),
+            Passed::From(given.before, given.early),
         ),
         None => {
             let (bytes, backing) = (config.mem_bytes, &config.backing);

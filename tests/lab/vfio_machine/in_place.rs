@@ -121,3 +121,21 @@ fn a_mediated_device_that_cannot_be_stopped_refuses_an_upgrade_before_the_guest_
         .filter(|event| event["event"] == "STOP");
     assert_eq!(stops.count(), 0);
 }
+
+#[test]
+fn a_guest_that_talks_to_two_mtty_goes_on_in_another_program_of_its_process() {
+    let machine = machine();
+    let devices = two();
+    let mut vm = start_source(&machine, &devices);
+    let hidden = Hidden::new();
+    for _ in 0..2 {
+        let program = Moved::by("exec", vm.qmp_path());
+        assert_eq!(program.pid, vm.pid());
+        assert_eq!(states_of(program.pid), [DeviceState::Running; 2]);
+        program.assert_passes(TALKED);
+        // It is our child.
+        std::mem::forget(program);
+    }
+    drop(hidden);
+    vm.kill();
+}

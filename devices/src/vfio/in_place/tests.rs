@@ -176,7 +176,7 @@ impl Process {
     }
 
     fn take_over(&self) -> Result<(), DeviceError> {
-        take_over(lock(&self.reach).as_mut().unwrap())
+        take_over(lock(&self.reach).as_mut().unwrap(), Before::Process)
     }
 
     fn run(&self) {
@@ -325,6 +325,29 @@ fn what_a_new_process_had_taken_is_taken_back_whether_it_has_died_or_only_comes_
             }
             bench.assert_at(&old, DeviceState::Running);
         }
+    }
+}
+
+#[test]
+fn a_program_takes_devices_from_the_one_before_it_and_they_go_back_if_it_fails() {
+    for updates in [true, false] {
+        let bench = bench(updates, &[FULL]);
+        let old = Process::new(&bench.set, &bench.kernel, true);
+        let told = old.notifiers.setup(&SETUP).unwrap();
+        old.notifiers.done(told);
+        std::mem::forget(old);
+        let take = |program: &Process| {
+            let mut reach = lock(&program.reach);
+            take_over(reach.as_mut().unwrap(), Before::Program).unwrap();
+        };
+        let new = Process::new(&bench.set, &bench.kernel, false);
+        take(&new);
+        // It cannot use what came with them.
+        let again = Process::new(&bench.set, &bench.kernel, false);
+        take(&again);
+        drop(new);
+        again.run();
+        bench.assert_at(&again, DeviceState::Running);
     }
 }
 

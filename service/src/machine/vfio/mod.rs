@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use kvm_ioctls::DeviceFd as KvmDevice;
 use vm_memory::GuestMemoryRegion;
 use vmferry_cpr::manifest::{FdEntry, FdKind};
-use vmferry_devices::vfio::in_place::{self, SharedReach};
+use vmferry_devices::vfio::in_place::{self, Before, SharedReach};
 use vmferry_devices::vfio::{
     ContainerFace, FdContainer, FdFace, Mapped, Reach, Reached, Region, VfioDevice, VfioInPlace,
     VfioSet, dirty_logs, regions,
@@ -48,8 +48,8 @@ const DEVICE: &str = "device";
 pub enum Passed {
     /// They are opened.
     FromHost,
-    /// From the process that takes care of the guest now. Their container comes later.
-    FromProcess(Vec<DeviceFd>),
+    /// From whoever takes care of the guest now, or did before. Their container comes later.
+    From(Before, Vec<DeviceFd>),
 }
 
 /// The VFIO devices of a machine.
@@ -59,6 +59,8 @@ pub struct VfioDevices {
     /// RAM as devices reach it, by our own addresses.
     memory: Vec<Reached>,
     mapped: Vec<Mapped>,
+    /// Who had them, if somebody had.
+    before: Option<Before>,
     /// Comes later in a process that takes over from another.
     container: OnceLock<Container>,
     set: Arc<Mutex<VfioSet>>,
@@ -117,16 +119,20 @@ impl VfioDevices {
         if configs.is_empty() {
             return Ok(Self::default());
         }
+        let before = match &passed {
+            Passed::FromHost => None,
+            Passed::From(before, _) => Some(*before),
+        };
         let (opened, container) = match passed {
             Passed::FromHost => {
                 let (opened, container) = opened::open(configs, kvm.as_ref())?;
                 (opened, Some(container))
             }
-            Passed::FromProcess(fds) => (opened::passed(configs, fds, kvm.as_ref())?, None),
+            Passed::From(_, fds) => (opened::passed(configs, fds, kvm.as_ref())?, None),
         };
         let mut found = Self::default();
         (found.memory, found.mapped) = (reached(ram), mapped(ram));
-        found.kvm = kvm;
+        (found.kvm, found.before) = (kvm, before);
         let mut devices = Vec::new();
         for (number, (config, Opened { group, device })) in configs.iter().zip(opened).enumerate() {
             let name = config.device_name();
@@ -223,7 +229,7 @@ impl VfioDevices {
             op: "VFIO_CHECK_EXTENSION".to_owned(),
             source,
         })?;
-        in_place::take_over(&mut reach)?;
+        in_place::take_over(&mut reach, self.before.unwrap_or_default())?;
         self.have(fd, reach);
         Ok(())
     }
@@ -402,7 +408,7 @@ mod tests {
         let ram = MachineRam::create(8 << 20).unwrap();
         let configs = ["/a,id=net".parse::<VfioConfig>().unwrap()];
         let refusal = |passed| {
-            let passed = Passed::FromProcess(passed);
+            let passed = Passed::From(Before::Process, passed);
             let error = VfioDevices::open(&configs, passed, &ram, None).unwrap_err();
             error.to_string()
         };
