@@ -4,13 +4,15 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::cli::vmferry;
-use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::harness::{Accel, Chance, Launch, Machine, Vm, turn, until};
 use crate::listener::Listener;
 use crate::qmp::Qmp;
 
@@ -20,8 +22,12 @@ on_both_accelerators!(
     a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked,
     memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards,
     a_guest_that_cannot_have_its_disk_is_loaded_a_second_time,
+    a_process_killed_while_it_saves_leaves_a_whole_guest_or_none,
     huge_pages_stay_through_an_upgrade_and_move_or_are_missed_by_name,
 );
+
+/// How often a process is killed.
+const KILLS: u32 = 5;
 
 /// Where the memory and the archives of a test are.
 struct Place {
@@ -210,6 +216,49 @@ fn a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked(accel: Acc
     vm.assert_guest_works();
 }
 
+/// The process dies at any moment of a save; the host lives, so that memory is what the guest has written. An archive that can be loaded
+/// has the hash of the memory that it belongs to.
+fn a_process_killed_while_it_saves_leaves_a_whole_guest_or_none(accel: Accel) {
+    let _turn = turn();
+    let place = Place::in_memory(accel);
+    let chance = Chance::new();
+    let (mut loaded, mut started) = (0, Some(place.source()));
+    for _ in 0..KILLS {
+        let mut vm = started.take().unwrap_or_else(|| place.source());
+        vm.set(json!({"mode": "cpr-reboot", "x-verify": true}));
+        vm.migrate(&place.archive("vm"));
+        // Saving takes some 10 ms.
+        thread::sleep(Duration::from_micros(chance.below(20_000)));
+        vm.kill();
+        drop(vm);
+        let mut target = place.machine.start_target("defer", place.launch());
+        let archive = json!({ "uri": place.archive("vm") });
+        // There may be no file yet.
+        let begun = target.qmp.execute("migrate-incoming", archive).is_ok();
+        let complete = begun
+            && until("it is loaded or not", || {
+                // One that has failed ends, and answers to that effect or not at all.
+                let info = target.qmp.execute("query-migrate", json!({}));
+                match info.as_ref().map(|info| &info["status"]) {
+                    Ok(status) if status == "completed" => Some(true),
+                    Ok(status) if status != "failed" => None,
+                    Ok(_) | Err(_) => Some(false),
+                }
+            });
+        if complete {
+            target.assert_guest_works();
+            (loaded, started) = (loaded + 1, Some(target));
+        } else {
+            drop(target);
+            // The guest was lost with its process, and gives way to another.
+            for entry in fs::read_dir(place.folder.path()).unwrap() {
+                fs::remove_file(entry.unwrap().path()).unwrap();
+            }
+        }
+    }
+    println!("{loaded} of {KILLS} archives were complete");
+}
+
 fn ask(path: &Path, command: &str) -> Value {
     let mut qmp = until("somebody answers", || Qmp::connect(path));
     qmp.execute(command, json!({})).unwrap()
@@ -220,6 +269,8 @@ fn memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards(accel: Ac
     let place = Place::in_memory(accel);
     let mut vm = place.source();
     let path = vm.qmp_path();
+    let output = vmferry(&path, &["upgrade", "--json", "--mode", "exec"]);
+    assert!(output.status.success(), "{output:?}");
     let output = vmferry(&path, &["upgrade", "--json"]);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(vm.wait_exit().code(), Some(0));

@@ -220,6 +220,19 @@ fn a_vm_of_an_older_build_is_upgraded_and_goes_back_or_stays(accel: Accel) {
             assert_refused_in_time(&seen, &String::from_utf8_lossy(&back.stderr));
         }
         assert_works(&path);
+        // A program is asked whether it goes on with a VM before the guest is stopped.
+        let words = ["upgrade", "--mode", "exec", "--binary"];
+        let mut exec = None;
+        let seen = statuses(&path, || {
+            exec = Some(vmferry(
+                &path,
+                &[&words[..], &[binary.to_str().unwrap()]].concat(),
+            ));
+        });
+        if !exec.unwrap().status.success() {
+            assert!(!seen.contains(&"device".to_owned()), "{seen:?}");
+        }
+        assert_works(&path);
         let again = upgrade(&path, &this);
         assert!(again.status.success(), "{name}: {again:?}\n{}", vm.said());
         assert_works(&path);
