@@ -49,7 +49,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ),
     (
         "service/src/succession/call.rs",
-        "execve, taking descriptors by their numbers after it, and removing the variable that names them",
+        "execve, taking descriptors by their numbers after it, removing the variable that names them, and the child that clears up",
     ),
     (
         "service/src/machine/workload/image.rs",

@@ -17,7 +17,7 @@ use crate::config::{Incoming, RunConfig};
 use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
 use crate::qmp::{EngineHandle, QmpServer};
-use crate::succession::account::{Times, now_us};
+use crate::succession::account::{Times, await_clearing_up, now_us};
 use crate::succession::{Account, WayBack};
 
 /// The process's own sockets, and those that it is about to get.
@@ -195,6 +195,7 @@ impl Engine {
         };
         succession.times.running_us = now_us();
         drop(succession.way_back.take());
+        await_clearing_up(succession.account.clears_up);
         match succession.returned.clone() {
             None => self.tell_after_exec(true),
             Some(reason) => {

@@ -36,7 +36,7 @@ use vmferry_transport::wire::hello::{Hello, HelloReply, VersionRange};
 use super::event::SourceEvent;
 use super::hand_over::{HandOver, Heirlooms};
 use super::software;
-use crate::succession::{self, ARCHIVE, Account, PROCESS, PROGRAM, Program, ask};
+use crate::succession::{self, ARCHIVE, Account, ClearsUp, PROCESS, PROGRAM, Program, ask};
 
 /// How an attempt in place reaches its target.
 #[derive(Debug)]
@@ -148,6 +148,11 @@ impl Successor {
 
     fn try_to_become_it(&self, account: &Account) -> anyhow::Error {
         let run = || -> anyhow::Result<std::convert::Infallible> {
+            let clears_up = ClearsUp::start();
+            let account = Account {
+                clears_up: clears_up.number(),
+                ..*account
+            };
             let (mut letter, handout) = self.letter(Leg::There, account.encode())?;
             let archive = envelope::seal("vmferry-state", &self.archive.bytes)?;
             let program = File::from(

@@ -1,5 +1,6 @@
 //! What the old program tells the new one of the migration so far, so that the whole can be shown: times, and how it was asked for.
 
+use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,8 @@ pub struct Account {
     pub exec_us: u64,
     /// The parts of the blackout until then.
     pub blackout: BlackoutInfo,
+    /// A child of this process that clears up behind the old program, and is to be waited for; 0 for none.
+    pub clears_up: i32,
     /// Longest time in which the guest could not write before it was stopped, if it tells.
     pub guest_stall_us: Option<u64>,
 }
@@ -54,6 +57,23 @@ impl Account {
     }
 }
 
+/// Waits for the child that clears up behind the old program, on a thread of its own: it takes its time.
+pub fn await_clearing_up(child: i32) {
+    let Some(pid) = Pid::from_raw(child).filter(|_| child > 0) else {
+        return;
+    };
+    let wait = move || {
+        // Fails if it was waited for by a program between.
+        let _ = waitpid(Some(pid), WaitOptions::empty());
+    };
+    if let Err(error) = std::thread::Builder::new()
+        .name("vm-reap".into())
+        .spawn(wait)
+    {
+        tracing::warn!(%error, child, "nobody waits for a child");
+    }
+}
+
 /// Moments of the new program, in microseconds of the monotonic clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
@@ -90,6 +110,7 @@ mod tests {
             began_us: 5,
             exec_us: 1000,
             blackout,
+            clears_up: 0,
             guest_stall_us: Some(9),
         };
         assert_eq!(Account::decode(&account.encode()).unwrap(), account);

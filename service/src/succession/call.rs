@@ -1,5 +1,5 @@
 //! What an exec asks of the kernel and of the C library, for which there is no safe face: becoming another program, taking descriptors
-//! by their numbers, and removing a variable.
+//! by their numbers, removing a variable, and having somebody else clear up.
 
 #![expect(
     unsafe_code,
@@ -8,7 +8,9 @@
 
 use std::ffi::{CStr, CString, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 /// Becomes the program at `path`. Returns only if that fails.
 pub(super) fn execute(path: &CStr, words: &[CString], environment: &[CString]) -> io::Error {
@@ -67,6 +69,92 @@ pub(super) fn take_variable(name: &str) -> Option<OsString> {
     Some(value)
 }
 
+/// Bytes of the stack of [`Holder`]'s child, which makes a handful of system calls.
+const STACK_BYTES: usize = 64 << 10;
+
+/// A child that shares this program's memory until the program is gone, and clears it away then. Without it the exec itself would: it
+/// takes 75 ms per GiB that the guest has touched to unmap memory, and the guest is stopped meanwhile. Dropping it ends the child.
+#[derive(Debug)]
+pub(super) struct Holder {
+    pid: Pid,
+    /// The child waits for its end, which comes with the exec, or with the end of this process.
+    line: Option<OwnedFd>,
+    /// Of the child, which runs on it.
+    _stack: Box<[u8]>,
+}
+
+impl Holder {
+    /// Makes the child.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn start() -> io::Result<Self> {
+        let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let mut stack = vec![0_u8; STACK_BYTES].into_boxed_slice();
+        let ends = pack(theirs.as_raw_fd(), ours.as_raw_fd());
+        // SAFETY: a set of signals is plain data, written before it is read.
+        let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+        // SAFETY: the set is ours.
+        unsafe { libc::sigfillset(&raw mut all) };
+        // SAFETY: both sets are ours. The child must run no handler of this program, so it is born with every signal blocked.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+        let top = stack.as_mut_ptr_range().end.map_addr(|end| end & !15);
+        let flags = libc::CLONE_VM | libc::SIGCHLD;
+        // SAFETY: `hold` runs on a stack of its own, which lives until the child has ended (`drop` waits for it) or, after an exec, as
+        // long as this memory. It gets two numbers, allocates nothing and leaves what belongs to threads alone.
+        let pid = unsafe { libc::clone(hold, top.cast(), flags, ends) };
+        let failed = io::Error::last_os_error();
+        // SAFETY: the set is the one that was there before.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut())
+        };
+        let pid = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failed)?;
+        Ok(Self {
+            pid,
+            line: Some(ours),
+            _stack: stack,
+        })
+    }
+
+    /// The child's number, for the program that has to wait for it.
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.line = None;
+        // The number is free only after the wait. Both fail only if there is no such child, and then there is nothing to end.
+        let _ = kill_process(self.pid, Signal::KILL);
+        let _ = waitpid(Some(self.pid), WaitOptions::empty());
+    }
+}
+
+/// Both ends of the line, in the one word that a child is given.
+fn pack(theirs: RawFd, ours: RawFd) -> *mut libc::c_void {
+    let word = u64::from(theirs.cast_unsigned()) << 32 | u64::from(ours.cast_unsigned());
+    std::ptr::without_provenance_mut(usize::try_from(word).unwrap_or(0))
+}
+
+/// The child. What it has to do is long, and is done when nobody else wants the processor: the guest is about to run again.
+extern "C" fn hold(ends: *mut libc::c_void) -> libc::c_int {
+    let ends = ends.addr();
+    let (theirs, ours) = (ends >> 32, ends & 0xffff_ffff);
+    let mut byte = 0_u8;
+    // SAFETY: takes a number. It is this child's own copy: the table of descriptors is not shared.
+    unsafe { libc::syscall(libc::SYS_close, ours) };
+    // SAFETY: writes one byte on this stack. All signals are blocked, so it ends when the last copy of the other end is closed.
+    unsafe { libc::syscall(libc::SYS_read, theirs, &raw mut byte, 1_usize) };
+    // SAFETY: takes numbers.
+    unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, 19) };
+    // SAFETY: takes numbers.
+    unsafe { libc::syscall(libc::SYS_close_range, 0_u32, u32::MAX, 0_u32) };
+    // SAFETY: takes a number, and ends this child only.
+    unsafe { libc::syscall(libc::SYS_exit_group, 0) };
+    0
+}
+
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     let pointers = strings.iter().map(|string| string.as_ptr());
     pointers.chain([std::ptr::null()]).collect()
@@ -83,6 +171,25 @@ mod tests {
         assert!(error.to_string().contains("not left open"), "{error}");
         assert!(adopt(900_000).is_err());
         assert!(adopt(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn who_holds_the_memory_ends_when_it_is_told_to_and_when_the_line_does() {
+        let holder = Holder::start().unwrap();
+        let pid = holder.pid();
+        assert!(rustix::process::test_kill_process(pid).is_ok());
+        drop(holder);
+        assert!(
+            waitpid(Some(pid), WaitOptions::empty()).is_err(),
+            "it was waited for"
+        );
+        let mut holder = Holder::start().unwrap();
+        // As an exec does.
+        holder.line = None;
+        let (_, status) = waitpid(Some(holder.pid()), WaitOptions::empty())
+            .unwrap()
+            .unwrap();
+        assert_eq!(status.exit_status(), Some(0));
     }
 
     #[test]

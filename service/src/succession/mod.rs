@@ -42,6 +42,29 @@ pub const ARCHIVE: &str = "archive";
 /// Role of the program to go back to.
 pub const PROGRAM: &str = "program";
 
+/// A child that clears this program's memory away after the exec. Dropping it ends it: there was no exec.
+#[derive(Debug)]
+pub struct ClearsUp(Option<call::Holder>);
+
+impl ClearsUp {
+    /// Starts it. The exec works without one as well; it takes longer then.
+    pub fn start() -> Self {
+        let holder = call::Holder::start();
+        let error = holder.as_ref().err();
+        if let Some(error) = error {
+            tracing::warn!(%error, "the exec has to clear guest memory away itself");
+        }
+        Self(holder.ok())
+    }
+
+    /// For the account.
+    pub fn number(&self) -> i32 {
+        self.0
+            .as_ref()
+            .map_or(0, |holder| holder.pid().as_raw_nonzero().get())
+    }
+}
+
 /// What the program that this process was before has left.
 #[derive(Debug)]
 pub struct Inheritance {

@@ -64,6 +64,7 @@ impl Outgoing {
             exec_us: now_us(),
             blackout: blackout(self.core.blackout_so_far(now)),
             guest_stall_us: self.guest_stall_us,
+            clears_up: 0,
         };
         let failed = successor.become_it(&account);
         self.core.handle_frame(self.clock.now(), failed);
