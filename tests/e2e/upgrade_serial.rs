@@ -50,6 +50,18 @@ fn passes(qmp: &Path) -> u64 {
     workload["passes"].as_u64().unwrap()
 }
 
+/// The process that has the guest. Dropping it kills it.
+struct Killed(Option<Pid>);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            // Fails if it has ended.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
 fn goes_on(accel: Accel, launch: Launch, mut line: Line) {
     let _turn = turn();
     let vm = machine(accel).start_source(launch.with(&["--workload-serial"]));
@@ -57,20 +69,18 @@ fn goes_on(accel: Accel, launch: Launch, mut line: Line) {
     line.hear_more(20);
     // Whoever opens it again finds nothing.
     line.remove();
-    let mut last = None;
-    for _ in 0..2 {
+    let mut last = Killed(None);
+    for mode in ["transfer", "exec"] {
         line.fill();
         let full = passes(&qmp);
-        let output = vmferry(&qmp, &["upgrade", "--json"]);
+        let output = vmferry(&qmp, &["upgrade", "--json", "--mode", mode]);
         assert!(output.status.success(), "{output:?}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         let new = Pid::from_raw(i32::try_from(report["new-pid"].as_i64().unwrap()).unwrap());
-        last = new;
+        last.0 = new;
         until("the guest says more that nobody reads", || {
             (passes(&qmp) > full + 20).then_some(())
         });
         line.hear_more(20);
     }
-    // Fails if it has ended.
-    let _ = kill_process(last.unwrap(), Signal::KILL);
 }

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
@@ -17,9 +16,6 @@ use crate::storage::Daemon;
 
 /// What the heap of a process may grow by, in all.
 const HEAP_NOISE: u64 = 8 << 20;
-/// A process whose holdings have not changed for so long has nothing left to close.
-const SETTLED_AFTER: Duration = Duration::from_millis(100);
-
 /// How a guest changes its process.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Mode {
@@ -28,17 +24,6 @@ enum Mode {
 }
 
 impl Mode {
-    /// All that the program knows.
-    fn known() -> Vec<Self> {
-        let help = program().args(["upgrade", "--help"]).output().unwrap();
-        if String::from_utf8_lossy(&help.stdout).contains("--mode") {
-            vec![Self::Transfer, Self::Exec]
-        } else {
-            println!("SKIPPED: this program has no other mode than cpr-transfer");
-            vec![Self::Transfer]
-        }
-    }
-
     fn words(self) -> &'static [&'static str] {
         match self {
             Self::Transfer => &[],
@@ -140,20 +125,6 @@ fn work(qmp: &Path) -> Work {
     }
 }
 
-/// What a process holds when everything of the upgrade is gone.
-fn settled(pid: u32) -> Holdings {
-    let mut seen = Holdings::of(pid);
-    let mut since = Instant::now();
-    until("the process settles", || {
-        let holdings = Holdings::of(pid);
-        if holdings.counted() != seen.counted() {
-            since = Instant::now();
-        }
-        seen = holdings;
-        (since.elapsed() > SETTLED_AFTER).then(|| seen.clone())
-    })
-}
-
 /// Takes one guest through `count` processes, in the modes by turns.
 pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64) {
     let folder = tempfile::tempdir().unwrap();
@@ -190,7 +161,8 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64) {
     });
     println!("{heard_until_warm} digits while it warmed up");
     let qmp = vm.qmp_path();
-    let (modes, mut of_modes) = (Mode::known(), [0, 0]);
+    let modes = [Mode::Transfer, Mode::Exec];
+    let mut of_modes = [0, 0];
     let mut last: Option<Orphan> = None;
     let mut first: Vec<(Mode, Holdings)> = Vec::new();
     let mut blackouts = Vec::new();
@@ -240,7 +212,7 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64) {
             });
             assert_eq!(tap.received(), announced, "the network heard more");
         }
-        let holds = settled(pid);
+        let holds = Holdings::settled(pid);
         match first.iter().find(|(of, _)| *of == mode) {
             None => first.push((mode, holds)),
             Some((_, first)) => {

@@ -180,21 +180,24 @@ fn until_asked(trace: &Trace, number: u32, request: Request) {
     });
 }
 
-/// The order in an upgrade that works: the old process gives the back end away, then the new one takes it. Nobody else asks.
-fn assert_order(asked: &[Traced], old: u32, new: u32) {
+fn print_trace(asked: &[Traced]) {
     println!("the kernel was asked, in this order:");
     for one in asked {
         println!("  {one}");
     }
+}
+
+/// The order in an upgrade that works: the old process gives its `count` back ends away, then the new one takes them. Nobody else asks.
+fn assert_order(asked: &[Traced], old: u32, new: u32, count: usize) {
+    print_trace(asked);
     let of_owner = asked
         .iter()
         .filter(|one| one.request != Request::SetBackend)
         .map(|one| (one.process, one.request))
         .collect::<Vec<_>>();
-    assert_eq!(
-        of_owner,
-        [(old, Request::ResetOwner), (new, Request::SetOwner)]
-    );
+    let given = [(old, Request::ResetOwner)].repeat(count);
+    let taken = [(new, Request::SetOwner)].repeat(count);
+    assert_eq!(of_owner, [given, taken].concat());
     // The rings stand before, and work after.
     let mut backends = asked
         .iter()
@@ -207,15 +210,15 @@ fn assert_order(asked: &[Traced], old: u32, new: u32) {
     assert!(backends.all(|(one, at)| one.process == if at < given { old } else { new }));
 }
 
-/// The VM's descriptor of /dev/vhost-net, in our hands.
+/// The VM's descriptor of /dev/vhost-net, in our hands; the last if there are several.
 fn steal_vhost(process: u32) -> File {
     let handle = pidfd_open(pid(process), PidfdFlags::empty()).unwrap();
     let fds = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
-    let number = fds
-        .flatten()
-        .find(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == Path::new("/dev/vhost-net")))
-        .unwrap();
-    let number = number.file_name().into_string().unwrap().parse().unwrap();
+    let ours = fds.flatten().filter(|fd| {
+        fs::read_link(fd.path()).is_ok_and(|link| link == Path::new("/dev/vhost-net"))
+    });
+    let number = ours.map(|fd| fd.file_name().into_string().unwrap().parse().unwrap());
+    let number = number.max().unwrap();
     File::from(pidfd_getfd(handle, number, PidfdGetfdFlags::empty()).unwrap())
 }
 
@@ -235,8 +238,10 @@ fn take_too_early(process: u32) -> Host {
 #[test]
 fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
     load_for("/dev/vhost-net", "vhost_net");
-    let tap = Tap::new("10.98.11.1/24");
-    let words = format!("tap={},mac=52:54:00:12:34:56", tap.name());
+    let taps = [11, 12].map(|number| Tap::new(&format!("10.98.{number}.1/24")));
+    let tap = &taps[0];
+    let words = taps.each_ref().map(|tap| format!("tap={}", tap.name()));
+    let words = ["--net", &words[0], "--net", &words[1]];
     let machine = Machine {
         mem: "16M",
         working_set: "256K",
@@ -244,7 +249,7 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
         fill: "512K",
         ..Machine::small(Accel::Soft)
     };
-    let mut vm = machine.start_source(Launch::default().with(&["--net", &words]));
+    let mut vm = machine.start_source(Launch::default().with(&words));
     vm.warm_up();
     let at = At(vm.qmp_path());
     let first = at.upgrade();
@@ -252,10 +257,11 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
     // The first process had no driver, and owned nothing. This one does.
     let trace = Trace::start();
     let second = at.upgrade();
-    assert_order(&trace.take(), first.0, second.0);
+    assert_order(&trace.take(), first.0, second.0, 2);
 
-    // The new process finds that it was given what somebody else owns: the guest goes on, and its next process gets it.
-    let words = ["--accel", "soft", "--mem", "16M", "--net", &words];
+    // The new process finds that it was given something that somebody else owns: it gives back what it has taken before it says so, the
+    // guest goes on, and its next process gets all.
+    let words = [&["--accel", "soft", "--mem", "16M"][..], &words].concat();
     let waiting = Waiting::start(&at.0, &words);
     let rival = take_too_early(second.0);
     let qmp = begin(&at, &waiting);
@@ -265,16 +271,31 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
     waiting.signal(Signal::CONT);
     failed(&at, qmp, "failed", "VHOST_SET_OWNER");
     at.assert_runs();
+    let asked = trace.take();
+    print_trace(&asked);
+    let by = |process: u32| {
+        let its = asked
+            .iter()
+            .zip(0..)
+            .filter(move |(one, _)| one.process == process);
+        its.map(|(one, at)| (one.request, at)).collect::<Vec<_>>()
+    };
+    let (new, old) = (by(waiting.child.id()), by(second.0));
+    let requests: Vec<_> = new.iter().map(|(request, _)| *request).collect();
+    let (set, reset) = (Request::SetOwner, Request::ResetOwner);
+    assert_eq!(requests, [set, set, reset]);
+    let taken_back = old.iter().find(|(request, _)| *request == set).unwrap();
+    assert!(new[2].1 < taken_back.1, "it had not given back what it had");
     drop((waiting, rival, trace));
 
-    let before = received(&tap);
+    let before = received(tap);
     let _third = at.upgrade();
     at.assert_runs();
     at.ask("announce-self", announcement());
     until("what was announced", || {
-        (received(&tap) > before).then_some(())
+        (received(tap) > before).then_some(())
     });
-    assert_eq!(received(&tap), before + 1, "it was announced by itself");
+    assert_eq!(received(tap), before + 1, "it was announced by itself");
 }
 
 /// Many enough to see what grows.
@@ -391,7 +412,7 @@ fn no_packet_is_lost_or_doubled_when_the_process_changes_or_cannot() {
     };
     let trace = Trace::start();
     let first = at.upgrade();
-    assert_order(&trace.take(), vm.pid(), first.0);
+    assert_order(&trace.take(), vm.pid(), first.0, 1);
     goes_on(round);
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
 
@@ -426,7 +447,7 @@ fn no_packet_is_lost_or_doubled_when_the_process_changes_or_cannot() {
 
     trace.take();
     let second = at.upgrade();
-    assert_order(&trace.take(), first.0, second.0);
+    assert_order(&trace.take(), first.0, second.0, 1);
     let round = guest.round("console");
     goes_on(round);
     pinger.finish();

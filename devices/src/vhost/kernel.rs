@@ -3,6 +3,7 @@
 //! | Call | What the kernel is asked, in this order |
 //! | --- | --- |
 //! | [`own`](VhostDevice::own) | SET_OWNER |
+//! | [`take_back`](VhostDevice::take_back) | SET_OWNER; of a network device that has a dead owner, on a new descriptor |
 //! | [`start`](VhostDevice::start) | SET_OWNER if need be, SET_FEATURES, SET_MEM_TABLE, SET_LOG_BASE and F_LOG_ALL if a log runs; for each ring SET_VRING_NUM, BASE, ADDR, CALL, KICK; then it goes |
 //! | [`stop`](VhostDevice::stop) | stands still; for each ring GET_VRING_BASE |
 //! | [`release`](VhostDevice::release) | RESET_OWNER, which forgets all of the above |

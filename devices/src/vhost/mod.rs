@@ -65,6 +65,14 @@
 //! # fn main() {}
 //! ```
 //!
+//! # In place
+//!
+//! Another process on the same host goes on with the same descriptors ([`VhostDevice::descriptor`], [`VhostDevice::tap`]). Ask
+//! [`blocker_in_place`](VhostDevice::blocker_in_place) before the guest is stopped for it: kernels up to 6.12 at least cannot give a
+//! vhost-vsock device away. The notifier's SETUP does give it away. The new process registers [`VhostNotifier::waiting`] when it builds its
+//! machine, makes the device when the descriptors come, calls [`own`](VhostDevice::own) before it says READY, so that what speaks against it
+//! is known before the commit, and [`start`](VhostDevice::start) after COMMIT.
+//!
 //! # What is not there
 //!
 //! VHOST_SET_LOG_FD is not used: it would signal every write to a log that is only looked at once per round. Packed rings are not
