@@ -1,6 +1,7 @@
 //! What a guest notices of upgrades in place, and what they cost: VMs of vmferry and, beside them, VMs of QEMU with the same guest take
-//! turns, each handed over to a new process again and again by `vmferry upgrade`. Against the size of memory, the number of vCPUs and
-//! of disks; and what one descriptor costs, between two processes that have nothing else.
+//! turns, each handed over again and again by `vmferry upgrade`: to a new process, or, with mode exec, to a new program of the same
+//! process, whose gap is also shown as a multiple of the other's. Against the size of memory, the number of vCPUs and of disks; and
+//! what one descriptor costs, between two processes that have nothing else.
 //!
 //! The gap is what the guest itself saw: the longest time between two of its writes, read from its memory. It is back when it writes at
 //! 90 % of its rate again. No memory may come into being and nothing in it may be wrong. Medians go to standard error as a table and,
@@ -36,6 +37,9 @@ struct Options {
     /// Memory that the guest keeps writing, in MiB.
     #[arg(long, default_value_t = 64)]
     working_set: u64,
+    /// Ways of vmferry.
+    #[arg(long, value_delimiter = ',', default_values_t = ["transfer".to_owned(), "exec".to_owned()], value_parser = ["transfer", "exec"])]
+    mode: Vec<String>,
     /// Upgrades of each VM.
     #[arg(long, default_value_t = 20)]
     runs: usize,
@@ -85,10 +89,21 @@ fn run(options: &Options) -> Result<()> {
             vm.tell("stop")?;
         }
     }
+    let gaps: Vec<_> = samples
+        .iter()
+        .map(|samples| median(samples.iter().map(|s| s.gap_ms).collect()))
+        .collect();
+    // Of the VM like this one that goes into new processes.
+    let transfer = |vm: &Vm| {
+        let mut others = vms.iter().zip(&gaps);
+        let like = |other: &Vm| (other.name, other.shape) == (vm.name, vm.shape);
+        let found = others.find(|(other, _)| like(other) && other.mode == "transfer");
+        found.map(|(_, gap)| *gap)
+    };
     let cases: Vec<_> = vms
         .iter()
-        .zip(samples)
-        .map(|(vm, samples)| report(vm, &samples))
+        .zip(&samples)
+        .map(|(vm, samples)| report(vm, samples, transfer(vm)))
         .collect();
     let report = json!({ "benchmark": "upgrade", "cases": cases, "fds": fds });
     println!("{report:#}");
@@ -111,36 +126,45 @@ fn start(options: &Options) -> Result<Vec<Vm>> {
     };
     for &mem in &options.mem {
         let shape = Shape { mem, ..small };
-        add(Vm::vmferry(shape)?)?;
+        for mode in &options.mode {
+            add(Vm::vmferry(shape, mode)?)?;
+        }
         if !options.no_qemu {
             add(Vm::qemu(&options.qemu, shape)?)?;
         }
     }
     for &vcpus in &options.vcpus {
-        add(Vm::vmferry(Shape { vcpus, ..small })?)?;
+        for mode in &options.mode {
+            add(Vm::vmferry(Shape { vcpus, ..small }, mode)?)?;
+        }
     }
     for &disks in &options.disks {
-        add(Vm::vmferry(Shape { disks, ..small })?)?;
+        for mode in &options.mode {
+            add(Vm::vmferry(Shape { disks, ..small }, mode)?)?;
+        }
     }
     Ok(vms)
 }
 
 /// Prints a line of the table.
-fn report(vm: &Vm, samples: &[Sample]) -> Value {
+fn report(vm: &Vm, samples: &[Sample], transfer_gap: Option<f64>) -> Value {
     let median = |what: fn(&Sample) -> f64| median(samples.iter().map(what).collect());
     let (gap, blackout) = (median(|s| s.gap_ms), median(|s| s.blackout_ms));
     let (back, total) = (median(|s| s.back_ms), median(|s| s.total_ms));
+    let ratio = transfer_gap.map_or(f64::NAN, |transfer| gap / transfer);
     let worst = samples.iter().map(|s| s.gap_ms).fold(0.0, f64::max);
     let Shape {
         mem, vcpus, disks, ..
     } = vm.shape;
     eprintln!(
-        "{:8} {mem:6} MiB, {vcpus} vCPUs, {disks:2} disks: gap {gap:6.2} ms (max {worst:6.2}), blackout {blackout:6.2} ms, back at 90 % after \
+        "{:8} {:8} {mem:6} MiB, {vcpus} vCPUs, {disks:2} disks: gap {gap:6.2} ms (max {worst:6.2}, {ratio:5.2} of transfer), blackout {blackout:6.2} ms, back at 90 % after \
          {back:7.1} ms, in all {total:7.1} ms",
-        vm.name
+        vm.name, vm.mode
     );
     json!({
         "vmm": vm.name,
+        "mode": vm.mode,
+        "gap-of-transfer": ratio,
         "mem-mib": mem,
         "vcpus": vcpus,
         "disks": disks,

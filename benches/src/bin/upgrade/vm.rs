@@ -26,7 +26,7 @@ const AFTERWARDS: Duration = Duration::from_secs(2);
 const HELD_BACK: u64 = 2000;
 
 /// What a VM has. Sizes in MiB.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) mem: u64,
     pub(crate) working_set: u64,
@@ -80,6 +80,8 @@ impl Sample {
 /// A VM, in whichever process. Dropping it ends it.
 pub(crate) struct Vm {
     pub(crate) name: &'static str,
+    /// How it is upgraded.
+    pub(crate) mode: String,
     pub(crate) shape: Shape,
     dir: TempDir,
     /// The process that runs it.
@@ -89,7 +91,7 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    pub(crate) fn vmferry(shape: Shape) -> Result<Self> {
+    pub(crate) fn vmferry(shape: Shape, mode: &str) -> Result<Self> {
         let dir = TempDir::with_prefix("vmferry-upgrade-")?;
         let mut command = ourselves()?;
         command
@@ -103,7 +105,7 @@ impl Vm {
             File::create(&path)?.set_len(1 << 20)?;
             command.arg("--disk").arg(path);
         }
-        Self::start("vmferry", shape, dir, command)
+        Self::start("vmferry", mode, shape, dir, command)
     }
 
     pub(crate) fn qemu(qemu: &str, shape: Shape) -> Result<Self> {
@@ -137,10 +139,16 @@ impl Vm {
             .args(["-qmp", "unix:qmp,server=on,wait=off", "-kernel"])
             .arg(&image)
             .current_dir(dir.path());
-        Self::start("qemu", shape, dir, command)
+        Self::start("qemu", "transfer", shape, dir, command)
     }
 
-    fn start(name: &'static str, shape: Shape, dir: TempDir, mut command: Command) -> Result<Self> {
+    fn start(
+        name: &'static str,
+        mode: &str,
+        shape: Shape,
+        dir: TempDir,
+        mut command: Command,
+    ) -> Result<Self> {
         let first = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -149,6 +157,7 @@ impl Vm {
             .with_context(|| format!("cannot start {name}"))?;
         let mut vm = Self {
             name,
+            mode: mode.to_owned(),
             shape,
             dir,
             pid: first.id().into(),
@@ -192,7 +201,7 @@ impl Vm {
         thread::sleep(Duration::from_millis(100));
         watch.mark();
         let output = ourselves()?
-            .args(["upgrade", "--json", "--qmp"])
+            .args(["upgrade", "--json", "--mode", &self.mode, "--qmp"])
             .arg(self.qmp())
             .stdin(Stdio::null())
             .output()?;
