@@ -4,7 +4,7 @@
 //! the port and not to the thread: it waits until the descriptor has room for it, so that the thread is never in the middle of bytes for
 //! long.
 //!
-//! In an upgrade in place the bytes that wait go along. When the guest is stopped the old process stops writing ([`SerialNotifier`], SETUP)
+//! In an upgrade in place the bytes that wait go along. When the guest is stopped the old process stops writing (`SerialNotifier`, SETUP)
 //! and puts what waits into a memfd, which leaves with the other descriptors; the new one begins to write when the guest runs there. So
 //! every byte is written once, in order, whoever reads how slowly.
 
