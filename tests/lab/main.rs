@@ -38,6 +38,7 @@ mod new_process; // VMs that change their process
 mod trace; // what the kernel was asked
 mod vfio; // what a VFIO device says of itself
 
+mod huge; // memory in huge pages
 mod in_place; // upgrades in place: taps, and the kernel's vhost
 mod kernel; // what the lab promises to everything else here
 mod kvm; // KVM with page tables of the hardware

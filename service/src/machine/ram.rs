@@ -193,6 +193,11 @@ impl MachineRam {
         &self.regions
     }
 
+    /// Whether any of it is in huge pages of the host's pool.
+    pub fn is_huge(&self) -> bool {
+        self.files().any(|file| huge_page_bytes(file).is_some())
+    }
+
     /// The files, in the order of the blocks.
     pub fn files(&self) -> impl Iterator<Item = &Arc<File>> {
         self.regions

@@ -150,9 +150,16 @@ pub fn archive(bytes: &[u8]) {
 ///
 /// # Panics
 /// If a promise of [`archive`] does not hold.
-pub fn archive_frames(mut bytes: &[u8]) {
+pub fn archive_frames(bytes: &[u8]) {
+    let starts = [ArchiveEncoder::start, ArchiveEncoder::start_in_place];
+    for start in starts {
+        frames_behind(start, bytes);
+    }
+}
+
+fn frames_behind(start: fn(&mut ArchiveEncoder) -> Vec<u8>, mut bytes: &[u8]) {
     let mut encoder = ArchiveEncoder::default();
-    let mut archive = encoder.start();
+    let mut archive = start(&mut encoder);
     while let Some(([kind, flags, low, high], rest)) = bytes.split_first_chunk() {
         let len = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
         let (body, rest) = rest.split_at(len);

@@ -227,6 +227,13 @@ impl Machine for SoftMachine {
     }
 
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
+        if self.ram.is_huge() {
+            // The kernel protects such a page as a whole or not at all, and pages are protected one by one as their turn comes.
+            return Err(MachineError::Config(
+                "a guest on host threads cannot move out of huge pages while it runs; stop it and save it in mode cpr-reboot, or use KVM"
+                    .to_owned(),
+            ));
+        }
         let by_vcpus = PagemapLog::new(self.shared.memory.blocks().clone()).map_err(no_log)?;
         let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;
         let mut logs: Vec<Box<dyn DirtyLog>> = vec![Box::new(by_vcpus), Box::new(by_vmm)];
