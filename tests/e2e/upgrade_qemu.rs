@@ -184,6 +184,13 @@ fn a_vm_of_qemu_that_cannot_be_handed_over_stays_where_it_is() {
     let qmp = vm.qmp();
     let said = says(&qmp, &["upgrade"], 1);
     assert!(said.contains("vmferry: "), "{said}");
+    let mut client = Qmp::connect(&qmp).unwrap();
+    let schema = client.execute("query-qmp-schema", json!({})).unwrap();
+    drop(client);
+    if !schema.to_string().contains("cpr-exec") {
+        let old = says(&qmp, &["upgrade", "--mode", "exec"], 1);
+        assert!(old.contains("from 10.2 on"), "{old}");
+    }
     let missing = says(&qmp, &["upgrade", "--binary", "/nowhere/qemu"], 1);
     assert!(missing.contains("cannot start /nowhere/qemu"), "{missing}");
     let dead = says(&qmp, &["upgrade", "--", "false"], 1);

@@ -79,11 +79,6 @@ impl UpgradeArgs {
             };
             return upgrade(client, old, &qmp, self.binary, self.json);
         }
-        ensure!(
-            self.mode == How::Transfer,
-            "{} is upgraded into a new process only: leave --mode exec out",
-            client.name()
-        );
         let old = VmProcess::open(old)?;
         let mut command = match self.command.is_empty() {
             true => old.command()?,
@@ -92,6 +87,10 @@ impl UpgradeArgs {
         if let (Some(binary), Some(program)) = (&self.binary, command.first_mut()) {
             // Not where the old process was started, but where we were.
             *program = std::path::absolute(binary)?.into();
+        }
+        if self.mode == How::Exec {
+            let command = qemu::without_incoming(&command);
+            return exec::upgrade_qemu(client, &old, &qmp, command, self.json);
         }
         qemu::upgrade(client, &old, &qmp, &command, self.json)
     }

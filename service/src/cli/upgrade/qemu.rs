@@ -170,7 +170,7 @@ fn arrived(qmp: &Path, child: &mut Child, running: bool) -> anyhow::Result<()> {
 }
 
 /// The command without what would have it wait for another guest, or leave us.
-fn without_incoming(command: &[OsString]) -> Vec<OsString> {
+pub(super) fn without_incoming(command: &[OsString]) -> Vec<OsString> {
     let mut kept = Vec::new();
     let mut words = command.iter();
     while let Some(word) = words.next() {

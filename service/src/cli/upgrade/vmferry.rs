@@ -287,8 +287,10 @@ impl Done {
         ]
     }
 
-    fn total_us(&self) -> u64 {
-        self.record.blackout().map_or(0, |parts| parts.total_us)
+    /// As far as the VM says; QEMU knows whole milliseconds, if anything.
+    fn total_us(&self) -> Option<u64> {
+        let whole = self.record.blackout().map(|parts| parts.total_us);
+        whole.or_else(|| self.record.downtime_ms().map(|ms| ms * 1000))
     }
 
     fn json(&self) -> Value {
@@ -316,10 +318,11 @@ impl Done {
                 self.new, self.old
             ),
         };
-        let mut lines = vec![
-            format!("{who} {}", duration(whole)),
-            format!("blackout {}", duration(self.total_us())),
-        ];
+        let mut lines = vec![format!("{who} {}", duration(whole))];
+        lines.extend(
+            self.total_us()
+                .map(|us| format!("blackout {}", duration(us))),
+        );
         let parts = self.parts().into_iter().filter(|(_, us)| *us > 0);
         lines.extend(parts.map(|(name, us)| format!("  {name} {}", duration(us))));
         lines
