@@ -29,6 +29,9 @@
 //! | failed, before the vCPUs run again | the notifier: back to RUNNING, or reset | `start` |
 //! | the guest has left | the notifier: STOP for good | drop it |
 //!
+//! In an upgrade in place nothing is saved of a VFIO device and nothing loaded: [`vfio::VfioInPlace`] has the kernel forget the addresses
+//! behind its DMA, the new process tells it others ([`vfio::in_place`]). A vhost back end changes its owner ([`vhost::VhostNotifier`]).
+//!
 //! A VM with one device of each kind. [`vfio`] and [`vhost`] say more about each step, and what an operator's pause means.
 //!
 //! ```no_run

@@ -107,8 +107,9 @@
 //! # In place
 //!
 //! A device whose VM changes its process on the same host stays: its descriptor goes to the new process, with those of its group and its
-//! container; [`open_container`], [`join`] and [`open_device`] give a VMM descriptors that it can pass on. The VMM maps guest memory with a [`Reach`](reach::Reach), shares it with a [`VfioInPlace`](in_place::VfioInPlace), and in the
-//! new process calls [`take_over`](in_place::take_over) before READY and [`run`](VfioSet::run) after COMMIT.
+//! container; [`open_container`], [`join`] and [`open_device`] give a VMM descriptors that it can pass on. The VMM maps guest memory with
+//! a [`Reach`], shares it with a [`VfioInPlace`], and in the new process calls [`take_over`](in_place::take_over) before READY and
+//! [`run`](VfioSet::run) after COMMIT.
 //!
 //! # Modules
 //!
