@@ -394,7 +394,11 @@ mod tests {
             error_desc: Some(text()),
             blocked_reasons: Some(vec![text()]),
             socket_address: Some(vec![SocketAddressInfo::Unix { path: text() }]),
-            x_blackout: Some(BlackoutInfo::default()),
+            x_blackout: Some(BlackoutInfo {
+                exec_us: 1,
+                build_us: 1,
+                ..BlackoutInfo::default()
+            }),
             x_guest_stall_us: Some(1),
             x_round: Some(1),
             x_predicted_blackout_us: Some(1),

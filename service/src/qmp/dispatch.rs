@@ -396,7 +396,7 @@ mod tests {
     fn bad_arguments_are_named() {
         for (name, arguments, part) in [
             ("stop", json!({"now": true}), "`now` is unknown"),
-            ("migrate", json!({}), "either `uri` or `channels`"),
+            ("migrate-incoming", json!({}), "either `uri` or `channels`"),
             ("migrate", json!({"uri": 5}), "argument `uri`"),
             ("migrate", json!({"uri": "tcp:x"}), "port is missing"),
             (
