@@ -284,6 +284,16 @@ mod tests {
         let address = || "tcp:[::1]:4".parse().unwrap();
         for (name, arguments, expected) in [
             ("stop", json!({}), Command::Stop),
+            // Where to is for the engine to ask: mode cpr-exec has no such place.
+            (
+                "migrate",
+                json!({}),
+                Command::Migrate {
+                    address: None,
+                    cpr: None,
+                    resume: false,
+                },
+            ),
             (
                 "migrate",
                 json!({"uri": "tcp:[::1]:4"}),
