@@ -38,6 +38,7 @@ mod proc; // what the kernel says of a process
 mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
 mod storage; // back ends of disks in processes of their own
+mod successor; // processes that a VM goes on in
 mod terminal; // a pseudo terminal, and what stands on its screen
 mod upgrades; // one guest through many processes
 mod watch; // two VMs that may never run at the same time

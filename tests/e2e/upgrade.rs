@@ -5,17 +5,16 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::cli::{says, vmferry};
-use crate::harness::{Accel, Launch, Machine, Vm, program, turn, until};
+use crate::cli::says;
+use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
 use crate::listener::Listener;
 use crate::proc::Holdings;
 use crate::qmp::Qmp;
 use crate::storage::Daemon;
+use crate::successor::{Orphan, Waiting, new_pid, upgrade};
 
 on_both_accelerators!(
     the_guest_its_sockets_and_its_output_move_to_the_new_process,
@@ -32,26 +31,6 @@ on_both_accelerators!(
 pub(crate) const SOON: [&str; 2] = ["--x-deadline-scale", "20"];
 /// Moments at which the new process is killed.
 const KILLS: u32 = 12;
-
-/// A process that nobody is the parent of any more. Dropping it kills it.
-pub(crate) struct Orphan(pub(crate) u32);
-
-impl Orphan {
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.0.cast_signed()).unwrap()
-    }
-
-    pub(crate) fn lives(&self) -> bool {
-        test_kill_process(self.pid()).is_ok()
-    }
-}
-
-impl Drop for Orphan {
-    fn drop(&mut self) {
-        // Fails if it has ended.
-        let _ = kill_process(self.pid(), Signal::KILL);
-    }
-}
 
 /// A VM at a path, whichever process it is in.
 pub(crate) struct At(pub(crate) PathBuf);
@@ -80,15 +59,12 @@ impl At {
 
     pub(crate) fn upgrade(&self) -> (Orphan, Value) {
         let report = self.upgrade_by("transfer");
-        let pid = u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap();
-        (Orphan(pid), report)
+        (Orphan(new_pid(&report)), report)
     }
 
     /// Upgrades with this mode.
     pub(crate) fn upgrade_by(&self, mode: &str) -> Value {
-        let output = vmferry(&self.0, &["upgrade", "--json", "--mode", mode]);
-        assert!(output.status.success(), "{output:?}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let report = upgrade(&self.0, mode);
         assert_eq!(report["mode"], mode);
         let parts = report["blackout-parts"].as_object().unwrap();
         let sum: u64 = parts.values().map(|part| part.as_u64().unwrap()).sum();
@@ -223,89 +199,15 @@ fn a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is(accel: Accel
     let (_new, _) = At(path).upgrade();
 }
 
-/// A process that waits for a VM in place, and where.
-pub(crate) struct Waiting {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
-impl Waiting {
-    pub(crate) fn new(vm: &Vm, machine: &Machine) -> Self {
-        Self::with(vm, machine, &[])
-    }
-
-    pub(crate) fn with(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let output = File::create(folder.path().join("log")).unwrap();
-        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
-        let child = program()
-            .args(["run", "--mem", machine.mem, "--accel", machine.accel.name()])
-            .args(SOON)
-            .args(more)
-            .args([
-                "--incoming",
-                &address("main"),
-                "--incoming-cpr",
-                &address("cpr"),
-            ])
-            .arg("--qmp")
-            .arg(vm.qmp_path())
-            .args(["--end-with-parent", &std::process::id().to_string()])
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
-        let this = Self { child, folder };
-        until("the new process waits", || {
-            this.folder.path().join("cpr").exists().then_some(())
-        });
-        this
-    }
-
-    fn channels(&self) -> Value {
-        channels(self.folder())
-    }
-
-    /// Where its sockets are: `main` and `cpr`.
-    pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
-    pub(crate) fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
-    pub(crate) fn kill(&mut self) {
-        // Fails if it has ended.
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-    }
-
-    pub(crate) fn wait_exit(&mut self) -> ExitStatus {
-        until("the new process ends", || self.child.try_wait().unwrap())
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// The channels of an upgrade, at sockets in `folder`.
-pub(crate) fn channels(folder: &Path) -> Value {
-    let channel = |kind: &str| {
-        let path = folder.join(kind);
-        json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
-    };
-    json!([channel("main"), channel("cpr")])
+/// A process that waits for the VM, and gives a doubt up soon.
+pub(crate) fn waiting(vm: &Vm, machine: &Machine, more: &[&str]) -> Waiting {
+    Waiting::on(&vm.qmp_path(), machine, &[&SOON, more].concat())
 }
 
 /// A VM that is handed over up to the moment before anything has left that has one owner.
 fn paused_half_way(machine: &Machine) -> (Vm, Waiting) {
     let mut vm = machine.source();
-    let waiting = Waiting::new(&vm, machine);
+    let waiting = waiting(&vm, machine, &[]);
     let pause = json!([{"capability": "pause-before-switchover", "state": true}]);
     vm.execute("migrate-set-capabilities", json!({ "capabilities": pause }));
     vm.set(json!({"mode": "cpr-transfer"}));
@@ -401,7 +303,7 @@ fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: 
     let mut vm = start();
     let mut went_on = 0;
     for kill in 0..KILLS {
-        let mut waiting = Waiting::with(&vm, &machine, &disk);
+        let mut waiting = waiting(&vm, &machine, &disk);
         vm.qmp.events.clear();
         vm.execute("migrate", json!({"channels": waiting.channels()}));
         // From before the descriptors leave to after the commit.
@@ -486,12 +388,13 @@ fn what_is_no_upgrade_is_refused_before_anything_happens() {
     let info = vm.wait_migration();
     vm.assert_failed(&info, "/nowhere/c");
     // A process for a VM of another size says so, and the guest was not stopped for it.
-    let mut waiting = Waiting::new(
+    let mut waiting = waiting(
         &vm,
         &Machine {
             mem: "32M",
             ..machine
         },
+        &[],
     );
     vm.qmp.events.clear();
     vm.execute("migrate", json!({"channels": waiting.channels()}));

@@ -3,19 +3,20 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
-use crate::harness::{Accel, Launch, Machine, program, until};
+use crate::harness::{Accel, Launch, Machine, until};
 use crate::line::Line;
 use crate::proc::Holdings;
 use crate::qmp::Qmp;
 use crate::storage::Daemon;
+use crate::successor::{Orphan, new_pid, upgrade};
 
 /// What the heap of a process may grow by, in all.
 const HEAP_NOISE: u64 = 8 << 20;
+
 /// How a guest changes its process.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Mode {
@@ -24,10 +25,10 @@ enum Mode {
 }
 
 impl Mode {
-    fn words(self) -> &'static [&'static str] {
+    fn name(self) -> &'static str {
         match self {
-            Self::Transfer => &[],
-            Self::Exec => &["--mode", "exec"],
+            Self::Transfer => "transfer",
+            Self::Exec => "exec",
         }
     }
 }
@@ -86,22 +87,6 @@ impl Drop for Tap {
     fn drop(&mut self) {
         // With all that is in it.
         let _ = self.ip(&format!("netns del {}", self.namespace));
-    }
-}
-
-/// The process that has the guest, and is nobody's child. Dropping it kills it.
-struct Orphan(u32);
-
-impl Orphan {
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.0.cast_signed()).unwrap()
-    }
-}
-
-impl Drop for Orphan {
-    fn drop(&mut self) {
-        // Fails if it has ended.
-        let _ = kill_process(self.pid(), Signal::KILL);
     }
 }
 
@@ -171,21 +156,14 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64) {
         let mode = modes[usize::try_from(number).unwrap() % modes.len()];
         of_modes[mode as usize] += 1;
         let before = work(&qmp);
-        let mut command = program();
-        command.args(["upgrade", "--json", "--qmp"]).arg(&qmp);
-        let output = command.args(mode.words()).stdin(Stdio::null()).output();
-        let output = output.unwrap();
-        assert!(output.status.success(), "upgrade {number}: {output:?}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let report = upgrade(&qmp, mode.name());
         blackouts.push(report["blackout-us"].as_u64().unwrap());
-        let pid = u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap();
+        let pid = new_pid(&report);
         match &last {
             // It is the same process.
             Some(same) if same.0 == pid => assert_eq!(mode, Mode::Exec),
             Some(old) => {
-                until("the old process ends", || {
-                    test_kill_process(old.pid()).err()
-                });
+                until("the old process ends", || (!old.lives()).then_some(()));
                 last = Some(Orphan(pid));
             }
             None => {

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
-    test_kill_process,
 };
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -22,11 +21,12 @@ use vmferry_devices::vhost::{VhostMemory, VhostNotifier};
 use vmferry_transport::units::MigrationId;
 
 use crate::command::run;
-use crate::harness::{Accel, Launch, Machine, program, until};
+use crate::harness::{Accel, Launch, Machine, until};
 use crate::linux::{Guest, Network};
 use crate::modules::{load, load_for};
 use crate::net::Tap;
 use crate::qmp::Qmp;
+use crate::successor::{Orphan, Waiting, new_pid, upgrade};
 use crate::trace::{Request, Trace, Traced};
 use crate::upgrades::upgrade_again_and_again;
 use crate::vhost::{Guest as Driven, Host, PAGES, received, vsock_host};
@@ -52,15 +52,10 @@ impl At {
         assert_eq!(self.ask("query-status", json!({}))["status"], "running");
     }
 
-    fn upgrade(&self) -> New {
-        let mut command = program();
-        command.args(["upgrade", "--json", "--qmp"]).arg(&self.0);
-        let output = command.stdin(Stdio::null()).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{said}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    fn upgrade(&self) -> Orphan {
+        let report = upgrade(&self.0, "transfer");
         println!("upgrade: {report}");
-        New(u32::try_from(report["new-pid"].as_u64().unwrap()).unwrap())
+        Orphan(new_pid(&report))
     }
 }
 
@@ -68,70 +63,8 @@ fn pid(number: u32) -> Pid {
     Pid::from_raw(number.cast_signed()).unwrap()
 }
 
-/// The process that has taken the guest over, and is nobody's child. Dropping it kills it.
-struct New(u32);
-
-impl Drop for New {
-    fn drop(&mut self) {
-        // Fails if it has ended.
-        let _ = kill_process(pid(self.0), Signal::KILL);
-        until("the process ends", || test_kill_process(pid(self.0)).err());
-    }
-}
-
-/// A process that waits for a guest in place, and where. Dropping it kills it.
-struct Waiting {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
-impl Waiting {
-    /// One like the VM behind `qmp`, which was started with `words`.
-    fn start(qmp: &Path, words: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let output = File::create(folder.path().join("log")).unwrap();
-        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
-        let (main, cpr) = (address("main"), address("cpr"));
-        let child = program()
-            .arg("run")
-            .args(words)
-            .args(["--incoming", &main, "--incoming-cpr", &cpr, "--qmp"])
-            .arg(qmp)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
-        let this = Self { child, folder };
-        until("the new process waits", || {
-            this.folder.path().join("cpr").exists().then_some(())
-        });
-        this
-    }
-
-    fn channels(&self) -> Value {
-        let channel = |kind: &str| {
-            let path = self.folder.path().join(kind);
-            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
-        };
-        json!([channel("main"), channel("cpr")])
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(pid(self.child.id()), signal).unwrap();
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        // Fails if it has ended.
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-        if std::thread::panicking() {
-            let said = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-            println!("the new process said: {said}");
-        }
-    }
+fn signal(process: &Waiting, signal: Signal) {
+    kill_process(pid(process.pid()), signal).unwrap();
 }
 
 /// Begins to hand the VM over to `waiting`, up to the moment before the guest is stopped; the new process is frozen then.
@@ -145,7 +78,7 @@ fn begin(at: &At, waiting: &Waiting) -> Qmp {
     until("it waits before the switchover", || {
         (at.status() == "pre-switchover").then_some(())
     });
-    waiting.signal(Signal::STOP);
+    signal(waiting, Signal::STOP);
     execute("migrate-continue", json!({"state": "pre-switchover"}));
     qmp
 }
@@ -268,7 +201,7 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
     until("the owner has let go", || {
         rival.device.lock().unwrap().own().ok()
     });
-    waiting.signal(Signal::CONT);
+    signal(&waiting, Signal::CONT);
     failed(&at, qmp, "failed", "VHOST_SET_OWNER");
     at.assert_runs();
     let asked = trace.take();
@@ -280,7 +213,7 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
             .filter(move |(one, _)| one.process == process);
         its.map(|(one, at)| (one.request, at)).collect::<Vec<_>>()
     };
-    let (new, old) = (by(waiting.child.id()), by(second.0));
+    let (new, old) = (by(waiting.pid()), by(second.0));
     let requests: Vec<_> = new.iter().map(|(request, _)| *request).collect();
     let (set, reset) = (Request::SetOwner, Request::ResetOwner);
     assert_eq!(requests, [set, set, reset]);
@@ -437,9 +370,9 @@ fn no_packet_is_lost_or_doubled_when_the_process_changes_or_cannot() {
 
     // Given away, and the new process dies with it.
     let (waiting, qmp) = begin_another();
-    waiting.signal(Signal::CONT);
-    until_asked(&trace, waiting.child.id(), Request::SetOwner);
-    waiting.signal(Signal::KILL);
+    signal(&waiting, Signal::CONT);
+    until_asked(&trace, waiting.pid(), Request::SetOwner);
+    signal(&waiting, Signal::KILL);
     failed(&at, qmp, "failed", "");
     drop(waiting);
     let round = guest.round("console");

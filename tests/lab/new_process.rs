@@ -1,10 +1,8 @@
 //! VMs that change their process: the command that does it, and a new process that dies when it has everything and has said so.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
@@ -12,8 +10,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use vmferry_transport::wire::frame::{FrameBuffer, TargetFrame};
 
-use crate::harness::{Machine, Vm, program, until};
+use crate::harness::{Vm, until};
 use crate::qmp::Qmp;
+use crate::successor::{Waiting, channels_at, new_pid, upgrade};
 
 /// A VM in a process that is nobody's child any more. Dropping it kills it.
 pub(crate) struct Moved {
@@ -29,15 +28,7 @@ impl Moved {
 
     /// The same in one of the two modes.
     pub(crate) fn by(mode: &str, path: PathBuf) -> Self {
-        let output = program()
-            .args(["upgrade", "--json", "--mode", mode, "--qmp"])
-            .arg(&path)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let pid = report["new-pid"].as_u64().unwrap().try_into().unwrap();
+        let pid = new_pid(&upgrade(&path, mode));
         Self { pid, path }
     }
 
@@ -89,53 +80,12 @@ impl Drop for Moved {
     }
 }
 
-/// A process that waits for a VM to take over, with a link to it that can be listened to.
-pub(crate) struct Waiting {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
 impl Waiting {
-    /// With the options of the machine that the old one has.
-    pub(crate) fn new(vm: &Vm, machine: &Machine, more: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let output = File::create(folder.path().join("log")).unwrap();
-        let address = |name: &str| format!("unix:{}", folder.path().join(name).display());
-        let child = program()
-            .args(["run", "--mem", machine.mem, "--accel", machine.accel.name()])
-            .args(more)
-            .args(["--incoming", &address("main")])
-            .args(["--incoming-cpr", &address("cpr"), "--qmp"])
-            .arg(vm.qmp_path())
-            .args(["--end-with-parent", &std::process::id().to_string()])
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
-        let this = Self { child, folder };
-        until("the new process waits", || {
-            this.folder.path().join("cpr").exists().then_some(())
-        });
-        this
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn channels(&self, main: &str) -> Value {
-        let channel = |kind: &str, name: &str| {
-            let path = self.path(name);
-            json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}})
-        };
-        json!({ "channels": [channel("main", main), channel("cpr", "cpr")] })
-    }
-
     /// Hands `vm` over to it, by way of `main` for the link.
     fn begin(&self, vm: &mut Vm, main: &str) {
         vm.set(json!({"mode": "cpr-transfer"}));
-        vm.execute("migrate", self.channels(main));
+        let channels = channels_at(&self.path(main), &self.path("cpr"));
+        vm.execute("migrate", json!({ "channels": channels }));
     }
 
     /// It refuses; what it says reaches the old process.
@@ -150,7 +100,7 @@ impl Waiting {
     /// The old process refuses to hand anything over, at once.
     pub(crate) fn assert_refused(&self, vm: &mut Vm, part: &str) {
         vm.set(json!({"mode": "cpr-transfer"}));
-        let refusal = vm.refusal("migrate", self.channels("main"));
+        let refusal = vm.refusal("migrate", json!({ "channels": self.channels() }));
         assert!(refusal.contains(part), "{refusal}");
     }
 
@@ -183,28 +133,12 @@ impl Waiting {
         });
         self.begin(vm, "link");
         ready.recv().unwrap_or_else(|_| panic!("{}", self.said()));
-        then(self.child.id());
+        then(self.pid());
         self.kill();
         go.send(()).unwrap();
         let info = vm.wait_migration();
         assert_eq!(info["status"], "failed", "{info}");
         relay.join().unwrap();
-    }
-
-    fn said(&self) -> String {
-        std::fs::read_to_string(self.path("log")).unwrap()
-    }
-
-    fn kill(&mut self) {
-        // Fails if it has ended.
-        let _ = self.child.kill();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.kill();
     }
 }
 

@@ -26,7 +26,8 @@ use vmferry_transport::units::{BlockId, PageCount, PageIndex};
 
 use crate::harness::{Accel, Launch, Machine, until};
 use crate::modules::load;
-use crate::new_process::{Moved, Waiting};
+use crate::new_process::Moved;
+use crate::successor::Waiting;
 use crate::vfio_machine::opened_by;
 
 /// Where the regions of a PCI device lie in its file.
@@ -218,7 +219,7 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
             }
         });
         // A new process that takes over and dies, and then one that lives.
-        let mut waiting = Waiting::new(&vm, &machine, &launch.words());
+        let mut waiting = Waiting::on(&vm.qmp_path(), &machine, &launch.words());
         waiting.dies_when_ready(&mut vm, |_| {
             let before = copied.load(Ordering::Relaxed);
             until(

@@ -9,7 +9,8 @@ use vmferry::machine::disk::{Disk, DiskConfig};
 use crate::cli::says;
 use crate::harness::{Accel, Launch, Vm};
 use crate::listener::Listener;
-use crate::upgrade::{SOON, Waiting, assert_upgrades, channels};
+use crate::successor::{Waiting, channels};
+use crate::upgrade::{SOON, assert_upgrades, waiting};
 
 use super::cell::machine;
 use super::link::{Deed, listener_of_another_user};
@@ -113,13 +114,13 @@ fn run(accel: Accel, case: Case) {
                 mem: "32M",
                 ..machine.clone()
             };
-            let waiting = Waiting::new(&old, &larger);
-            to_waiting(&mut old, waiting)
+            let new = waiting(&old, &larger, &[]);
+            to_waiting(&mut old, new)
         }
         Case::OtherDevices => {
             let more = ["--disk", &disk(&theirs)];
-            let waiting = Waiting::with(&old, &machine, &more);
-            to_waiting(&mut old, waiting)
+            let new = waiting(&old, &machine, &more);
+            to_waiting(&mut old, new)
         }
         Case::DiskTaken => {
             // Alike, and somebody else's.
@@ -131,8 +132,8 @@ fn run(accel: Accel, case: Case) {
             .unwrap();
             third_party.activate().unwrap();
             let more = ["--disk", &disk(&theirs)];
-            let waiting = Waiting::with(&old, &machine, &more);
-            to_waiting(&mut old, waiting)
+            let new = waiting(&old, &machine, &more);
+            to_waiting(&mut old, new)
         }
     };
     assert!(error.contains(reason), "{case:?}: {error}");

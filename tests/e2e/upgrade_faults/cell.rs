@@ -7,7 +7,8 @@ use serde_json::json;
 use crate::grid::Shown;
 use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, until};
 use crate::qmp::Qmp;
-use crate::upgrade::{At, SOON, Waiting, assert_upgrades};
+use crate::successor::Waiting;
+use crate::upgrade::{At, SOON, assert_upgrades, waiting};
 
 use super::link::{Deed, Link};
 use super::step::{Fault, Outcome, Step};
@@ -56,12 +57,13 @@ pub(super) fn run(accel: Accel, step: Step, fault: Fault) -> Seen {
     let mut old = machine.start_source(Launch::default().with(&SOON));
     old.warm_up();
     old.set(json!({"mode": "cpr-transfer"}));
-    let mut new = Waiting::new(&old, &machine);
+    let mut new = waiting(&old, &machine, &[]);
     let link = Link::new(new.folder(), step);
     old.execute("migrate", json!({"channels": link.channels()}));
     assert!(
         link.wait(PATIENCE),
-        "the step does not come: {}",
+        "process {} does not come to the step: {}",
+        new.pid(),
         old.said()
     );
     match fault {

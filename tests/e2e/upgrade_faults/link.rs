@@ -25,7 +25,7 @@ use tempfile::TempDir;
 use vmferry_cpr::message::{BATCH_MAX, GiverMessage, TakerMessage};
 use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer, SourceFrame, TargetFrame};
 
-use crate::upgrade::channels;
+use crate::successor::channels;
 
 use super::step::Step;
 

@@ -6,9 +6,10 @@ use std::path::Path;
 use super::{
     TALKED, assert_talks_at, machine, opened_by, start_source, states, states_of, talk, two, with,
 };
-use crate::harness::{Launch, Machine};
+use crate::harness::{Launch, Machine, Vm};
 use crate::mdev::Mdev;
-use crate::new_process::{Moved, Waiting};
+use crate::new_process::Moved;
+use crate::successor::Waiting;
 use vmferry_devices::vfio::DeviceState;
 
 /// Nobody can open a VFIO device while this lives.
@@ -62,15 +63,15 @@ fn whatever_becomes_of_the_new_process_the_devices_work_at_the_old_one() {
     let mut vm = start_source(&machine, &devices);
     let held = vm.holdings().fds;
     let options = with(&devices);
-    let refuses = |launch: Launch, part: &str, vm: &mut _| {
-        Waiting::new(vm, &machine, &launch.words()).assert_refuses(vm, part);
+    let refuses = |launch: Launch, part: &str, vm: &mut Vm| {
+        Waiting::on(&vm.qmp_path(), &machine, &launch.words()).assert_refuses(vm, part);
     };
     // A machine without the second device.
     refuses(with(&devices[..1]), "vfio/1", &mut vm);
     assert_eq!(states(&vm), [DeviceState::Running; 2]);
     talk(&mut vm);
     for _ in 0..2 {
-        let mut waiting = Waiting::new(&vm, &machine, &options.words());
+        let mut waiting = Waiting::on(&vm.qmp_path(), &machine, &options.words());
         waiting.dies_when_ready(&mut vm, |new| {
             assert_eq!(opened_by(new).len(), 2);
             assert_eq!(
@@ -112,7 +113,8 @@ fn a_mediated_device_that_cannot_be_stopped_refuses_an_upgrade_before_the_guest_
     let mut vm = machine.start_source(launch.clone());
     vm.warm_up();
     vm.qmp.events.clear();
-    Waiting::new(&vm, &machine, &launch.words()).assert_refused(&mut vm, "VFIO_UPDATE_VADDR");
+    Waiting::on(&vm.qmp_path(), &machine, &launch.words())
+        .assert_refused(&mut vm, "VFIO_UPDATE_VADDR");
     vm.assert_guest_works();
     let stops = vm
         .qmp
