@@ -540,6 +540,11 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait()
+            && thread::panicking()
+        {
+            println!("the {} had ended: {status}", self.role);
+        }
         self.kill();
         if thread::panicking() {
             println!("the {} said: {}", self.role, self.said());

@@ -101,6 +101,22 @@ fn thread_kind(name: &str) -> &str {
     }
 }
 
+/// Processor time that threads whose names begin so have had, in hundredths of a second (`USER_HZ`, see proc_pid_stat(5)).
+pub(crate) fn processor_time(pid: u32, threads: &str) -> u64 {
+    let stats = entries(pid, "task")
+        .into_iter()
+        .filter_map(|thread| fs::read_to_string(thread.join("stat")).ok());
+    let of_thread = |stat: String| {
+        // The name is in brackets, and may hold any of them.
+        let (head, fields) = stat.rsplit_once(") ")?;
+        let (_, name) = head.split_once('(')?;
+        let fields: Vec<_> = fields.split(' ').collect();
+        let time = |at: usize| fields[at].parse::<u64>().unwrap();
+        name.starts_with(threads).then(|| time(11) + time(12))
+    };
+    stats.filter_map(of_thread).sum()
+}
+
 /// What a descriptor is, by what its link says.
 fn kind(link: &str) -> &str {
     if link.starts_with("anon_inode:") || link.starts_with("/memfd:") {
