@@ -41,29 +41,16 @@ struct Tap {
 impl Tap {
     const NAME: &'static str = "guest";
 
-    /// `None`, and a reason on the output, if there cannot be one.
-    fn new() -> Option<Self> {
-        if let Err(error) = File::open("/dev/vhost-net") {
-            println!("SKIPPED: the guest has no tap: /dev/vhost-net: {error}");
-            return None;
-        }
+    fn new() -> Result<Self, String> {
+        File::open("/dev/vhost-net").map_err(|error| format!("/dev/vhost-net: {error}"))?;
         let tap = Self {
             namespace: format!("vmfup{}", std::process::id()),
         };
-        let made = tap
-            .ip(&format!("netns add {}", tap.namespace))
-            .and_then(|_| {
-                let tuntap = format!("tuntap add {} mode tap vnet_hdr", Self::NAME);
-                tap.ip(&format!("-n {} {tuntap}", tap.namespace))
-            })
-            .and_then(|_| tap.ip(&format!("-n {} link set {} up", tap.namespace, Self::NAME)));
-        match made {
-            Ok(_) => Some(tap),
-            Err(error) => {
-                println!("SKIPPED: the guest has no tap: {error}");
-                None
-            }
-        }
+        tap.ip(&format!("netns add {}", tap.namespace))?;
+        let tuntap = format!("tuntap add {} mode tap vnet_hdr", Self::NAME);
+        tap.ip(&format!("-n {} {tuntap}", tap.namespace))?;
+        tap.ip(&format!("-n {} link set {} up", tap.namespace, Self::NAME))?;
+        Ok(tap)
     }
 
     fn ip(&self, words: &str) -> Result<String, String> {
@@ -110,13 +97,19 @@ fn work(qmp: &Path) -> Work {
     }
 }
 
-/// Takes one guest through `count` processes, in the modes by turns.
-pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64) {
+/// Takes one guest through `count` processes, in the modes by turns. The lab has a tap and no storage daemon; elsewhere it is the other way
+/// round, and a tap too where the kernel has vhost-net.
+pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
     let folder = tempfile::tempdir().unwrap();
     let image = File::create(folder.path().join("image")).unwrap();
     image.set_len(1 << 20).unwrap();
-    let daemon = Daemon::start(folder.path(), "daemon");
-    let tap = Tap::new();
+    let (daemon, tap) = match in_lab {
+        false => {
+            let tap = Tap::new().inspect_err(|error| println!("no tap, the lab has one: {error}"));
+            (Daemon::start(folder.path(), "daemon"), tap.ok())
+        }
+        true => (None, Some(Tap::new().unwrap())),
+    };
     let mut line = Line::new(folder.path());
     let machine = Machine {
         vcpus: 2,

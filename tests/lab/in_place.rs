@@ -238,7 +238,7 @@ const UPGRADES: u64 = 8;
 fn a_guest_keeps_its_tap_and_its_serial_port_through_many_processes() {
     load_for("/dev/vhost-net", "vhost_net");
     load("tun");
-    upgrade_again_and_again(Accel::Soft, UPGRADES);
+    upgrade_again_and_again(Accel::Soft, UPGRADES, true);
 }
 
 /// Arguments of `announce-self` for one packet.
