@@ -65,6 +65,8 @@ pub(super) enum Event {
     Resumed(Result<(), ResumeError>),
     /// A measurement of the dirty rate has got on.
     Measured(Measured),
+    /// A job has panicked; what it owed will not come.
+    JobPanicked,
     /// The process was asked to end by a signal.
     Terminate,
 }

@@ -89,14 +89,15 @@ impl Legacy {
         };
         let id = offered.id();
         let mut arrived = offered.accept().context("taking guest memory over")?;
-        let ram = match claim_ram(blocks, arrived.table()) {
-            Ok(ram) => ram,
+        let claimed = claim_ram(blocks, arrived.table())
+            .and_then(|ram| Ok((ram, claim_devices(arrived.table(), Stage::Prepare)?)));
+        let (ram, early) = match claimed {
+            Ok(claimed) => claimed,
             Err(error) => {
                 arrived.refuse(&format!("{error:#}"));
                 return Err(error);
             }
         };
-        let early = claim_devices(arrived.table(), Stage::Prepare)?;
         Ok(Self {
             given: Given {
                 ram,
@@ -141,6 +142,7 @@ impl Legacy {
             id: letter.id,
             returned: (letter.leg == Leg::Back).then_some(letter.reason),
             way_back,
+            held: None,
         };
         Ok(Self {
             given: Given {
@@ -157,6 +159,13 @@ impl Legacy {
                 succession,
             })),
         })
+    }
+
+    /// This process cannot go on: the old one hears why. A program that this process was before hears it on the way back.
+    pub(super) fn refuse(self, why: &str) {
+        if let Rest::Process(arrived) = self.rest {
+            arrived.refuse(why);
+        }
     }
 
     /// What the program before has left beside memory, if it was one.

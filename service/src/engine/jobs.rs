@@ -2,8 +2,11 @@
 //! they were given; each tells the engine its result as an event.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc;
 use std::thread;
+
+use super::event::{Event, Events};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -35,11 +38,19 @@ pub(super) struct JobThread {
 }
 
 impl JobThread {
-    pub(super) fn start() -> io::Result<Self> {
+    /// A job that panics ends the thread, and the engine hears of it.
+    pub(super) fn start(events: Events) -> io::Result<Self> {
         let (jobs, todo) = mpsc::channel::<Job>();
-        thread::Builder::new()
-            .name("vm-jobs".into())
-            .spawn(move || todo.into_iter().for_each(|job| job()))?;
+        let work = move || {
+            for job in todo {
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                    // The engine ends only with the process.
+                    let _ = events.send(Event::JobPanicked);
+                    resume_unwind(panic);
+                }
+            }
+        };
+        thread::Builder::new().name("vm-jobs".into()).spawn(work)?;
         Ok(Self { jobs })
     }
 
@@ -53,5 +64,19 @@ impl JobThread {
         self.jobs
             .send(Box::new(move || span.in_scope(job)))
             .expect("a job has panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_engine_hears_of_a_job_that_has_panicked() {
+        let (events, mut queue) = tokio::sync::mpsc::unbounded_channel();
+        let jobs = JobThread::start(events).unwrap();
+        jobs.run(|| panic!("on purpose"));
+        assert!(matches!(queue.blocking_recv(), Some(Event::JobPanicked)));
+        assert!(queue.blocking_recv().is_none(), "the thread works on");
     }
 }

@@ -42,11 +42,26 @@ pub(super) struct Succession {
     pub(super) id: MigrationId,
     /// Why the new program could not go on, if this is the old one again.
     pub(super) returned: Option<String>,
-    /// Until the guest is here.
+    /// Until the guest may run.
     pub(super) way_back: WayBackKeeper,
+    /// From then on. Not in the keeper: a program that fails now without knowing whether the guest runs must not have the old one load
+    /// its state over memory that the guest has changed.
+    pub(super) held: Option<WayBack>,
 }
 
-/// The one way back, for whoever finds first that it is needed.
+impl Succession {
+    /// The guest is about to run. Only the answer that it does not leads back from here.
+    fn about_to_run(&mut self) {
+        self.held = self.way_back.take();
+    }
+
+    /// The guest is known not to run here.
+    fn take_way_back(&mut self) -> Option<WayBack> {
+        self.held.take().or_else(|| self.way_back.take())
+    }
+}
+
+/// The one way back while it is certain that the guest does not run, for whoever finds first that it is needed.
 #[derive(Clone, Debug, Default)]
 pub(super) struct WayBackKeeper(Arc<Mutex<Option<WayBack>>>);
 
@@ -183,6 +198,7 @@ impl Engine {
             return;
         };
         succession.times.loaded_us = now_us();
+        succession.about_to_run();
         if succession.returned.is_some() {
             self.tell_after_exec(false);
         }
@@ -194,7 +210,7 @@ impl Engine {
             return;
         };
         succession.times.running_us = now_us();
-        drop(succession.way_back.take());
+        succession.held = None;
         await_clearing_up(succession.account.clears_up);
         match succession.returned.clone() {
             None => self.tell_after_exec(true),
@@ -213,13 +229,65 @@ impl Engine {
         self.jobs.run(move || notifiers.after_exec(id, done));
     }
 
-    /// The guest cannot go on in this program. If it has come by an exec, this process becomes the old program again, which returns
-    /// only if it cannot.
-    pub(super) fn go_back(&self, why: &str) {
+    /// The guest does not run and cannot go on in this program. If it has come by an exec, this process becomes the old program again,
+    /// which returns only if it cannot.
+    pub(super) fn go_back(&mut self, why: &str) {
+        let succession = self.house.succession.as_mut();
+        become_the_old_program(succession.and_then(Succession::take_way_back), why);
+    }
+
+    /// A job has panicked, and with it the news that it owed. Nobody knows what it has done: if the guest has come by an exec and was not
+    /// let go yet, the old program has it again.
+    pub(super) fn job_panicked(&self) {
+        let why = "a job has panicked";
+        tracing::error!("{why}");
         let succession = self.house.succession.as_ref();
-        if let Some(way_back) = succession.and_then(|succession| succession.way_back.take()) {
-            let error = way_back.go(why);
-            tracing::error!(error = format!("{error:#}"), "no way back");
+        become_the_old_program(
+            succession.and_then(|succession| succession.way_back.take()),
+            why,
+        );
+    }
+}
+
+fn become_the_old_program(way_back: Option<WayBack>, why: &str) {
+    if let Some(way_back) = way_back {
+        let error = way_back.go(why);
+        tracing::error!(error = format!("{error:#}"), "no way back");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn succession(way_back: &WayBackKeeper) -> Succession {
+        Succession {
+            account: Account::default(),
+            times: Times::default(),
+            id: MigrationId::default(),
+            returned: None,
+            way_back: way_back.clone(),
+            held: None,
         }
+    }
+
+    #[test]
+    fn before_the_guest_may_run_whoever_finds_a_fault_goes_back_and_only_once() {
+        let keeper = WayBackKeeper::new(Some(WayBack::nowhere()));
+        let mut succession = succession(&keeper);
+        assert!(succession.take_way_back().is_some());
+        assert!(keeper.take().is_none() && succession.take_way_back().is_none());
+    }
+
+    #[test]
+    fn once_the_guest_may_run_only_the_answer_that_it_does_not_leads_back() {
+        let keeper = WayBackKeeper::new(Some(WayBack::nowhere()));
+        let mut succession = succession(&keeper);
+        succession.about_to_run();
+        assert!(
+            keeper.take().is_none(),
+            "a panic would start the guest again"
+        );
+        assert!(succession.take_way_back().is_some());
     }
 }

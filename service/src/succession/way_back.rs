@@ -42,6 +42,28 @@ impl WayBack {
         })
     }
 
+    /// One that was never left.
+    #[cfg(test)]
+    pub(crate) fn nowhere() -> Self {
+        let program = std::fs::File::open("/dev/null").unwrap().into();
+        Self {
+            letter: Letter {
+                leg: Leg::There,
+                pid: 0,
+                id: vmferry_transport::units::MigrationId::default(),
+                software: String::new(),
+                manifest: vmferry_cpr::manifest::Manifest::new(Vec::new()).unwrap(),
+                numbers: Vec::new(),
+                words: Vec::new(),
+                reason: String::new(),
+                account: Vec::new(),
+            },
+            fds: Vec::new(),
+            program,
+            words: Vec::new(),
+        }
+    }
+
     /// Becomes the old program, which runs the guest as it was when it stopped it and says why. Returns only if that fails.
     pub fn go(self, why: &str) -> anyhow::Error {
         let because = anyhow::Error::msg(why.to_owned());

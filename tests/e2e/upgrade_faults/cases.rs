@@ -25,16 +25,18 @@ pub(super) enum Case {
     OtherUser,
     OtherSize,
     OtherDevices,
+    DiskMissing,
     Veto,
     DiskTaken,
 }
 
-pub(super) const ALL: [Case; 7] = [
+pub(super) const ALL: [Case; 8] = [
     Case::NoProgram,
     Case::OtherProgram,
     Case::OtherUser,
     Case::OtherSize,
     Case::OtherDevices,
+    Case::DiskMissing,
     Case::Veto,
     Case::DiskTaken,
 ];
@@ -54,6 +56,7 @@ impl Case {
             Self::OtherUser => ("the new process is another user's", "runs as user 65534"),
             Self::OtherSize => ("it was started for a VM of another size", "bytes of memory"),
             Self::OtherDevices => ("it was started with another device", "disk0"),
+            Self::DiskMissing => ("it cannot open a disk", "opening of /nowhere/disk failed"),
             Self::Veto => ("somebody who is told objects", "not now"),
             Self::DiskTaken => (
                 "a block device cannot be activated there",
@@ -120,6 +123,11 @@ fn run(accel: Accel, case: Case) {
         Case::OtherDevices => {
             let more = ["--disk", &disk(&theirs)];
             let new = waiting(&old, &machine, &more);
+            to_waiting(&mut old, new)
+        }
+        Case::DiskMissing => {
+            let missing = ["--disk", &disk(Path::new("/nowhere/disk"))];
+            let new = waiting(&old, &machine, &missing);
             to_waiting(&mut old, new)
         }
         Case::DiskTaken => {
