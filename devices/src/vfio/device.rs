@@ -132,6 +132,12 @@ impl VfioDevice {
         }
     }
 
+    /// Whether there is a state that it can be told to be in. Hardware whose driver cannot migrate works from its reset on, and the kernel
+    /// does not even say so.
+    pub(super) fn has_states(&self) -> bool {
+        self.support().stop_copy
+    }
+
     /// Whether a migration away from here is under way.
     pub(super) fn is_saving(&self) -> bool {
         self.saving.is_some()

@@ -154,11 +154,18 @@ pub enum Before {
     Program,
 }
 
-/// The new process: its addresses are behind the mappings from now on. The devices work on or stay stopped, as they came.
+/// The new process: its addresses are behind the mappings from now on. The devices in `set` work on or stay stopped, as they came.
 ///
 /// # Errors
-/// The old process has not let go, or a limit of locked memory is too low. The old one takes back whatever was taken.
-pub fn take_over(reach: &mut Reach, before: Before) -> Result<(), DeviceError> {
+/// The old process has not let go, or a limit of locked memory is too low, or the devices were stopped and the kernel does not tell this
+/// process how to let them work. The old one takes back whatever was taken.
+pub fn take_over(set: &VfioSet, reach: &mut Reach, before: Before) -> Result<(), DeviceError> {
+    if let Some(reason) = blocker(set, reach) {
+        return Err(DeviceError::Vetoed {
+            device: NAME.to_owned(),
+            reason,
+        });
+    }
     let taken = match before {
         Before::Process => reach.take(),
         Before::Program => reach.take_back(),

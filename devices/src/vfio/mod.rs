@@ -101,6 +101,9 @@
 //! A guest that an operator pauses has its devices stopped too, with [`pause`](VfioSet::pause). Migrated like that, they go from STOP to
 //! STOP_COPY and never work at the source; at the target they stay in STOP until `run`.
 //!
+//! A device whose driver cannot migrate has no states: it works while its guest is stopped, and neither `pause` nor `run` asks anything of
+//! it. It keeps the VM from being migrated, but not from being upgraded in place where addresses can be changed under DMA.
+//!
 //! What a stream holds is between the two drivers. What the VMM emulates of a device, such as its PCI configuration space and its
 //! interrupts, is not in it: that is a [`Device`](crate::Device) of the VMM.
 //!

@@ -283,6 +283,9 @@ impl VfioFace for Model {
         if world.mute {
             return Err(refusal());
         }
+        if !world.devices[self.index].support.stop_copy {
+            return Err(io::Error::from_raw_os_error(libc::ENOTTY));
+        }
         Ok(world.devices[self.index].state)
     }
 

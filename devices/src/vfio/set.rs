@@ -68,13 +68,23 @@ impl VfioSet {
     /// The guest was stopped, by an operator for one: devices stop too. Not for a switchover, which has [`quiesce`](Self::quiesce) and
     /// [`stop`](Self::stop). During a migration the devices are only made quiet, so that they can be continued.
     ///
+    /// A device that cannot migrate cannot be stopped either and works on: it may still write to the memory of the stopped guest, and
+    /// finds its driver as it was when the guest goes on.
+    ///
     /// # Errors
     /// The first device that cannot be stopped; all devices work on then.
     pub fn pause(&mut self) -> Result<(), DeviceError> {
         let paused = self.all(VfioDevice::quiesce).and_then(|()| {
             self.all(|device| match device.is_saving() {
                 true => Ok(()),
-                false => device.halt(),
+                false if device.has_states() => device.halt(),
+                false => {
+                    tracing::info!(
+                        device = device.name(),
+                        "device works on while the guest is stopped: its driver has no migration states"
+                    );
+                    Ok(())
+                }
             })
         });
         match &paused {
@@ -92,7 +102,7 @@ impl VfioSet {
     }
 
     /// Lets the devices work, before any vCPU runs: at the target after the commit, and after [`pause`](Self::pause). Whatever happens,
-    /// the guest is here, so this cannot fail: it says what became of each device.
+    /// the guest is here, so this cannot fail: it says what became of each device. One that cannot migrate works anyway and is left alone.
     ///
     /// # Errors
     /// A migration away from here is reading what the stopped devices hold: end it or roll it back first. Nothing has changed.
@@ -276,7 +286,9 @@ impl VfioSet {
     }
 
     fn goals_of_work(&self) -> Vec<Option<DeviceState>> {
-        let goals = self.devices.iter().map(|device| Some(device.working()));
+        let goals = self.devices.iter();
+        // A way to a state that a device does not have would end in a reset under the guest's driver.
+        let goals = goals.map(|device| device.has_states().then(|| device.working()));
         goals.collect()
     }
 

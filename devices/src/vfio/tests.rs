@@ -446,6 +446,23 @@ fn devices_of_a_paused_guest_stay_stopped_whatever_becomes_of_the_migration() {
 }
 
 #[test]
+fn a_device_that_cannot_migrate_works_on_unharmed_however_often_its_guest_is_stopped() {
+    for supports in [vec![Support::default()], vec![FULL, Support::default()]] {
+        let (world, mut set) = vm(&supports);
+        let expected = contents(&world);
+        for _ in 0..2 {
+            set.pause().unwrap();
+            let last = lock(&world).states().pop();
+            assert_eq!(last, Some(DeviceState::Running));
+            assert!(all_sound(&set.run().unwrap()));
+            assert_all_in(&world, DeviceState::Running);
+        }
+        assert_eq!(contents(&world), expected);
+        assert!(lock(&world).devices.iter().all(|device| device.resets == 0));
+    }
+}
+
+#[test]
 fn a_guest_can_be_paused_and_continued_during_a_migration() {
     let (world, mut set) = vm(&[FULL, FULL]);
     set.begin().unwrap();

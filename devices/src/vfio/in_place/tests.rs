@@ -176,7 +176,8 @@ impl Process {
     }
 
     fn take_over(&self) -> Result<(), DeviceError> {
-        take_over(lock(&self.reach).as_mut().unwrap(), Before::Process)
+        let (set, mut reach) = (lock(&self.set), lock(&self.reach));
+        take_over(&set, reach.as_mut().unwrap(), Before::Process)
     }
 
     fn run(&self) {
@@ -337,8 +338,8 @@ fn a_program_takes_devices_from_the_one_before_it_and_they_go_back_if_it_fails()
         old.notifiers.done(told);
         std::mem::forget(old);
         let take = |program: &Process| {
-            let mut reach = lock(&program.reach);
-            take_over(reach.as_mut().unwrap(), Before::Program).unwrap();
+            let (set, mut reach) = (lock(&program.set), lock(&program.reach));
+            take_over(&set, reach.as_mut().unwrap(), Before::Program).unwrap();
         };
         let new = Process::new(&bench.set, &bench.kernel, false);
         take(&new);
@@ -402,6 +403,27 @@ fn devices_that_can_neither_go_on_nor_be_stopped_veto_with_their_name() {
         None
     );
     let told = old.notifiers.setup(&SETUP).unwrap();
+    old.notifiers.failed(told);
+    old.run();
+    bench.assert_at(&old, DeviceState::Running);
+    let told = old.notifiers.setup(&SETUP).unwrap();
+    let new = Process::new(&bench.set, &bench.kernel, false);
+    new.take_over().unwrap();
+    old.notifiers.done(told);
+    new.run();
+    bench.assert_at(&new, DeviceState::Running);
+}
+
+#[test]
+fn a_process_that_could_not_let_devices_work_again_does_not_take_them() {
+    let bench = bench(false, &[FULL]);
+    let old = Process::new(&bench.set, &bench.kernel, true);
+    let told = old.notifiers.setup(&SETUP).unwrap();
+    let blind = Arc::new(Mutex::new(vm(&[NONE]).1));
+    let new = Process::new(&blind, &bench.kernel, false);
+    let error = new.take_over().unwrap_err().to_string();
+    assert!(error.contains("vfio/0"), "{error}");
+    assert!(bench.kernel.addresses().is_empty(), "nothing was taken");
     old.notifiers.failed(told);
     bench.assert_at(&old, DeviceState::Running);
 }

@@ -229,7 +229,11 @@ impl VfioDevices {
             op: "VFIO_CHECK_EXTENSION".to_owned(),
             source,
         })?;
-        in_place::take_over(&mut reach, self.before.unwrap_or_default())?;
+        in_place::take_over(
+            &lock(&self.set),
+            &mut reach,
+            self.before.unwrap_or_default(),
+        )?;
         self.have(fd, reach);
         Ok(())
     }
