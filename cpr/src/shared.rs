@@ -14,8 +14,9 @@ use rustix::io::FdFlags;
 
 use crate::CprError;
 
-/// Opens the file at `path` as `bytes` of RAM, and makes it if there is none: all holes, mode 0600, close-on-exec, locked. What an
-/// existing file holds is kept. Also says whether the file is new.
+/// Opens the file at `path` as `bytes` of RAM, and makes it if there is none: mode 0600, close-on-exec, locked. What an existing file
+/// holds is kept. Also says whether the file is new: then it has no length before [`lengthen`], so that a start which is given up in
+/// between, or dies, leaves nothing that would pass for memory.
 ///
 /// # Errors
 /// [`CprError::Request`] for a size that makes no RAM in this file system, or if there is no room for it, [`CprError::Descriptor`] if
@@ -51,19 +52,25 @@ pub fn open(path: &Path, bytes: u64) -> Result<(File, bool), CprError> {
     }
     check_room(&file, &name, &stat, bytes)?;
     match u64::try_from(stat.st_size) {
-        Ok(0) => file
-            .set_len(bytes)
-            .map_err(|error| CprError::host(format!("sizing {name} to {bytes} bytes"), error))?,
-        Ok(size) if size == bytes => return Ok((file, false)),
+        Ok(0) => Ok((file, true)),
+        Ok(size) if size == bytes => Ok((file, false)),
         _ => {
             let size = stat.st_size;
-            return Err(refuse(
+            Err(refuse(
                 &name,
                 format!("it has {size} bytes, expected {bytes}"),
-            ));
+            ))
         }
     }
-    Ok((file, true))
+}
+
+/// Makes a new file `bytes` of RAM, all holes.
+///
+/// # Errors
+/// [`CprError::Host`] if the kernel refuses; the file is as it was.
+pub fn lengthen(file: &File, bytes: u64) -> Result<(), CprError> {
+    file.set_len(bytes)
+        .map_err(|error| CprError::host(format!("sizing a file of RAM to {bytes} bytes"), error))
 }
 
 /// Empties such a file: all holes again, of the same size. Nothing may have it mapped.
@@ -154,8 +161,12 @@ mod tests {
     fn what_a_vm_wrote_is_there_when_the_next_one_opens_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ram");
-        let (ram, is_new) = open(&path, BYTES).unwrap();
+        let (given_up, is_new) = open(&path, BYTES).unwrap();
         assert!(is_new);
+        drop(given_up);
+        let (ram, is_new) = open(&path, BYTES).unwrap();
+        assert!(is_new, "nothing was ever in it");
+        lengthen(&ram, BYTES).unwrap();
         let stat = ram.metadata().unwrap();
         assert_eq!((stat.len(), stat.blocks()), (BYTES, 0));
         assert_eq!(stat.permissions().mode() & 0o777, 0o600);
@@ -187,6 +198,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ram");
         let (ram, _) = open(&path, BYTES).unwrap();
+        lengthen(&ram, BYTES).unwrap();
         let handed: OwnedFd = ram.try_clone().unwrap().into();
         drop(ram);
         assert!(refusal(open(&path, BYTES)).contains("another process"));

@@ -178,6 +178,8 @@ fn memory_and_archive_that_do_not_belong_together_are_refused(accel: Accel) {
     place.save(place.source(), "third");
     fs::remove_file(place.path("ram")).unwrap();
     place.start_fails(incoming(&place), "is gone");
+    place.start_fails(place.launch(), "guest that was saved");
+    place.start_fails(incoming(&place), "is gone");
 }
 
 fn a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked(accel: Accel) {

@@ -121,9 +121,10 @@ impl MachineRam {
     }
 
     fn open(mem_bytes: u64, paths: &[PathBuf], incoming: bool) -> Result<Self, MachineError> {
+        let sizes = block_sizes(mem_bytes)?;
         let mut files = Vec::new();
-        for (path, (_, bytes)) in paths.iter().zip(block_sizes(mem_bytes)?) {
-            files.push(shared::open(path, bytes).map_err(of_cpr)?);
+        for (path, (_, bytes)) in paths.iter().zip(&sizes) {
+            files.push(shared::open(path, *bytes).map_err(of_cpr)?);
         }
         // The files are locked from here on: nobody else sets or removes a mark.
         match saved_guest(paths)? {
@@ -136,8 +137,13 @@ impl MachineRam {
             }
             Some(_) => {}
             None => {
-                for (file, _) in files.iter().filter(|(_, is_new)| !is_new) {
-                    shared::empty(file).map_err(of_cpr)?;
+                for ((file, is_new), (_, bytes)) in files.iter().zip(&sizes) {
+                    // Only here, where no mark says that a guest was in them: after a refusal they are as new as before.
+                    match is_new {
+                        true => shared::lengthen(file, *bytes),
+                        false => shared::empty(file),
+                    }
+                    .map_err(of_cpr)?;
                 }
             }
         }
@@ -345,8 +351,38 @@ mod tests {
         assert!(error.contains("that was saved"), "{error}");
         assert_eq!(look(open(true).unwrap()), 7);
         std::fs::remove_file(&paths[0]).unwrap();
-        let error = open(true).unwrap_err().to_string();
-        assert!(error.contains("is gone"), "{error}");
+        // However often, and whoever was refused before.
+        for incoming in [true, true, false, true] {
+            let error = open(incoming).unwrap_err().to_string();
+            let part = if incoming {
+                "is gone"
+            } else {
+                "that was saved"
+            };
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_start_that_fails_at_the_second_file_leaves_no_memory_in_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let backing = RamBacking::File(folder.path().join("ram"));
+        let mem_bytes = (3 << 30) + (16 << 20);
+        let paths = backing.paths(mem_bytes);
+        for path in &paths {
+            mark::set(path, MigrationId([1; 16])).unwrap();
+        }
+        std::fs::write(&paths[1], b"cut").unwrap();
+        let open = || MachineRam::with_backing(mem_bytes, &backing, true).unwrap_err();
+        let error = open().to_string();
+        assert!(error.contains("it has 3 bytes"), "{error}");
+        // The second one is mended; the first never was there.
+        let second = File::options().write(true).open(&paths[1]).unwrap();
+        second.set_len(16 << 20).unwrap();
+        for _ in 0..2 {
+            let error = open().to_string();
+            assert!(error.contains("is gone"), "{error}");
+        }
     }
 
     #[test]
