@@ -71,6 +71,7 @@ mod upgrade; // I1, I3, I4: a new process on the same host, and everything that 
 mod upgrade_exec; // I1, I3, I4, I7: the same process becomes a new program, or stays the old one
 mod upgrade_faults; // I1, I3, I7: every fault at every step of an upgrade
 mod upgrade_qemu; // I2: a VM of QEMU goes on in a new QEMU
+mod upgrade_return; // I3: a new program that fails, whatever the old one was started for
 mod upgrade_serial; // I2: no byte of the serial port is lost or doubled in an upgrade
 mod upgrade_soak; // I1, I2, I4: many upgrades of one guest with all its devices, nothing lost, nothing leaked
 mod versions; // I2, I3: VMs of older builds, and back to them

@@ -3,8 +3,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use crate::listener::Listener;
 use crate::proc::Holdings;
 use crate::qmp::Qmp;
 use crate::storage::Daemon;
+use crate::successor::{liar, program_path, script};
 use crate::upgrade::{At, scrape};
 
 on_both_accelerators!(
@@ -175,10 +175,6 @@ fn a_disk_of_another_process_keeps_its_connection_through_an_exec(accel: Accel) 
     assert!(vm.lives());
 }
 
-fn program_path() -> PathBuf {
-    program().get_program().into()
-}
-
 /// The command line of the VM, with another program.
 fn command(vm: &Vm, program: &Path) -> Vec<String> {
     let cmdline = std::fs::read(format!("/proc/{}/cmdline", vm.pid())).unwrap();
@@ -193,32 +189,6 @@ fn command(vm: &Vm, program: &Path) -> Vec<String> {
         .into_iter()
         .chain(words)
         .collect()
-}
-
-/// A program that is a shell script. Another process writes it: nobody who is forked meanwhile may have it open for writing.
-fn script(folder: &Path, name: &str, body: &str) -> PathBuf {
-    let path = folder.join(name);
-    let write = format!("cat > '{0}' && chmod 700 '{0}'", path.display());
-    let mut writer = Command::new("sh")
-        .args(["-c", &write])
-        .stdin(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = writer.stdin.take().unwrap();
-    std::io::Write::write_all(&mut stdin, format!("#!/bin/sh\n{body}\n").as_bytes()).unwrap();
-    drop(stdin);
-    assert!(writer.wait().unwrap().success());
-    path
-}
-
-/// Says yes when it is asked, and does something else then.
-fn liar(folder: &Path, then: &str) -> PathBuf {
-    let ours = program_path();
-    let body = format!(
-        "case \"$*\" in *--x-cpr-exec-asked*) exec {} \"$@\";; esac\n{then}",
-        ours.display()
-    );
-    script(folder, "liar", &body)
 }
 
 fn what_is_no_new_program_is_refused_before_the_guest_is_stopped(accel: Accel) {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use vmferry_cpr::letter::Leg;
 use vmferry_cpr::memfd::HugePages;
 use vmferry_transport::control::{Address, AddressError};
 use vmferry_transport::limits::Deadlines;
@@ -262,25 +263,29 @@ impl RunArgs {
     /// Becomes a VM process: a new VM, one that arrives, or that of the program that this process was before.
     pub(super) fn execute(self, inheritance: Option<Inheritance>) -> anyhow::Result<ExitCode> {
         if self.asked {
-            let mut config = self.config()?;
-            config.machine.incoming = true;
+            let config = self.config_after_exec(Leg::Asked)?;
             ask::answer(|letter, hello| crate::engine::would_go_on(&config, letter, hello))?;
             return Ok(ExitCode::SUCCESS);
         }
-        if let Some(parent) = self.end_with_parent {
-            end_with_parent(parent)?;
-        }
+        let parent = self.end_with_parent;
+        let tie = || parent.map_or(Ok(()), end_with_parent);
         let Some(inheritance) = inheritance else {
+            tie()?;
             return crate::engine::run(self.config()?);
         };
-        let config = match self.config_after_exec() {
-            Ok(config) => config,
-            Err(error) => return Err(succession::refuse(inheritance, &format!("{error:#}"))),
-        };
-        crate::engine::run_after_exec(config, inheritance)
+        let leg = inheritance.letter.leg;
+        match tie().and_then(|()| self.config_after_exec(leg)) {
+            Ok(config) => crate::engine::run_after_exec(config, inheritance),
+            Err(error) => Err(succession::refuse(inheritance, &format!("{error:#}"))),
+        }
     }
 
-    fn config_after_exec(self) -> anyhow::Result<RunConfig> {
+    /// For a guest that is here already: that the program before has left, or would leave.
+    fn config_after_exec(mut self, leg: Leg) -> anyhow::Result<RunConfig> {
+        if leg == Leg::Back {
+            // The command line of this program's first start. How its guest came then is over, and how it stood is in the archive.
+            (self.incoming, self.incoming_cpr, self.paused) = (None, None, false);
+        }
         anyhow::ensure!(
             self.incoming.is_none() && self.incoming_cpr.is_none(),
             "the guest is here: the command has --incoming"

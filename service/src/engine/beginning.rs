@@ -273,6 +273,7 @@ impl Engine {
                     mut succession,
                 } = left;
                 succession.times.built_us = now_us();
+                succession.due = Some(self.clock.now().plus_micros(self.deadlines.ready_us));
                 self.house.inherit(inherited);
                 self.house.succession = Some(succession);
                 return self.load_archive(archive, id);

@@ -142,6 +142,7 @@ impl Legacy {
             id: letter.id,
             returned: (letter.leg == Leg::Back).then_some(letter.reason),
             way_back,
+            due: None,
             held: None,
         };
         Ok(Self {

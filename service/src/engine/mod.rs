@@ -182,6 +182,7 @@ impl Engine {
                     if let Some(incoming) = &mut self.incoming {
                         incoming.tick();
                     }
+                    self.go_back_when_late();
                     self.announce_what_is_due();
                     self.measure_what_is_due();
                 }
@@ -195,12 +196,14 @@ impl Engine {
         let incoming = self.incoming.as_ref().and_then(Incoming::poll_timeout);
         let announcing = self.announcing.poll_timeout();
         let measuring = self.dirty_rate.poll_timeout();
+        let succession = self.house.succession.as_ref();
         let deadlines = [
             outgoing,
             incoming,
             announcing,
             measuring,
             self.observer.due(),
+            succession.and_then(|succession| succession.due),
         ]
         .into_iter()
         .flatten()

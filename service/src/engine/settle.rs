@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::{Address, Listener};
-use vmferry_transport::units::MigrationId;
+use vmferry_transport::units::{MigrationId, Moment};
 
 use super::Engine;
 use super::hand_over::{Heirlooms, METRICS, QMP};
@@ -44,6 +44,8 @@ pub(super) struct Succession {
     pub(super) returned: Option<String>,
     /// Until the guest may run.
     pub(super) way_back: WayBackKeeper,
+    /// When the guest must be about to run.
+    pub(super) due: Option<Moment>,
     /// From then on. Not in the keeper: a program that fails now without knowing whether the guest runs must not have the old one load
     /// its state over memory that the guest has changed.
     pub(super) held: Option<WayBack>,
@@ -53,6 +55,7 @@ impl Succession {
     /// The guest is about to run. Only the answer that it does not leads back from here.
     fn about_to_run(&mut self) {
         self.held = self.way_back.take();
+        self.due = None;
     }
 
     /// The guest is known not to run here.
@@ -241,6 +244,23 @@ impl Engine {
     pub(super) fn job_panicked(&self) {
         let why = "a job has panicked";
         tracing::error!("{why}");
+        self.go_back_before_the_start(why);
+    }
+
+    /// A program that has come by an exec answers nobody before it has the guest, so nobody else can end its waiting (I6).
+    pub(super) fn go_back_when_late(&mut self) {
+        let now = self.clock.now();
+        let succession = self.house.succession.as_mut();
+        if let Some(late) = succession.filter(|late| late.due.is_some_and(|due| now >= due)) {
+            late.due = None;
+            let within_s = self.deadlines.ready_us / 1_000_000;
+            self.go_back_before_the_start(&format!(
+                "the state of the guest was not loaded within {within_s} s"
+            ));
+        }
+    }
+
+    fn go_back_before_the_start(&self, why: &str) {
         let succession = self.house.succession.as_ref();
         become_the_old_program(
             succession.and_then(|succession| succession.way_back.take()),
@@ -267,6 +287,7 @@ mod tests {
             id: MigrationId::default(),
             returned: None,
             way_back: way_back.clone(),
+            due: None,
             held: None,
         }
     }

@@ -101,7 +101,7 @@ pub fn take() -> anyhow::Result<Option<Inheritance>> {
         letter.pid
     );
     ensure!(letter.leg != Leg::Asked, "the letter is a question");
-    let account = Account::decode(&letter.account)?;
+    let account = Account::decode(&letter.account);
     let mut table = envelope::adopt(&letter, call::adopt)?;
     let way_back = match letter.leg {
         Leg::Back => None,

@@ -77,7 +77,7 @@ impl WayBack {
 
     fn become_it(&self, why: &str) -> anyhow::Result<std::convert::Infallible> {
         let numbers = self.fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned());
-        let mut account = account::Account::decode(&self.letter.account)?;
+        let mut account = account::Account::decode(&self.letter.account);
         account.exec_us = account::now_us();
         let letter = Letter {
             leg: Leg::Back,
