@@ -34,74 +34,74 @@ pub fn path(ram: &Path, id: MigrationId) -> PathBuf {
 /// [`CprError::Descriptor`] if there are several marks, or something with such a name that is none, [`CprError::Host`] if the kernel does
 /// not tell.
 pub fn read(ram: &Path) -> Result<Option<MigrationId>, CprError> {
-    let refuse = |reason: String| CprError::Descriptor {
-        name: ram.display().to_string(),
-        reason,
-    };
-    let mut found = None;
-    for name in names(ram).map_err(|error| failed("looking for marks of", ram, error))? {
-        let shown = name.display();
-        let digits = suffix(ram, &name).and_then(|digits| std::str::from_utf8(digits).ok());
-        let Some(id) = digits.and_then(id_of) else {
-            return Err(refuse(format!("{shown} beside it is no mark of vmferry's")));
-        };
-        if found.replace(id).is_some() {
-            return Err(refuse(format!(
-                "it has several marks of saved guests beside it, one is {shown}: remove those that are wrong"
-            )));
-        }
+    match marks(ram)?[..] {
+        [] => Ok(None),
+        [id] => Ok(Some(id)),
+        [id, ..] => Err(CprError::Descriptor {
+            name: ram.display().to_string(),
+            reason: format!(
+                "it has several marks of saved guests beside it, one is {}: remove those that are wrong",
+                path(ram, id).display()
+            ),
+        }),
     }
-    Ok(found)
 }
 
 /// Marks the memory at `ram` as that of the saved guest `id`, in place of any earlier mark. On return the mark would survive a loss of
 /// power as far as the file system does.
 ///
 /// # Errors
-/// [`CprError::Host`]; there may be a mark then.
+/// As [`read`], but for several marks; there may be one then.
 pub fn set(ram: &Path, id: MigrationId) -> Result<(), CprError> {
-    remove_marks(ram)
-        .and_then(|()| {
-            OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(path(ram, id))
-        })
-        .and_then(|_| sync_folder(ram))
+    remove_marks(ram)?;
+    let mark = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path(ram, id));
+    mark.and_then(|_| sync_folder(ram))
         .map_err(|error| failed("marking", ram, error))
 }
 
 /// Removes the mark of the memory at `ram`, if there is one. On return it stays removed after a loss of power.
 ///
 /// # Errors
-/// [`CprError::Host`]; the mark may be there still.
+/// As [`read`], but for several marks; one may be there still.
 pub fn remove(ram: &Path) -> Result<(), CprError> {
-    remove_marks(ram)
-        .and_then(|()| sync_folder(ram))
-        .map_err(|error| failed("removing the mark of", ram, error))
+    remove_marks(ram)?;
+    sync_folder(ram).map_err(|error| failed("removing the mark of", ram, error))
 }
 
-fn remove_marks(ram: &Path) -> io::Result<()> {
-    for name in names(ram)? {
-        if suffix(ram, &name).is_some() {
-            fs::remove_file(folder(ram).join(name))?;
-        }
+fn remove_marks(ram: &Path) -> Result<(), CprError> {
+    for id in marks(ram)? {
+        fs::remove_file(path(ram, id))
+            .map_err(|error| failed("removing the mark of", ram, error))?;
     }
     Ok(())
 }
 
-/// Names beside `ram` that begin as those of its marks do.
-fn names(ram: &Path) -> io::Result<Vec<OsString>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder(ram))? {
-        let name = entry?.file_name();
-        if suffix(ram, &name).is_some() {
-            names.push(name);
-        }
+/// The marks beside `ram`. Something else with such a name is refused: it is somebody's own, or says what this build cannot read.
+fn marks(ram: &Path) -> Result<Vec<MigrationId>, CprError> {
+    let looked = |error| failed("looking for marks of", ram, error);
+    let mut marks = Vec::new();
+    for entry in fs::read_dir(folder(ram)).map_err(looked)? {
+        let name = entry.map_err(looked)?.file_name();
+        let Some(digits) = suffix(ram, &name) else {
+            continue;
+        };
+        let id = std::str::from_utf8(digits).ok().and_then(id_of);
+        // Written as this build writes it.
+        let id = id.filter(|id| path(ram, *id).file_name() == Some(&name));
+        marks.push(id.ok_or_else(|| CprError::Descriptor {
+            name: ram.display().to_string(),
+            reason: format!(
+                "{} beside it is no mark of vmferry's: give it another name",
+                name.display()
+            ),
+        })?);
     }
-    Ok(names)
+    Ok(marks)
 }
 
 /// What follows in the name of a mark of `ram`.
@@ -174,14 +174,17 @@ mod tests {
             "00",
             "0g0102030405060708090a0b0c0d0e0f",
             "+00102030405060708090a0b0c0d0e0f",
+            "000102030405060708090A0B0C0D0E0F",
             "é0102030405060708090a0b0c0d0e0f",
         ] {
             let foreign = folder.path().join(format!("ram.saved-{text}"));
             fs::write(&foreign, "").unwrap();
-            assert!(
-                read(&ram).unwrap_err().to_string().contains("no mark"),
-                "{text}"
-            );
+            let id = MigrationId([3; 16]);
+            for refused in [read(&ram).map(|_| ()), set(&ram, id), remove(&ram)] {
+                let error = refused.unwrap_err().to_string();
+                assert!(error.contains("no mark"), "{text}: {error}");
+            }
+            assert!(foreign.exists(), "it was somebody else's");
             fs::remove_file(foreign).unwrap();
         }
         for byte in [1, 2] {
