@@ -287,6 +287,40 @@ fn whatever_fails_before_the_commit_the_guest_goes_on_at_the_source() {
 }
 
 #[test]
+fn memory_may_take_its_time_to_the_disk_as_long_as_the_target_shows_that_it_lives() {
+    let tuning = SourceTuning {
+        downtime_limit_us: 0,
+        switchover_bytes_per_sec: None,
+        auto_converge: None,
+    };
+    let mut source = Source::new(source_config(), tuning);
+    source.start(NOW);
+    source.handle_fds_offered(NOW);
+    source.handle_control_connected(NOW);
+    let reply = HelloReply {
+        version: VersionRange::OURS.max,
+        software: "t".to_owned(),
+    };
+    source.handle_frame(NOW, TargetFrame::HelloReply(reply));
+    source.handle_frame(NOW, TargetFrame::DataReady);
+    source.handle_guest_stopped(NOW, Proof);
+    source.handle_setup_told(NOW, None);
+    let mut now = NOW;
+    for _ in 0..200 {
+        now = now.plus_micros(5_000_000);
+        source.handle_frame(now, TargetFrame::Keepalive);
+        source.handle_timeout(now);
+        assert_eq!(source.status(), MigrationStatus::Device);
+    }
+    source.handle_timeout(now.plus_micros(Deadlines::default().stall_us));
+    assert_eq!(
+        source.status(),
+        MigrationStatus::Failing,
+        "silence is another matter"
+    );
+}
+
+#[test]
 fn ram_of_another_attempt_or_none_is_never_started_on() {
     let network = SourceConfig {
         data_connections: 1,
