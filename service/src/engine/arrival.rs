@@ -19,7 +19,7 @@ use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::settle::Succession;
-use super::{Ending, Engine, software};
+use super::{Ending, Engine, block_infos, software};
 use crate::machine::{MachineError, ResumeError};
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
@@ -69,7 +69,7 @@ impl Engine {
 
     fn target_config(&self, in_place: Option<MigrationId>) -> TargetConfig {
         TargetConfig {
-            blocks: self.block_infos(),
+            blocks: block_infos(self.machine.as_ref()),
             devices: self.schemas.clone(),
             streamed: self.streamed.clone(),
             software: software(),

@@ -18,7 +18,7 @@ use super::outgoing::{Outgoing, OutgoingStart};
 use super::route::Route;
 use super::run_control::answer;
 use super::successor::{InPlace, Successor};
-use super::{Engine, Reply, software};
+use super::{Engine, Reply, block_infos, software};
 use crate::machine::Accel;
 use crate::migration::admission::{Admission, Operation, STEERING, admit};
 use crate::migration::params::MigrationMode;
@@ -162,7 +162,7 @@ impl Engine {
                 checksum: self.parameters.x_checksum || route.is_archive(),
                 verify: self.parameters.x_verify,
                 software: software(),
-                blocks: self.block_infos(),
+                blocks: block_infos(self.machine.as_ref()),
                 devices: self.schemas.clone(),
                 guest_runs: matches!(self.guest, Guest::Running),
                 uuid: self.uuid.filter(|_| self.capabilities.validate_uuid),

@@ -29,7 +29,7 @@ use super::settle::{Succession, WayBackKeeper};
 use super::software;
 use crate::config::CprOrigin;
 use crate::machine::heirloom::DeviceFd;
-use crate::machine::{Given, MachineConfig};
+use crate::machine::{Given, MachineConfig, vfio};
 use crate::succession::account::Times;
 use crate::succession::{ARCHIVE, Inheritance, PROGRAM};
 
@@ -230,7 +230,7 @@ impl Legacy {
 /// RAM blocks of a VM that is offered, and what will come of its devices.
 type Judged = (Vec<FdEntry>, Vec<FdEntry>);
 
-/// Looks whether a VM like `machine` is offered, and nothing that this build would not know what to do with.
+/// Looks whether a VM like `machine` is offered, with its VFIO devices, and nothing that this build would not know what to do with.
 ///
 /// # Errors
 /// What is wrong, for the old process and people.
@@ -262,6 +262,11 @@ pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judg
         return Err(format!(
             "{:?} {:?} is not known here",
             foreign.name, foreign.role
+        ));
+    }
+    if let Some((device, role)) = vfio::missing(&machine.vfio, manifest.entries()) {
+        return Err(format!(
+            "this process was started with {device}, and the VM does not have it ({role})"
         ));
     }
     Ok((blocks, of_devices(manifest, Stage::HandOver)))
@@ -312,7 +317,7 @@ fn check_backing(blocks: &[FdEntry], paths: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-pub(super) fn is_ram(entry: &FdEntry) -> bool {
+fn is_ram(entry: &FdEntry) -> bool {
     matches!(entry.kind, FdKind::RamMemfd | FdKind::RamFile)
 }
 

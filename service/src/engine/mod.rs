@@ -304,16 +304,17 @@ impl Engine {
             self.runstate = state;
         }
     }
+}
 
-    fn block_infos(&self) -> Vec<BlockInfo> {
-        let page_bytes = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
-        let blocks = self.machine.ram().blocks().iter();
-        blocks
-            .map(|block| BlockInfo {
-                name: block.name().to_owned(),
-                pages: block.pages(),
-                page_bytes,
-            })
-            .collect()
-    }
+/// The machine's RAM, as the hello lists it.
+fn block_infos(machine: &dyn Machine) -> Vec<BlockInfo> {
+    let page_bytes = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
+    let blocks = machine.ram().blocks().iter();
+    blocks
+        .map(|block| BlockInfo {
+            name: block.name().to_owned(),
+            pages: block.pages(),
+            page_bytes,
+        })
+        .collect()
 }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use vmferry_cpr::letter::Letter;
+use vmferry_cpr::manifest::FdEntry;
 use vmferry_cpr::memfd;
-use vmferry_transport::units::PAGE_SIZE;
-use vmferry_transport::wire::hello::{BlockInfo, Hello, VersionRange, compare};
+use vmferry_transport::wire::hello::{Hello, VersionRange, compare};
 
-use super::inherit::{is_ram, judge};
-use super::passthrough;
+use super::inherit::judge;
+use super::{block_infos, passthrough};
 use crate::config::RunConfig;
 use crate::machine::disk::Disks;
+use crate::machine::vfio::VfioConfig;
 use crate::machine::{self, Given, Machine, MachineConfig};
 
 /// See [`super::would_go_on`].
@@ -27,17 +28,12 @@ pub(super) fn would_go_on(
         hello.versions,
         VersionRange::OURS
     );
-    if let Err(reason) = judge(&letter.manifest, &config.machine) {
-        bail!(reason);
-    }
-    let machine = build(config, letter)?;
-    let page_bytes = u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX);
-    let blocks = machine.ram().blocks().iter().map(|block| BlockInfo {
-        name: block.name().to_owned(),
-        pages: block.pages(),
-        page_bytes,
-    });
-    let blocks: Vec<_> = blocks.collect();
+    let (blocks, devices) = match judge(&letter.manifest, &config.machine) {
+        Ok(judged) => judged,
+        Err(reason) => bail!(reason),
+    };
+    let machine = build(config, &blocks, devices)?;
+    let blocks = block_infos(machine.as_ref());
     let mut hello = hello.clone();
     let absent = in_use(&config.machine);
     hello
@@ -48,18 +44,13 @@ pub(super) fn would_go_on(
 }
 
 /// A machine like the one that would go on, with memory of its own, which nobody touches, and without devices that the VM has to itself.
-fn build(config: &RunConfig, letter: &Letter) -> anyhow::Result<Arc<dyn Machine>> {
-    let absent = in_use(&config.machine);
-    let devices = letter.manifest.entries().iter();
-    let devices = devices
-        .filter(|entry| config.machine.expects(entry) && !absent.contains(&entry.name))
-        .cloned()
-        .collect();
-    let blocks = letter.manifest.entries().iter();
-    let mut blocks: Vec<_> = blocks.filter(|entry| is_ram(entry)).collect();
-    blocks.sort_by_key(|entry| &entry.name);
+fn build(
+    config: &RunConfig,
+    blocks: &[FdEntry],
+    devices: Vec<FdEntry>,
+) -> anyhow::Result<Arc<dyn Machine>> {
     let ram = blocks
-        .into_iter()
+        .iter()
         .map(|entry| memfd::create_ram(&entry.name, entry.value))
         .collect::<Result<_, _>>()?;
     let machine = MachineConfig {
@@ -81,6 +72,132 @@ fn build(config: &RunConfig, letter: &Letter) -> anyhow::Result<Arc<dyn Machine>
 
 /// Devices that the running VM has to itself, by name.
 fn in_use(machine: &MachineConfig) -> Vec<String> {
-    let vfio = machine.vfio.iter();
-    vfio.map(|device| format!("vfio/{}", device.id)).collect()
+    machine.vfio.iter().map(VfioConfig::device_name).collect()
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use vmferry_cpr::letter::Leg;
+    use vmferry_cpr::manifest::{FdKind, FileId, Manifest};
+    use vmferry_transport::limits::Deadlines;
+    use vmferry_transport::units::MigrationId;
+
+    use super::*;
+    use crate::machine::heirloom::stage;
+    use crate::machine::workload::WorkloadConfig;
+    use crate::machine::{AccelChoice, SerialSink};
+    use crate::observe::ObserveConfig;
+
+    const MEM_BYTES: u64 = 16 << 20;
+
+    /// A small VM on host threads that waits for its guest.
+    pub(in crate::engine) fn config(vfio: &[&str]) -> RunConfig {
+        let vfio = vfio.iter().map(|text| text.parse().unwrap());
+        let machine = MachineConfig {
+            mem_bytes: MEM_BYTES,
+            backing: machine::ram::RamBacking::default(),
+            vcpus: 1,
+            workload: WorkloadConfig {
+                working_set_bytes: 2 << 20,
+                dirty_pages_per_sec: None,
+                fill_bytes: 0,
+            },
+            serial: SerialSink::Null,
+            vfio: vfio.collect(),
+            linux: None,
+            workload_disk: false,
+            workload_serial: false,
+            outside: machine::virtio::OutsideConfig::default(),
+            incoming: true,
+        };
+        RunConfig {
+            name: None,
+            uuid: None,
+            accel: AccelChoice::Soft,
+            machine,
+            disks: Vec::new(),
+            notify: Vec::new(),
+            failover_primaries: Vec::new(),
+            qmp: "/nowhere".into(),
+            paused: false,
+            incoming: None,
+            incoming_cpr: None,
+            deadlines: Deadlines::default(),
+            observe: ObserveConfig::default(),
+        }
+    }
+
+    fn letter(vfio: &[(&str, &str, FdKind)]) -> Letter {
+        let entry = |(name, role, kind): &(&str, &str, FdKind)| FdEntry {
+            name: (*name).to_owned(),
+            role: (*role).to_owned(),
+            kind: *kind,
+            stage: stage(*kind),
+            value: 0,
+            file: FileId::default(),
+        };
+        let mut entries: Vec<_> = vfio.iter().map(entry).collect();
+        entries.push(FdEntry {
+            stage: vmferry_cpr::manifest::Stage::Prepare,
+            value: MEM_BYTES,
+            ..entry(&("ram0", "ram", FdKind::RamMemfd))
+        });
+        Letter {
+            leg: Leg::Asked,
+            pid: 1,
+            id: MigrationId([1; 16]),
+            software: "tests".to_owned(),
+            manifest: Manifest::new(entries).unwrap(),
+            numbers: Vec::new(),
+            words: Vec::new(),
+            reason: String::new(),
+            account: Vec::new(),
+        }
+    }
+
+    /// Of a VM without streams of VFIO devices.
+    fn hello() -> Hello {
+        let (blocks, devices) = judge(&letter(&[]).manifest, &config(&[]).machine).unwrap();
+        let machine = build(&config(&[]), &blocks, devices).unwrap();
+        Hello {
+            versions: VersionRange::OURS,
+            migration_id: MigrationId([1; 16]),
+            data_connections: 0,
+            checksum: false,
+            verify: false,
+            software: "tests".to_owned(),
+            blocks: block_infos(machine.as_ref()),
+            devices: passthrough::schemas(machine.as_ref()),
+            uuid: None,
+            switchover_ack: false,
+        }
+    }
+
+    #[test]
+    fn a_program_that_was_started_for_other_vfio_devices_says_so_before_the_guest_is_stopped() {
+        let hello = hello();
+        let own = [
+            ("vfio", "container", FdKind::VfioContainer),
+            ("vfio/net", "group", FdKind::VfioGroup),
+            ("vfio/net", "device", FdKind::VfioDevice),
+        ];
+        let one = config(&["/a,id=net"]);
+        would_go_on(&config(&[]), &letter(&[]), &hello).unwrap();
+        would_go_on(&one, &letter(&own), &hello).unwrap();
+        let refusal = |config: &RunConfig, entries: &[_]| {
+            let answer = would_go_on(config, &letter(entries), &hello);
+            answer.unwrap_err().to_string()
+        };
+        let two = config(&["/a,id=net", "/b,id=gpu"]);
+        for (config, entries, part) in [
+            (&one, &own[..0], "vfio/net"),
+            (&two, &own[..], "vfio/gpu"),
+            (&one, &own[1..], "container"),
+            (&one, &own[..2], "vfio/net"),
+            (&config(&[]), &own[..], "not known here"),
+        ] {
+            let said = refusal(config, entries);
+            assert!(said.contains(part), "{said}");
+        }
+    }
 }

@@ -29,7 +29,7 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::units::{BlockId, PageIndex};
 
 use super::MachineError;
-use super::heirloom::{DeviceFd, claim};
+use super::heirloom::{DeviceFd, claim, promised};
 use super::ram::MachineRam;
 use opened::Opened;
 use window::{Place, REGION_BYTES};
@@ -98,6 +98,17 @@ pub(super) fn expects(configs: &[VfioConfig], entry: &FdEntry) -> bool {
         }
         _ => false,
     }
+}
+
+/// A descriptor that a machine with these devices needs of another process and that is not among those of its VM: device and role.
+pub fn missing(configs: &[VfioConfig], entries: &[FdEntry]) -> Option<(String, &'static str)> {
+    let all = configs.first().map(|_| (ALL.to_owned(), CONTAINER));
+    let each = configs.iter().flat_map(|config| {
+        let name = config.device_name();
+        [(name.clone(), GROUP), (name, DEVICE)]
+    });
+    let mut needed = each.chain(all);
+    needed.find(|(device, role)| promised(entries, device, role).is_none())
 }
 
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
