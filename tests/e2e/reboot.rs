@@ -341,6 +341,11 @@ fn huge_pages_stay_through_an_upgrade_and_move_or_are_missed_by_name(accel: Acce
     let words = ["migrate", &target.address(), "--quiet"];
     let output = vmferry(&path, &words);
     if accel == Accel::Soft {
+        // Known, and said, before anybody tries.
+        let info = ask(&path, "query-migrate");
+        assert_ne!(info["status"], "failed", "{info}");
+        let reason = info["blocked-reasons"][0].as_str().unwrap();
+        assert!(reason.contains("out of huge pages") && !reason.contains("cpr-reboot"));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(said.contains("out of huge pages"), "{said}");
         assert_eq!(ask(&path, "query-status")["status"], "running");

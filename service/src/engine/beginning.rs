@@ -199,7 +199,8 @@ impl Engine {
         let (notifiers, primaries) = listeners::register(config, machine.as_ref(), &events)
             .context("cannot tell others of migrations")?;
         let mut blockers = Blockers::default();
-        for reason in passthrough::blockers(machine.as_ref()) {
+        let of_machine = machine.blocker().into_iter();
+        for reason in of_machine.chain(passthrough::blockers(machine.as_ref())) {
             blockers.add(reason, vec![MigrationMode::Normal])?;
         }
         if !config.machine.vfio.is_empty() {

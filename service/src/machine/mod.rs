@@ -298,6 +298,11 @@ pub trait Machine: Send + Sync {
     /// The machine is then half-loaded and must not run; loading again may repair it.
     fn load(&self, stopped: &VcpusStopped, sections: &[Section]) -> Result<(), DeviceError>;
 
+    /// Why the guest cannot move to other memory for as long as this machine lives, and what to do; `None` if it can.
+    fn blocker(&self) -> Option<String> {
+        None
+    }
+
     /// What of this machine itself must hear of migrations, if anything must.
     fn notifier(&self) -> Option<Box<dyn Notifier>>;
 

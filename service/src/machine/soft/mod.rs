@@ -33,7 +33,7 @@ use vmferry_transport::memory::{DirtyLog, DirtyLogError, GuestRam, UnitedLog};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::heirloom::{DeviceFd, all_claimed};
-use super::ram::{MachineRam, RamMemory};
+use super::ram::{MachineRam, RamBacking, RamMemory};
 use super::serial::{SERIAL, SerialPort};
 use super::vfio::{Passed, VfioDevices};
 use super::virtio::{Backend, Bus};
@@ -208,6 +208,17 @@ impl SoftMachine {
     }
 }
 
+/// What to do about a guest whose writes to huge pages cannot be followed.
+fn stays_in_huge_pages(backing: &RamBacking) -> String {
+    let advice = match backing {
+        RamBacking::File(_) => "save it in mode cpr-reboot, which leaves its memory in its file",
+        RamBacking::Memfd | RamBacking::Huge(_) => {
+            "it stays here until it ends; one that is to move is started on KVM, or without huge pages"
+        }
+    };
+    format!("a guest on host threads cannot move out of huge pages: {advice}")
+}
+
 impl Machine for SoftMachine {
     fn accel(&self) -> Accel {
         Accel::Soft
@@ -226,13 +237,15 @@ impl Machine for SoftMachine {
         schemas
     }
 
+    fn blocker(&self) -> Option<String> {
+        // The kernel protects such a page as a whole or not at all, and pages are protected one by one as their turn comes.
+        let huge = self.ram.is_huge();
+        huge.then(|| stays_in_huge_pages(&self.config.backing))
+    }
+
     fn dirty_log(&self) -> Result<Box<dyn DirtyLog>, MachineError> {
-        if self.ram.is_huge() {
-            // The kernel protects such a page as a whole or not at all, and pages are protected one by one as their turn comes.
-            return Err(MachineError::Config(
-                "a guest on host threads cannot move out of huge pages while it runs; stop it and save it in mode cpr-reboot, or use KVM"
-                    .to_owned(),
-            ));
+        if let Some(reason) = self.blocker() {
+            return Err(MachineError::Config(reason));
         }
         let by_vcpus = PagemapLog::new(self.shared.memory.blocks().clone()).map_err(no_log)?;
         let by_vmm = VmmWriteLog::new(self.ram.regions().to_vec()).map_err(no_log)?;

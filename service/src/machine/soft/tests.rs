@@ -270,6 +270,20 @@ fn a_copy_kept_up_to_date_by_the_dirty_log_is_complete() {
 }
 
 #[test]
+fn a_guest_in_huge_pages_is_told_only_what_it_can_do_and_others_can_move() {
+    use vmferry_cpr::memfd::HugePages;
+    let (machine, _) = build(&config(1));
+    assert_eq!(machine.blocker(), None);
+    let file = stays_in_huge_pages(&RamBacking::File("/nowhere".into()));
+    assert!(file.contains("cpr-reboot"), "{file}");
+    let none = stays_in_huge_pages(&RamBacking::Huge(HugePages::Size2M));
+    assert!(
+        none.contains("KVM") && !none.contains("cpr-reboot"),
+        "{none}"
+    );
+}
+
+#[test]
 fn the_vmms_own_writes_are_in_the_dirty_log() {
     let (machine, _) = build(&config(1));
     let mut log = machine.dirty_log().unwrap();
