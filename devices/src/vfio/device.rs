@@ -407,7 +407,7 @@ impl VfioDevice {
     }
 
     /// Asks the kernel for the state.
-    fn look(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn look(&mut self) -> Result<(), DeviceError> {
         let state = self.face.state();
         self.state =
             state.map_err(|source| self.kernel("asking for its state".to_owned(), source))?;

@@ -74,7 +74,13 @@ impl VfioSet {
     /// # Errors
     /// The first device that cannot be stopped; all devices work on then.
     pub fn pause(&mut self) -> Result<(), DeviceError> {
-        let paused = self.all(VfioDevice::quiesce).and_then(|()| {
+        // Those that have just come from another process may be stopped already: to be made quiet they would have to work.
+        let looked = self.all(|device| match device.has_states() {
+            true => device.look(),
+            false => Ok(()),
+        });
+        let quiet = looked.and_then(|()| self.all(VfioDevice::quiesce));
+        let paused = quiet.and_then(|()| {
             self.all(|device| match device.is_saving() {
                 true => Ok(()),
                 false if device.has_states() => device.halt(),

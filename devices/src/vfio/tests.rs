@@ -463,6 +463,25 @@ fn a_device_that_cannot_migrate_works_on_unharmed_however_often_its_guest_is_sto
 }
 
 #[test]
+fn devices_that_have_come_from_another_process_are_stopped_or_stay_so() {
+    for supports in movable() {
+        for stopped_before in [true, false] {
+            let (world, mut set) = vm(&supports);
+            for device in &mut lock(&world).devices {
+                if stopped_before {
+                    device.state = DeviceState::Stop;
+                }
+                device.was_active = false;
+            }
+            set.pause().unwrap();
+            assert_all_in(&world, DeviceState::Stop);
+            let was_active = lock(&world).devices.iter().any(|device| device.was_active);
+            assert!(!(stopped_before && was_active), "{supports:?}");
+        }
+    }
+}
+
+#[test]
 fn a_guest_can_be_paused_and_continued_during_a_migration() {
     let (world, mut set) = vm(&[FULL, FULL]);
     set.begin().unwrap();

@@ -19,7 +19,7 @@ use super::incoming::{Incoming, IncomingAction};
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::settle::Succession;
-use super::{Ending, Engine, block_infos, software};
+use super::{Ending, Engine, block_infos, passthrough, software};
 use crate::machine::{MachineError, ResumeError};
 use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent};
@@ -177,7 +177,22 @@ impl Engine {
         }
         self.set_runstate(RunState::Paused);
         self.primaries.guest_arrived();
+        if self.house.in_place {
+            self.stop_devices();
+        }
         self.settle_in();
+    }
+
+    /// Devices that stay work as they did at the old process, until they are told that the guest does not run here. Comes before any
+    /// `cont`, which is a job like this.
+    fn stop_devices(&self) {
+        let machine = Arc::clone(&self.machine);
+        self.jobs.run(move || {
+            if let Err(error) = passthrough::pause(machine.as_ref()) {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(error, "a device of the stopped guest works on");
+            }
+        });
     }
 
     /// Does what concerns more than the links.
@@ -304,5 +319,117 @@ pub(super) fn qmp_status(status: TargetStatus) -> MigrationStatus {
         TargetStatus::Completed => MigrationStatus::Completed,
         TargetStatus::Failing => MigrationStatus::Failing,
         TargetStatus::Failed => MigrationStatus::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io;
+    use std::sync::Mutex;
+
+    use tokio::sync::mpsc;
+    use vmferry_devices::vfio::face::{Iova, PrecopyInfo};
+    use vmferry_devices::vfio::{DeviceState, Support, VfioDevice, VfioFace, VfioSet};
+
+    use super::*;
+    use crate::config::Incoming as IncomingConfig;
+    use crate::engine::rehearsal::tests::config;
+    use crate::machine::disk::Disks;
+    use crate::machine::{self, Given};
+    use crate::observe::Observer;
+    use crate::qmp::EngineHandle;
+
+    /// The state of a device that does as it is told.
+    struct Tame(Arc<Mutex<DeviceState>>);
+
+    impl VfioFace for Tame {
+        fn support(&self) -> io::Result<Option<Support>> {
+            Ok(Some(Support::from_flags(u64::MAX)))
+        }
+
+        fn state(&self) -> io::Result<DeviceState> {
+            Ok(*self.0.lock().unwrap())
+        }
+
+        fn set_state(&self, state: DeviceState) -> io::Result<Option<File>> {
+            *self.0.lock().unwrap() = state;
+            Ok(None)
+        }
+
+        fn stop_copy_bytes(&self) -> io::Result<Option<u64>> {
+            unreachable!("nothing moves")
+        }
+
+        fn enable_reinit(&self) -> io::Result<bool> {
+            unreachable!("nothing moves")
+        }
+
+        fn precopy_info(&self, _: &File) -> io::Result<PrecopyInfo> {
+            unreachable!("nothing moves")
+        }
+
+        fn reset(&self) -> io::Result<()> {
+            unreachable!("nothing fails")
+        }
+
+        fn logs_dma(&self) -> io::Result<bool> {
+            unreachable!("nothing moves")
+        }
+
+        fn start_dma_logging(&self, _: u64, _: &[Iova]) -> io::Result<u64> {
+            unreachable!("nothing moves")
+        }
+
+        fn stop_dma_logging(&self) -> io::Result<()> {
+            unreachable!("nothing moves")
+        }
+
+        fn report_dma(&self, _: Iova, _: u64, _: &mut [u64]) -> io::Result<()> {
+            unreachable!("nothing moves")
+        }
+    }
+
+    /// The state of the device of a guest that arrives to stay stopped.
+    async fn state_after_arrival(incoming: IncomingConfig) -> DeviceState {
+        let config = crate::config::RunConfig {
+            incoming: Some(incoming),
+            paused: true,
+            ..config(&[])
+        };
+        let machine = machine::build(
+            &config.machine,
+            None::<Given>,
+            Vec::new(),
+            config.accel,
+            Arc::new(|_| {}),
+        )
+        .unwrap();
+        let state = Arc::new(Mutex::new(DeviceState::Running));
+        let device = VfioDevice::new("vfio/0", Tame(Arc::clone(&state)));
+        *machine.vfio().lock().unwrap() = VfioSet::new(vec![device]);
+        let observer = Observer::start(&config.observe, &machine).unwrap();
+        let disks = Arc::new(Disks::open(&[]).unwrap());
+        let (events, _queue) = mpsc::unbounded_channel();
+        let (_handle, inbox) = EngineHandle::channel();
+        let mut engine =
+            Engine::new(&config, machine, disks, observer, events, inbox.events).unwrap();
+        engine.arrived_stopped();
+        // Jobs are done one after the other.
+        let (done, is_done) = std::sync::mpsc::channel();
+        engine.jobs.run(move || done.send(()).unwrap());
+        is_done.recv().unwrap();
+        let state = *state.lock().unwrap();
+        state
+    }
+
+    #[test]
+    fn devices_of_a_guest_that_arrives_stopped_in_place_stop_too() {
+        use vmferry_transport::control::runtime::run;
+        let state = run(state_after_arrival(IncomingConfig::Exec)).unwrap();
+        assert_eq!(state, DeviceState::Stop);
+        // Elsewhere they were never let work, and are left as they are.
+        let state = run(state_after_arrival(IncomingConfig::Defer)).unwrap();
+        assert_eq!(state, DeviceState::Running);
     }
 }

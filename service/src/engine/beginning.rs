@@ -183,7 +183,7 @@ impl Engine {
         Ok(engine)
     }
 
-    fn new(
+    pub(super) fn new(
         config: &RunConfig,
         machine: Arc<dyn Machine>,
         disks: Arc<Disks>,
