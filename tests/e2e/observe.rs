@@ -70,7 +70,7 @@ fn metrics_of(vm: &Vm) -> String {
 }
 
 /// The records in a folder, in the order of time, as soon as there are so many; none is half-written.
-fn records(folder: &Path, count: usize) -> Vec<(PathBuf, Value)> {
+pub(crate) fn records(folder: &Path, count: usize) -> Vec<(PathBuf, Value)> {
     until(
         format_args!("{count} records in {}", folder.display()),
         || {
@@ -94,7 +94,7 @@ fn records(folder: &Path, count: usize) -> Vec<(PathBuf, Value)> {
     .collect()
 }
 
-fn recording(folder: &Path) -> Launch {
+pub(crate) fn recording(folder: &Path) -> Launch {
     Launch::default().with(&["--record", folder.to_str().unwrap()])
 }
 

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::cli::says;
 use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
 use crate::line::Line;
+use crate::observe::{recording, records};
 use crate::qmp::Qmp;
 use crate::successor::{Orphan, liar, new_pid, program_path, upgrade};
 use crate::upgrade::At;
@@ -15,6 +16,7 @@ on_both_accelerators!(
     a_guest_that_had_arrived_over_the_network_comes_back,
     a_guest_that_was_upgraded_before_comes_back_with_what_it_says,
     a_guest_whose_program_was_started_paused_comes_back_as_it_stood,
+    what_became_of_execs_is_told_and_recorded,
 );
 
 /// An upgrade to a program that says yes and then loses its command line.
@@ -79,4 +81,45 @@ fn a_guest_whose_program_was_started_paused_comes_back_as_it_stood(accel: Accel)
     vm.warm_up();
     fail(&at.0);
     assert_goes_on(&at);
+}
+
+fn what_became_of_execs_is_told_and_recorded(accel: Accel) {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let mut vm = Machine::small(accel).start_source(recording(folder.path()));
+    vm.warm_up();
+    let at = At(vm.qmp_path());
+    fail(&at.0);
+    let figures = || {
+        let info = at.ask("query-migrate");
+        ["total-time", "downtime", "x-blackout"].map(|name| info[name].clone())
+    };
+    let told = figures();
+    let [total, down, parts] = &told;
+    assert!(
+        total.as_u64() >= down.as_u64() && down.as_u64().is_some(),
+        "{told:?}"
+    );
+    assert!(parts["total-us"].as_u64() > Some(0), "{told:?}");
+    at.assert_guest_works();
+    assert_eq!(figures(), told, "it is over");
+    let report = at.upgrade_by("exec");
+    let records = records(folder.path(), 2);
+    let outcomes = [&records[0].1, &records[1].1].map(|record| {
+        let parts = record["blackout"].as_array().unwrap().iter();
+        let blackout: u64 = parts
+            .map(|part| part["duration-us"].as_u64().unwrap())
+            .sum();
+        (record["outcome"].as_str().unwrap(), blackout)
+    });
+    let whole = |value: &serde_json::Value| value.as_u64().unwrap();
+    assert_eq!(
+        outcomes,
+        [
+            ("failed", whole(&parts["total-us"])),
+            ("completed", whole(&report["blackout-us"]))
+        ]
+    );
+    let error = records[0].1["error"].as_str().unwrap();
+    assert!(error.contains("--no-such-option"), "{error}");
 }

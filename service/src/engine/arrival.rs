@@ -199,9 +199,10 @@ impl Engine {
     pub(super) fn incoming_action(&mut self, action: IncomingAction) {
         match action {
             IncomingAction::StatusChanged(status) => {
-                self.observe_incoming(qmp_status(status));
+                let status = self.arrival_status(status);
+                self.observe_incoming(status);
                 if self.capabilities.events {
-                    self.emit(QmpEvent::migration(qmp_status(status)));
+                    self.emit(QmpEvent::migration(status));
                 }
             }
             IncomingAction::Load { sections, verify } => {

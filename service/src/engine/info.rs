@@ -13,7 +13,6 @@ use super::settle::Succession;
 use crate::qmp::schema::{
     BlackoutInfo, MigrationInfo, RamInfo, SocketAddressInfo, VerificationInfo, VfioInfo,
 };
-use crate::succession::Account;
 
 /// What an operator has to know whose migration is in doubt.
 pub(super) fn unresolved(in_place: bool) -> &'static str {
@@ -40,6 +39,8 @@ pub(super) struct Record {
     backend: &'static str,
     guest_stall_us: Option<u64>,
     error: Option<String>,
+    /// Of an upgrade by exec after which this program is the old one again: the figures are the succession's.
+    is_return: bool,
 }
 
 impl Record {
@@ -54,11 +55,12 @@ impl Record {
             backend: outgoing.backend().backend.name(),
             guest_stall_us: outgoing.guest_stall_us(),
             error,
+            is_return: false,
         }
     }
 
     /// Of an upgrade by exec after which this program is the old one again.
-    pub(super) fn returned(account: &Account, reason: String) -> Self {
+    pub(super) fn returned(reason: String) -> Self {
         Self {
             status: MigrationStatus::Failed,
             stats: SourceStats::default(),
@@ -66,8 +68,9 @@ impl Record {
             bytes_per_sec: None,
             dirty_pages_per_sec: 0,
             backend: Backend::detect().backend.name(),
-            guest_stall_us: account.guest_stall_us,
+            guest_stall_us: None,
             error: Some(reason),
+            is_return: true,
         }
     }
 
@@ -233,14 +236,8 @@ impl Engine {
                 .map(|incoming| incoming_info(incoming, total))
                 .unwrap_or_default(),
         };
-        if let (None, None, Some(succession)) = (
-            &self.outgoing,
-            &self.record,
-            self.house
-                .succession
-                .as_ref()
-                .filter(|it| it.times.running_us > 0),
-        ) {
+        let of_exec = self.record.as_ref().is_none_or(|record| record.is_return);
+        if let (None, true, Some(succession)) = (&self.outgoing, of_exec, &self.house.succession) {
             whole_of_exec(&mut info, succession);
         }
         let blocked = self.blockers.reasons(self.parameters.mode);
@@ -258,8 +255,10 @@ impl Engine {
 
 /// An upgrade by exec is one migration, whose beginning only the old program has seen.
 fn whole_of_exec(info: &mut MigrationInfo, succession: &Succession) {
+    let Some(blackout) = succession.blackout() else {
+        return;
+    };
     let Succession { account, times, .. } = succession;
-    let blackout = account.whole(*times);
     info.total_time = Some(times.running_us.saturating_sub(account.began_us) / 1000);
     info.downtime = Some(blackout.total_us / 1000);
     info.x_blackout = Some(blackout);

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 use vmferry_transport::memory::populate;
-use vmferry_transport::proto::MigrationStatus;
+use vmferry_transport::proto::{MigrationStatus, TargetStatus};
 use vmferry_transport::units::PAGE_SIZE;
 
 use super::arrival::qmp_status;
@@ -12,9 +12,11 @@ use super::event::Event;
 use super::incoming::Incoming;
 use super::info::blackout;
 use super::outgoing::Outgoing;
+use super::settle::Succession;
 use super::{Engine, software};
 use crate::observe::record::{BlackoutPart, Side};
 use crate::observe::{Beginning, Ending, Glance};
+use crate::qmp::schema::BlackoutInfo;
 
 impl Engine {
     /// Lets the observer see how everything is. Called after every event, and when a sample is due.
@@ -65,16 +67,11 @@ impl Engine {
     /// The outgoing migration is over, and why if not as wanted.
     pub(super) fn observe_outgoing_end(&mut self, outgoing: &Outgoing, error: Option<&str>) {
         let stats = outgoing.core().stats();
-        let parts = stats.blackout.map(blackout);
-        let parts = parts.iter().flat_map(|parts| parts.parts());
         let ending = Ending {
             error: error.map(str::to_owned),
-            blackout: parts
-                .map(|(part, duration_us)| BlackoutPart {
-                    part: part.to_owned(),
-                    duration_us,
-                })
-                .collect(),
+            blackout: stats
+                .blackout
+                .map_or_else(Vec::new, |parts| blackout_parts(&blackout(parts))),
             populated_bytes: populate::populated_bytes(self.machine.ram()).ok(),
             populated_target_bytes: stats.ready.as_ref().map(|ready| ready.populated_bytes),
         };
@@ -102,13 +99,29 @@ impl Engine {
         let span = self.observer.span(Side::Target);
         span.in_scope(|| tracing::info!(%status, "incoming migration"));
         if status.is_end() {
+            let error = incoming.core().error().map(ToString::to_string);
+            let succession = self.house.succession.as_ref();
             let ending = Ending {
-                error: incoming.core().error().map(ToString::to_string),
+                error: error.or_else(|| succession?.returned.clone()),
+                blackout: succession
+                    .and_then(Succession::blackout)
+                    .map_or_else(Vec::new, |whole| blackout_parts(&whole)),
                 populated_bytes: populate::populated_bytes(self.machine.ram()).ok(),
                 ..Ending::default()
             };
             let glance = self.incoming_glance(incoming);
             self.observer.end(Side::Target, &glance, ending);
+        }
+    }
+
+    /// The status of the incoming migration for others: a guest that is back in the old program has arrived, and its upgrade has failed.
+    pub(super) fn arrival_status(&self, status: TargetStatus) -> MigrationStatus {
+        let succession = self.house.succession.as_ref();
+        match qmp_status(status) {
+            MigrationStatus::Completed if succession.is_some_and(|it| it.returned.is_some()) => {
+                MigrationStatus::Failed
+            }
+            status => status,
         }
     }
 
@@ -175,7 +188,7 @@ impl Engine {
 
     fn incoming_glance(&self, incoming: &Incoming) -> Glance {
         let progress = incoming.progress();
-        let over = incoming.core().status() == vmferry_transport::proto::TargetStatus::Completed;
+        let over = incoming.core().status() == TargetStatus::Completed;
         let begun = !progress.connection_bytes.is_empty();
         Glance {
             now: self.clock.now(),
@@ -188,4 +201,14 @@ impl Engine {
             ..Glance::default()
         }
     }
+}
+
+fn blackout_parts(blackout: &BlackoutInfo) -> Vec<BlackoutPart> {
+    let parts = blackout.parts().into_iter();
+    parts
+        .map(|(part, duration_us)| BlackoutPart {
+            part: part.to_owned(),
+            duration_us,
+        })
+        .collect()
 }

@@ -16,6 +16,7 @@ use super::inherit::Inherited;
 use crate::config::{Incoming, RunConfig};
 use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
+use crate::qmp::schema::BlackoutInfo;
 use crate::qmp::{EngineHandle, QmpServer};
 use crate::succession::account::{Times, await_clearing_up, now_us};
 use crate::succession::{Account, WayBack};
@@ -56,6 +57,11 @@ impl Succession {
     fn about_to_run(&mut self) {
         self.held = self.way_back.take();
         self.due = None;
+    }
+
+    /// The whole blackout, from the old program's stop on; `None` until the guest is here.
+    pub(super) fn blackout(&self) -> Option<BlackoutInfo> {
+        (self.times.running_us > 0).then(|| self.account.whole(self.times))
     }
 
     /// The guest is known not to run here.
@@ -219,7 +225,7 @@ impl Engine {
             None => self.tell_after_exec(true),
             Some(reason) => {
                 tracing::error!(reason, "the upgrade has failed, the guest is still here");
-                self.record = Some(Record::returned(&succession.account, reason));
+                self.record = Some(Record::returned(reason));
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::qmp::schema::BlackoutInfo;
 pub struct Account {
     /// When the migration began, in microseconds of the monotonic clock, which an exec does not touch.
     pub began_us: u64,
-    /// When the exec was asked for, on the same clock.
+    /// When the exec was asked for, on the same clock. What a program has spent that could not go on counts from there too.
     pub exec_us: u64,
     /// The parts of the blackout until then.
     pub blackout: BlackoutInfo,

@@ -10,7 +10,7 @@ use vmferry_cpr::letter::{Leg, Letter, REASON_BYTES_MAX};
 use vmferry_cpr::manifest::FdKind;
 use vmferry_cpr::table::FdTable;
 
-use super::{PROCESS, PROGRAM, account, c_strings, call, environment};
+use super::{PROCESS, PROGRAM, c_strings, call, environment};
 
 /// The old program, and a copy of everything that it left. Dropping it gives the way back up.
 #[derive(Debug)]
@@ -77,13 +77,10 @@ impl WayBack {
 
     fn become_it(&self, why: &str) -> anyhow::Result<std::convert::Infallible> {
         let numbers = self.fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned());
-        let mut account = account::Account::decode(&self.letter.account);
-        account.exec_us = account::now_us();
         let letter = Letter {
             leg: Leg::Back,
             numbers: numbers.collect(),
             reason: cut(why, REASON_BYTES_MAX),
-            account: account.encode(),
             ..self.letter.clone()
         };
         let memfd = envelope::seal_letter(&letter)?;
