@@ -1,6 +1,9 @@
 //! `vmferry upgrade`: moves a VM into a new process of another binary on the same host, under the running guest.
 
+mod attempt;
 mod exec;
+#[cfg(test)]
+mod fake;
 mod process;
 mod qemu;
 mod vmferry;
@@ -16,10 +19,12 @@ use serde_json::{Value, json};
 
 use self::process::VmProcess;
 use super::QmpArgs;
-use super::client::{ClientError, QmpClient};
+use super::client::QmpClient;
 use super::exit::Exit;
+use super::output;
 use super::record::Record;
 use super::signals::Signals;
+use crate::migration::status::MigrationStatus;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
@@ -33,8 +38,8 @@ use super::signals::Signals;
     A VM of QEMU (10 or newer) must have its memory in descriptors that can be passed\n\
     on: a memory-backend-memfd with share=on, and aux-ram-share=on for the machine.\n\n\
     Exit status: 0 the new process runs the guest, 1 it does not, or the message says\n\
-    what is left to be done, 4 the VM stopped answering, so that the outcome is not\n\
-    known.")]
+    what is left to be done, 4 the VM stopped answering or comes to no end, so that\n\
+    the outcome is not known.")]
 pub(super) struct UpgradeArgs {
     #[command(flatten)]
     vm: QmpArgs,
@@ -96,8 +101,20 @@ impl UpgradeArgs {
     }
 }
 
-/// How long a hand-over may take before it is cancelled, and how long the cancel may take.
-const HAND_OVER: Duration = Duration::from_secs(60);
+/// How long a hand-over may take.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    /// Until it is cancelled.
+    work: Duration,
+    /// And then until it is given up.
+    cancel: Duration,
+}
+
+/// As long as nobody has a reason for another one.
+const HAND_OVER: Patience = Patience {
+    work: Duration::from_secs(60),
+    cancel: Duration::from_secs(60),
+};
 /// Pause between two looks at it.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
@@ -105,7 +122,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 enum Failed {
     /// Nothing has begun.
-    Refused(ClientError),
+    Refused(anyhow::Error),
     /// The VM was told to hand over, and its answer or its end is not known: the new process may have the guest, and must live.
     Lost(anyhow::Error, Record),
 }
@@ -119,40 +136,117 @@ fn channels(folder: &Path) -> Vec<Value> {
     vec![channel("main"), channel("cpr")]
 }
 
-/// Tells the VM to hand over, and waits for the end. One that takes too long is cancelled.
-fn hand_over(client: &mut QmpClient, channels: &[Value]) -> Result<Record, Failed> {
-    let mut last = Record::new(Value::Null);
-    if let Err(error) = client.execute("migrate", json!({ "channels": channels })) {
-        return Err(match error.is_answer() {
-            true => Failed::Refused(error),
-            false => Failed::Lost(error.into(), last),
-        });
+/// A hand-over, from the moment when the VM is told of it.
+#[derive(Debug)]
+struct HandOver {
+    began: Instant,
+    patience: Patience,
+    cancelled: bool,
+    last: Record,
+}
+
+impl HandOver {
+    fn new(patience: Patience) -> Self {
+        Self {
+            began: Instant::now(),
+            patience,
+            cancelled: false,
+            last: Record::default(),
+        }
     }
-    let began = Instant::now();
-    let mut cancelled = false;
-    loop {
-        match client.execute("query-migrate", json!({})) {
-            Ok(answer) => last = Record::new(answer),
-            Err(error) => return Err(Failed::Lost(error.into(), last)),
+
+    /// Tells the VM.
+    fn begin(&mut self, client: &mut QmpClient, arguments: Value) -> Result<(), Failed> {
+        self.began = Instant::now();
+        match client.execute("migrate", arguments) {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_answer() => Err(Failed::Refused(error.into())),
+            Err(error) => Err(self.lost(error.into())),
         }
-        if last.status().is_end() {
-            return Ok(last);
-        }
-        if began.elapsed() >= HAND_OVER && !cancelled {
-            cancelled = true;
-            // Refused when the guest has been given away; the next looks tell.
-            match client.execute("migrate_cancel", json!({})) {
-                Err(error) if !error.is_answer() => return Err(Failed::Lost(error.into(), last)),
-                _ => {}
+    }
+
+    /// Waits until `over`. One that takes too long is cancelled, and given up if that does not help.
+    fn end(
+        &mut self,
+        client: &mut QmpClient,
+        over: impl Fn(MigrationStatus) -> bool,
+    ) -> Result<Record, Failed> {
+        loop {
+            match client.execute("query-migrate", json!({})) {
+                Ok(answer) => self.last = Record::new(answer),
+                Err(error) => return Err(self.lost(error.into())),
             }
+            if over(self.last.status()) {
+                return Ok(self.last.clone());
+            }
+            if self.began.elapsed() >= self.patience.work && !self.cancelled {
+                self.cancelled = true;
+                // Refused when the guest has been given away; the next looks tell.
+                match client.execute("migrate_cancel", json!({})) {
+                    Err(error) if !error.is_answer() => return Err(self.lost(error.into())),
+                    _ => {}
+                }
+            }
+            if self.is_given_up() {
+                let reason = self.last.error();
+                let reason = reason.unwrap_or_else(|| "it takes too long".to_owned());
+                return Err(self.lost(anyhow::Error::msg(reason)));
+            }
+            thread::sleep(LOOK_EVERY);
         }
-        if began.elapsed() >= 2 * HAND_OVER {
-            let reason = last
-                .error()
-                .unwrap_or_else(|| "it takes too long".to_owned());
-            return Err(Failed::Lost(anyhow::Error::msg(reason), last));
+    }
+
+    /// The new program has the word now: it gets the same time, and nothing is cancelled any more.
+    fn is_beyond_cancel(&mut self) {
+        self.began = Instant::now();
+        self.cancelled = true;
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.began.elapsed() >= self.patience.work + self.patience.cancel
+    }
+
+    fn lost(&self, error: anyhow::Error) -> Failed {
+        Failed::Lost(error, self.last.clone())
+    }
+}
+
+/// Tells the VM to hand over to another process, and waits for the end.
+fn hand_over(client: &mut QmpClient, channels: &[Value]) -> Result<Record, Failed> {
+    let mut hand_over = HandOver::new(HAND_OVER);
+    hand_over.begin(client, json!({ "channels": channels }))?;
+    hand_over.end(client, MigrationStatus::is_end)
+}
+
+/// The parameters that an upgrade sets, as the operator had them.
+#[derive(Debug)]
+struct Before(Value);
+
+impl Before {
+    /// Those with these names.
+    fn of(client: &mut QmpClient, names: &[&str]) -> anyhow::Result<Self> {
+        let all = client.execute("query-migrate-parameters", json!({}))?;
+        ensure!(
+            all["mode"].is_string(),
+            "{} cannot be upgraded in place",
+            client.name()
+        );
+        let kept = names.iter().map(|name| {
+            let value = match &all[*name] {
+                // What a list is that was never set.
+                Value::Null => json!([]),
+                value => value.clone(),
+            };
+            ((*name).to_owned(), value)
+        });
+        Ok(Self(Value::Object(kept.collect())))
+    }
+
+    /// Has the next migration be like those before. What went wrong meanwhile is told anyway, so this only says if it fails too.
+    fn restore(&self, client: &mut QmpClient) {
+        if let Err(error) = client.execute("migrate-set-parameters", self.0.clone()) {
+            output::message(&output::chain(&error));
         }
-        thread::sleep(LOOK_EVERY);
     }
 }
 

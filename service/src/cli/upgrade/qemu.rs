@@ -8,11 +8,11 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::process::{KeptSockets, VmProcess, listening, wait_for};
-use super::{Failed, channels, hand_over, same_process};
+use super::{Before, Failed, channels, hand_over, same_process};
 use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
 use crate::cli::migrate::lost;
@@ -36,10 +36,7 @@ pub(super) fn upgrade(
     json: bool,
 ) -> anyhow::Result<Exit> {
     let was: GuestStatus = client.query("query-status")?;
-    let parameters = client.execute("query-migrate-parameters", json!({}))?;
-    let Some(mode) = parameters["mode"].as_str() else {
-        bail!("{} cannot be upgraded in place", client.name());
-    };
+    let before = Before::of(&mut client, &["mode"])?;
     let dir = tempfile::TempDir::with_prefix("vmferry-upgrade-")?;
     let channels = channels(dir.path());
     let mut command = without_incoming(command);
@@ -57,16 +54,11 @@ pub(super) fn upgrade(
     client
         .execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))
         .context("this QEMU hands nothing over; it takes 10.0 or newer")?;
-    // As it was, for those who migrate it some other day.
-    let go_back = |client: &mut QmpClient| {
-        // What went wrong is told anyway.
-        let _ = client.execute("migrate-set-parameters", json!({ "mode": mode }));
-    };
     let record = match hand_over(&mut client, &channels) {
         Ok(record) => record,
         Err(Failed::Refused(error)) => {
-            go_back(&mut client);
-            return Err(error.into());
+            before.restore(&mut client);
+            return Err(error);
         }
         Err(Failed::Lost(error, last)) => {
             // The new process may have the guest: it must live, and whoever finds out decides.
@@ -77,7 +69,7 @@ pub(super) fn upgrade(
         }
     };
     if record.status() != MigrationStatus::Completed {
-        go_back(&mut client);
+        before.restore(&mut client);
     }
     match (record.status(), record.error()) {
         (MigrationStatus::Completed, _) => {}
@@ -151,20 +143,26 @@ fn arrived(qmp: &Path, child: &mut Child, running: bool) -> anyhow::Result<()> {
             .filter(|client| same_process(client, pid));
         client.is_some()
     })?;
-    let mut client = client.context("its monitor is gone")?;
-    let deadline = Instant::now() + START;
-    if !running {
-        return Ok(());
-    }
+    goes_on(&mut client.context("its monitor is gone")?, running, START)
+}
+
+/// Waits until the new program has the guest, and lets it run if it `ran` in the old one.
+pub(super) fn goes_on(client: &mut QmpClient, ran: bool, patience: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
     loop {
         let status: Value = client.query("query-status")?;
         match status["status"].as_str() {
-            _ if status["running"] == true => return Ok(()),
+            // Not there yet.
+            Some("inmigrate") => {}
+            _ if !ran || status["running"] == true => return Ok(()),
             // Its command line says that it waits for an operator, who has let the old one run.
             Some("paused") => drop(client.execute("cont", json!({}))?),
-            _ if Instant::now() < deadline => {}
-            _ => bail!("the guest does not run there: it is {status}"),
+            _ => {}
         }
+        ensure!(
+            Instant::now() < deadline,
+            "the guest does not go on there: it is {status}"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }

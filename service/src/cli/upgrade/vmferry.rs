@@ -20,7 +20,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Failed, channels, hand_over};
+use super::{Before, Failed, channels, hand_over};
 use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
 use crate::cli::migrate::lost;
@@ -64,6 +64,7 @@ pub(super) fn upgrade(
 ) -> anyhow::Result<Exit> {
     let began = Instant::now();
     let before: GuestStatus = client.query("query-status")?;
+    let parameters = Before::of(&mut client, &["mode"])?;
     let program = match binary {
         Some(program) => program,
         None => std::env::current_exe().context("cannot find the program that is running")?,
@@ -74,13 +75,13 @@ pub(super) fn upgrade(
     let mode = json!({"mode": "cpr-transfer"});
     let asked = client.execute("migrate-set-parameters", mode);
     let handed = asked
-        .map_err(Failed::Refused)
+        .map_err(|error| Failed::Refused(error.into()))
         .and_then(|_| hand_over(&mut client, &channels(place.path())));
     let record = match handed {
         Ok(record) => record,
         Err(Failed::Refused(error)) => {
-            give_up(&mut client, &mut child);
-            return Err(error.into());
+            give_up(&mut client, &parameters, &mut child);
+            return Err(error);
         }
         Err(Failed::Lost(error, last)) => {
             // Where the old process asks for the outcome.
@@ -92,7 +93,7 @@ pub(super) fn upgrade(
         let reason = record
             .error()
             .unwrap_or_else(|| "no reason is known".to_owned());
-        let ended = give_up(&mut client, &mut child);
+        let ended = give_up(&mut client, &parameters, &mut child);
         output::message(&format!(
             "upgrade {}: {reason}; the new process, {}, {ended}; the guest goes on in process {old}",
             record.status(),
@@ -195,11 +196,9 @@ fn split(bytes: &[u8]) -> impl Iterator<Item = OsString> {
         .map(|word| OsStr::from_bytes(word).to_owned())
 }
 
-/// The guest stays in the old process: the new one ends, and the next migration is an ordinary one again. Says how it ended.
-fn give_up(client: &mut QmpClient, child: &mut Child) -> String {
-    if let Err(error) = client.execute("migrate-set-parameters", json!({"mode": "normal"})) {
-        output::message(&output::chain(&error));
-    }
+/// The guest stays in the old process, where the next migration is as it would have been: the new process ends. Says how it ended.
+fn give_up(client: &mut QmpClient, before: &Before, child: &mut Child) -> String {
+    before.restore(client);
     let deadline = Instant::now() + END_DEADLINE;
     // It has heard of the failure, or is not what it should be.
     while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
@@ -331,6 +330,7 @@ impl Done {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fake::Fake;
     use super::*;
 
     #[test]
@@ -354,5 +354,19 @@ mod tests {
             environment(b"A=1\0EMPTY=\0VMFERRY_CPR_EXEC=7\0B=x=y\0nonsense\0").collect();
         let expected = [("A", "1"), ("EMPTY", ""), ("B", "x=y")];
         assert_eq!(environ, expected.map(|(a, b)| (a.into(), b.into())));
+    }
+
+    #[test]
+    fn an_upgrade_that_is_given_up_leaves_the_operators_mode() {
+        let fake = Fake::vmferry("running", &[]);
+        let operators = json!({"mode": "cpr-reboot", "cpr-exec-command": ["theirs"]});
+        fake.set(&operators);
+        let mut client = QmpClient::connect(&fake.path()).unwrap();
+        let before = Before::of(&mut client, &["mode"]).unwrap();
+        fake.set(&json!({"mode": "cpr-transfer"}));
+        let mut child = Command::new("false").spawn().unwrap();
+        let ended = give_up(&mut client, &before, &mut child);
+        assert!(ended.contains("exit status: 1"), "{ended}");
+        assert_eq!(fake.parameters(), operators);
     }
 }
