@@ -12,6 +12,7 @@ mod qmp_client; // QEMU's own QMP client drives migrations
 mod regressions; // runs that once broke an invariant
 mod simulation; // I1, I2, I3, I5, I6, I7: both cores in one world with every kind of fault
 mod state_compat; // I5: what builds of the last two versions have saved is loaded
+mod tap_net; // I2, I5: a network interface whose packets the VMM moves loses none, and survives its driver
 mod tidy; // rules of the house that the compiler does not check
 mod wire_compat; // I5: the wire format stays what it is, corrupt frames are refused for the right reason
 

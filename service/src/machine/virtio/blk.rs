@@ -4,6 +4,7 @@
 //! an inactive disk never; if it did, the request would fail and nothing be lost.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestAddress};
@@ -13,7 +14,8 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::backend::{Backend, QueueBase, Start};
-use super::worker::{Chain, Serve, Worker};
+use super::ring::{Broken, Chain, Ring};
+use super::worker::{Serve, Step, Worker};
 use crate::machine::disk::{Disk, DiskError};
 use crate::machine::ram::RamMemory;
 
@@ -192,7 +194,26 @@ struct Outcome {
 }
 
 impl Serve for Requests {
-    fn serve(&mut self, _queue: u16, chain: Chain<'_>, memory: &RamMemory) -> u32 {
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn source_is_ready(&mut self) {}
+
+    fn serve(&mut self, ring: &mut Ring, memory: &RamMemory) -> Result<Step, Broken> {
+        let Some(chain) = ring.take(memory)? else {
+            return Ok(Step::Empty);
+        };
+        let head = chain.head_index();
+        let written = self.answer(chain, memory);
+        ring.give_back(memory, &[(head, written)])?;
+        Ok(Step::Done)
+    }
+}
+
+impl Requests {
+    /// Does what is asked for, and says how many bytes were written.
+    fn answer(&mut self, chain: Chain<'_>, memory: &RamMemory) -> u32 {
         let Some(request) = Parsed::new(chain, memory) else {
             // Nowhere to put a status, or nothing that could be called a request.
             return 0;

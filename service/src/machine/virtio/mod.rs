@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! vCPU exit --> Bus --> Transport (registers, queues; a mutex each) --> Backend: start, stop
-//!                                                                        |  blk: a worker thread in this process
+//!                                                                        |  blk, tap_net: a worker thread in this process
 //!                                                                        |  others: the kernel, another process
 //!               guest RAM: rings and buffers <---------------------------+
 //! ```
 //!
 //! - [`backend`]: what a device model has to offer; the one trait to implement
 //! - [`transport`]: the registers of one device; [`bus`]: all devices of a machine
-//! - [`worker`]: the thread of a device that is served by this process
+//! - [`worker`]: the thread of a device that is served by this process; [`ring`]: a ring that it serves
 //! - [`blk`]: a disk on a raw image
-//! - [`vhost_user`]: a disk of another process; [`vhost_net`]: a tap, whose packets the kernel moves; [`outside`]: what describes them
+//! - [`vhost_user`]: a disk of another process; [`outside`]: what describes it, and network interfaces
+//! - [`net`]: what network interfaces share; [`vhost_net`]: a tap, whose packets the kernel moves; [`tap_net`]: a tap, whose packets this
+//!   process moves, which is done in [`packets`]
 //! - [`saved`]: saved state
 //!
 //! A device works only between `Machine::resume` and `Machine::pause`. A pause stops the vCPUs first and then every back end, which
@@ -26,8 +28,12 @@
 pub mod backend;
 pub mod blk;
 pub mod bus;
+pub mod net;
 pub mod outside;
+pub mod packets;
+pub mod ring;
 pub mod saved;
+pub mod tap_net;
 pub mod transport;
 pub mod vhost_net;
 pub mod vhost_user;

@@ -7,7 +7,9 @@ use std::str::FromStr;
 use vmferry_cpr::manifest::{FdEntry, FdKind};
 
 use super::backend::Backend;
-use super::vhost_net::{self, VhostNet};
+use super::net::TAP;
+use super::tap_net::TapNet;
+use super::vhost_net::{self, VhostNet, open_vhost};
 use super::vhost_user::{self, VhostUserBlk};
 use crate::machine::MachineError;
 use crate::machine::disk::{is_id, split_path};
@@ -32,11 +34,13 @@ pub struct BlkConfig {
     pub id: String,
 }
 
-/// A network interface as the operator describes it: `tap=NAME[,vhost=on][,mac=..][,id=NAME]`.
+/// A network interface as the operator describes it: `tap=NAME[,vhost=on|off][,mac=..][,id=NAME]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct NetConfig {
     /// The tap, which only this process may have.
     pub tap: String,
+    /// Whether the kernel moves its packets (vhost-net), or this process; `None` for the kernel where it can.
+    pub vhost: Option<bool>,
     /// Its address; `None` for one made of the id. A guest that comes here keeps the one it has.
     pub mac: Option<[u8; 6]>,
     /// Name; unique within the VM, and the same on both sides of a migration. Empty until it is given one.
@@ -87,7 +91,8 @@ impl FromStr for NetConfig {
 
     fn from_str(text: &str) -> Result<Self, MachineError> {
         let wrong = |reason| wrong("network interface", text, reason);
-        let (mut tap, mut mac, mut id) = (String::new(), None, String::new());
+        let (mut tap, mut id) = (String::new(), String::new());
+        let (mut vhost, mut mac) = (None, None);
         for option in text.split(',') {
             match option.split_once('=') {
                 Some(("tap", name)) if !name.is_empty() => name.clone_into(&mut tap),
@@ -97,23 +102,29 @@ impl FromStr for NetConfig {
                         wrong("a mac is like 52:54:00:12:34:56, and of one interface")
                     })?);
                 }
-                Some(("vhost", "on")) => {}
+                Some(("vhost", "on")) => vhost = Some(true),
+                Some(("vhost", "off")) => vhost = Some(false),
                 Some(("vhost", _)) => {
                     return Err(wrong(
-                        "only vhost=on: packets go through the kernel's vhost-net",
+                        "vhost=on has the kernel's vhost-net move packets, vhost=off this process",
                     ));
                 }
                 Some(("id", name)) if is_id(name) => name.clone_into(&mut id),
                 Some(("id", _)) => {
                     return Err(wrong("an id has letters, digits, '.', '_' and '-'"));
                 }
-                _ => return Err(wrong("write tap=NAME[,vhost=on][,mac=MAC][,id=NAME]")),
+                _ => return Err(wrong("write tap=NAME[,vhost=on|off][,mac=MAC][,id=NAME]")),
             }
         }
         if tap.is_empty() {
             return Err(wrong("name its tap: tap=NAME"));
         }
-        Ok(Self { tap, mac, id })
+        Ok(Self {
+            tap,
+            vhost,
+            mac,
+            id,
+        })
     }
 }
 
@@ -148,7 +159,7 @@ impl OutsideConfig {
             (FdKind::VhostUser, vhost_user::ROLE) => {
                 self.blks.iter().any(|blk| of("virtio-blk", &blk.id))
             }
-            (FdKind::Tap, vhost_net::TAP) | (FdKind::Vhost, vhost_net::VHOST) => {
+            (FdKind::Tap, TAP) | (FdKind::Vhost, vhost_net::VHOST) => {
                 self.nets.iter().any(|net| of("virtio-net", &net.id))
             }
             _ => false,
@@ -177,18 +188,67 @@ impl OutsideConfig {
             backends.push(Box::new(VhostUserBlk::waiting(blk, ram, entry.value)?));
         }
         for net in &self.nets {
-            let Some(given) = given else {
-                backends.push(Box::new(VhostNet::open(net, ram)?));
-                continue;
-            };
-            let name = format!("virtio-net/{}", net.id);
-            let both = [vhost_net::TAP, vhost_net::VHOST].map(|role| promised(given, &name, role));
-            let [Some(_), Some(vhost)] = both else {
-                return Err(wrong("network interface", &net.id, NOT_PROMISED));
-            };
-            backends.push(Box::new(VhostNet::waiting(net, ram, vhost.value)?));
+            backends.push(match given {
+                Some(given) => net.waiting(ram, given)?,
+                None => net.open(ram)?,
+            });
         }
         Ok(backends)
+    }
+}
+
+impl NetConfig {
+    /// The device, on a tap that this process opens.
+    fn open(&self, ram: &MachineRam) -> Result<Box<dyn Backend>, MachineError> {
+        if self.vhost == Some(false) {
+            return Ok(Box::new(TapNet::open(self)?));
+        }
+        let (interface, tap) = (&self.id, &self.tap);
+        match open_vhost() {
+            Ok(vhost) => {
+                tracing::info!(interface, tap, "the kernel moves its packets (vhost-net)");
+                Ok(Box::new(VhostNet::open(self, ram, vhost)?))
+            }
+            Err(source) if self.vhost == Some(true) => {
+                let op = format!(
+                    "open /dev/vhost-net for virtio-net/{interface} (vhost=off does without)"
+                );
+                Err(host(op, source))
+            }
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::info!(
+                    error,
+                    interface,
+                    tap,
+                    "this process moves its packets: no vhost-net"
+                );
+                Ok(Box::new(TapNet::open(self)?))
+            }
+        }
+    }
+
+    /// The device, on the tap of another process, whose packets are moved on by whom they were moved.
+    fn waiting(
+        &self,
+        ram: &MachineRam,
+        given: &[FdEntry],
+    ) -> Result<Box<dyn Backend>, MachineError> {
+        let wrong = |reason| Err(wrong("network interface", &self.id, reason));
+        let name = format!("virtio-net/{}", self.id);
+        let tap = promised(given, &name, TAP);
+        let vhost = promised(given, &name, vhost_net::VHOST);
+        match (tap, vhost, self.vhost) {
+            (None, _, _) => wrong(NOT_PROMISED),
+            (_, Some(_), Some(false)) => wrong(
+                "vhost=off, and the kernel moves its packets at the process that is taken over from",
+            ),
+            (_, None, Some(true)) => {
+                wrong("vhost=on, and the process that is taken over from moves its packets itself")
+            }
+            (_, Some(vhost), _) => Ok(Box::new(VhostNet::waiting(self, ram, vhost.value)?)),
+            (_, None, _) => Ok(Box::new(TapNet::waiting(self))),
+        }
     }
 }
 
@@ -227,6 +287,9 @@ mod tests {
         );
         let net: NetConfig = "tap=tap0,vhost=on,mac=52:54:00:12:34:5f".parse().unwrap();
         assert_eq!(net.mac, Some([0x52, 0x54, 0, 0x12, 0x34, 0x5f]));
+        let vhost = ["tap=a", "tap=a,vhost=on", "tap=a,vhost=off"];
+        let vhost = vhost.map(|text| text.parse::<NetConfig>().unwrap().vhost);
+        assert_eq!(vhost, [None, Some(true), Some(false)]);
         let mut all = OutsideConfig {
             blks: vec![
                 "vhost-user:a".parse().unwrap(),
@@ -258,7 +321,7 @@ mod tests {
         for (text, part) in [
             ("", "tap=NAME"),
             ("vhost=on", "name its tap"),
-            ("tap=a,vhost=off", "only vhost=on"),
+            ("tap=a,vhost=maybe", "vhost=off this process"),
             ("tap=a,mac=52:54:00:12:34", "a mac is"),
             ("tap=a,mac=53:54:00:12:34:56", "a mac is"),
             ("tap=a,mac=52:54:00:12:34:5x", "a mac is"),

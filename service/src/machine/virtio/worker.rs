@@ -5,35 +5,53 @@
 //! the device; the thread neither panics nor goes round in it.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::backend::{Interrupt, QueueBase, QueueStart, Start};
+use super::backend::{Interrupt, QueueBase, Start};
+use super::ring::{Broken, Ring};
 use crate::machine::ram::RamMemory;
 
 /// Longest time that a request may take to end once the thread shall stop. Healthy storage answers in milliseconds.
 pub const STOP_MAX: Duration = Duration::from_secs(10);
-/// The driver wants no interrupts: a flag of the available ring.
-const NO_INTERRUPT: u16 = 1;
+/// Requests of one queue that are served before another queue gets its turn.
+const TURN: u32 = 256;
 /// What epoll says when the thread shall stop; queues are their place.
 const STOP_TOKEN: u64 = u64::MAX;
-
-/// A chain of descriptors as a device sees it.
-pub type Chain<'a> = DescriptorChain<&'a RamMemory>;
+/// What it says of the device's own descriptor.
+const SOURCE_TOKEN: u64 = u64::MAX - 1;
 
 /// A device's own part: serves requests.
 pub trait Serve: Send + 'static {
-    /// Serves the request in `chain` of queue `queue`. Returns how many bytes were written to its buffers. What the chain holds is the
-    /// guest's: nothing of it is believed.
-    fn serve(&mut self, queue: u16, chain: Chain<'_>, memory: &RamMemory) -> u32;
+    /// What else may give it something to do, besides the driver. The thread looks at all queues when it becomes readable or writable.
+    fn source(&self) -> Option<BorrowedFd<'_>>;
+
+    /// [`source`](Self::source) has become readable or writable, or is at its end.
+    fn source_is_ready(&mut self);
+
+    /// Serves the next request of `ring`. Whatever is taken from the ring is given back or put back before this returns. What it holds is
+    /// the guest's: nothing of it is believed.
+    ///
+    /// # Errors
+    /// The ring makes no sense.
+    fn serve(&mut self, ring: &mut Ring, memory: &RamMemory) -> Result<Step, Broken>;
+}
+
+/// What has become of a request.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Step {
+    /// Served; there may be another one.
+    Done,
+    /// There is none: the driver has to make one available.
+    Empty,
+    /// Nothing is to be done before [`Serve::source`] is ready.
+    Waiting,
 }
 
 /// A running thread. Dropping it stops it as well, for lack of a better moment.
@@ -73,15 +91,15 @@ impl Worker {
         });
         let Start {
             ram,
-            features: _,
+            features,
             queues,
             interrupt,
         } = start;
         let queues = queues
             .into_iter()
-            .map(Served::new)
+            .map(|queue| Ring::new(queue, features))
             .collect::<Result<Vec<_>, _>>()?;
-        let epoll = watch(&shared.wake, &queues)?;
+        let epoll = watch(&shared.wake, &queues, serve.source())?;
         let mut rings = Rings {
             memory: ram.memory().clone(),
             queues,
@@ -184,62 +202,44 @@ impl Shared {
     }
 }
 
-fn watch(wake: &EventFd, queues: &[Served]) -> io::Result<Epoll> {
+fn watch(wake: &EventFd, queues: &[Ring], source: Option<BorrowedFd<'_>>) -> io::Result<Epoll> {
     let epoll = Epoll::new()?;
-    let add = |fd: &EventFd, token: u64| {
-        epoll.ctl(
-            ControlOperation::Add,
-            fd.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, token),
-        )
+    let add = |fd: &dyn AsRawFd, events: EventSet, token: u64| {
+        let event = EpollEvent::new(events, token);
+        epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
     };
-    add(wake, STOP_TOKEN)?;
+    add(wake, EventSet::IN, STOP_TOKEN)?;
     for (token, queue) in (0..).zip(queues) {
-        add(&queue.kick, token)?;
+        add(queue.kick(), EventSet::IN, token)?;
+    }
+    if let Some(source) = source {
+        // Only when something changes: it may stay readable for long, with nobody to take what it has.
+        let changes = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        add(&source, changes, SOURCE_TOKEN)?;
     }
     Ok(epoll)
-}
-
-/// A queue that is served.
-#[derive(Debug)]
-struct Served {
-    index: u16,
-    queue: Queue,
-    kick: Arc<EventFd>,
-    broken: bool,
-}
-
-impl Served {
-    fn new(start: QueueStart) -> io::Result<Self> {
-        let QueueStart { index, state, kick } = start;
-        Ok(Self {
-            index,
-            queue: Queue::try_from(state).map_err(io::Error::other)?,
-            kick,
-            broken: false,
-        })
-    }
 }
 
 /// What the thread works on.
 struct Rings<S> {
     memory: RamMemory,
-    queues: Vec<Served>,
+    queues: Vec<Ring>,
     interrupt: Interrupt,
     serve: S,
 }
 
 impl<S: Serve> Rings<S> {
     fn run(&mut self, shared: &Shared, epoll: &Epoll) {
-        let mut events = [EpollEvent::default(); super::QUEUES_MAX + 1];
+        let mut events = [EpollEvent::default(); super::QUEUES_MAX + 2];
         loop {
+            let mut more = false;
             for place in 0..self.queues.len() {
-                self.serve_queue(place, shared);
+                more |= self.serve_queue(place, shared);
             }
             if shared.must_end() {
                 return;
             }
-            let ready = match epoll.wait(-1, &mut events) {
+            let ready = match epoll.wait(if more { 0 } else { -1 }, &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => {
@@ -254,69 +254,63 @@ impl<S: Serve> Rings<S> {
                 }
             };
             for event in &events[..ready] {
+                if event.data() == SOURCE_TOKEN {
+                    self.serve.source_is_ready();
+                    continue;
+                }
                 let queue = usize::try_from(event.data())
                     .ok()
                     .and_then(|place| self.queues.get(place));
-                let readable = queue.map_or(&shared.wake, |queue| &*queue.kick);
+                let readable = queue.map_or(&shared.wake, Ring::kick);
                 // Emptied before the ring is looked at, so that no kick is lost.
                 let _ = readable.read();
             }
         }
     }
 
-    /// Serves what the ring at `place` holds, until it is empty or the thread shall stop.
-    fn serve_queue(&mut self, place: usize, shared: &Shared) {
-        let Some(served) = self.queues.get_mut(place) else {
-            return;
-        };
-        while !served.broken && !shared.stop.load(Ordering::SeqCst) {
-            match served.one(&self.memory, &mut self.serve) {
-                Ok(false) => return,
-                Ok(true) => {
-                    if served.wants_interrupt(&self.memory) {
-                        self.interrupt.raise();
-                    }
-                }
+    /// Serves what the ring at `place` holds, until there is nothing to do, its turn is over, or the thread shall stop. True if its turn is
+    /// over.
+    fn serve_queue(&mut self, place: usize, shared: &Shared) -> bool {
+        for _ in 0..TURN {
+            let Some(ring) = self.queues.get_mut(place) else {
+                return false;
+            };
+            if ring.is_broken() || shared.stop.load(Ordering::SeqCst) {
+                return false;
+            }
+            match step(ring, &mut self.serve, &self.memory, &self.interrupt) {
+                Ok(true) => {}
+                Ok(false) => return false,
                 Err(error) => {
                     let error = &error as &dyn std::error::Error;
-                    tracing::debug!(error, queue = served.index, "the driver's ring is broken");
-                    served.broken = true;
+                    tracing::debug!(error, queue = ring.index(), "the driver's ring is broken");
+                    ring.set_broken();
                     self.interrupt.break_device();
                 }
             }
         }
+        true
     }
 
     fn bases(&self) -> Vec<QueueBase> {
-        self.queues
-            .iter()
-            .map(|served| QueueBase {
-                index: served.index,
-                next_avail: served.queue.next_avail(),
-                next_used: served.queue.next_used(),
-            })
-            .collect()
+        self.queues.iter().map(Ring::base).collect()
     }
 }
 
-impl Served {
-    /// Serves one request; false if there is none.
-    fn one(
-        &mut self,
-        memory: &RamMemory,
-        serve: &mut impl Serve,
-    ) -> Result<bool, virtio_queue::Error> {
-        let Some(chain) = self.queue.iter(memory)?.next() else {
-            return Ok(false);
-        };
-        let head = chain.head_index();
-        let written = serve.serve(self.index, chain, memory);
-        self.queue.add_used(memory, head, written)?;
-        Ok(true)
+/// Serves one request; false if there is nothing to do.
+fn step(
+    ring: &mut Ring,
+    serve: &mut impl Serve,
+    memory: &RamMemory,
+    interrupt: &Interrupt,
+) -> Result<bool, Broken> {
+    let step = serve.serve(ring, memory)?;
+    if ring.wants_interrupt(memory)? {
+        interrupt.raise();
     }
-
-    fn wants_interrupt(&self, memory: &RamMemory) -> bool {
-        let flags = memory.read_obj::<u16>(GuestAddress(self.queue.avail_ring()));
-        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+    match step {
+        Step::Done => Ok(true),
+        Step::Empty => ring.wants_kick(memory),
+        Step::Waiting => Ok(false),
     }
 }
