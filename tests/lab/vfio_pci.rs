@@ -294,6 +294,7 @@ fn what_a_pci_device_writes_is_in_the_dirty_log() {
         }],
         linux: None,
         workload_disk: false,
+        workload_net: false,
         workload_serial: false,
         outside: OutsideConfig::default(),
         incoming: false,

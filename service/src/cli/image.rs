@@ -46,6 +46,7 @@ impl ImageArgs {
             serial: false,
             echoes: 0,
             disk_window: None,
+            net_window: None,
         };
         let image = elf::pvh_elf(&self.guest.workload(self.mem), options)
             .context("no image can be made so")?;

@@ -67,6 +67,9 @@ pub(super) struct RunArgs {
     /// Let the program overwrite its first disk, over and over, and check what it reads back: all that is there is lost
     #[arg(long)]
     workload_disk: bool,
+    /// Let the program send UDP packets back (IPv4) that come to its first network interface
+    #[arg(long)]
+    workload_net: bool,
     /// Let the program count its passes over memory on the serial port, one character each
     #[arg(long)]
     workload_serial: bool,
@@ -183,7 +186,7 @@ pub(super) struct GuestArgs {
 #[derive(Args, Clone, Debug)]
 struct LinuxArgs {
     /// Run a Linux kernel (bzImage or vmlinux) instead of the program; a target is given it too. Needs KVM with hardware for it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["workload_disk", "workload_serial"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["workload_disk", "workload_net", "workload_serial"])]
     kernel: Option<PathBuf>,
     /// Initial RAM disk of the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -314,6 +317,7 @@ impl RunArgs {
             vfio: self.vfio,
             linux: self.linux.config(),
             workload_disk: self.workload_disk,
+            workload_net: self.workload_net,
             workload_serial: self.workload_serial,
             outside,
             incoming: self.incoming.is_some(),

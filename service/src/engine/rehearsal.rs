@@ -106,6 +106,7 @@ pub(super) mod tests {
             vfio: vfio.collect(),
             linux: None,
             workload_disk: false,
+            workload_net: false,
             workload_serial: false,
             outside: machine::virtio::OutsideConfig::default(),
             incoming: true,

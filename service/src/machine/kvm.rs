@@ -228,6 +228,7 @@ impl KvmMachine {
                 echoes: self.board.vfio.echoes(),
                 serial: self.config.workload_serial,
                 disk_window: self.board.bus.workload_disk(&self.config)?,
+                net_window: self.board.bus.workload_net(&self.config)?,
             },
         )?;
         for piece in pieces {

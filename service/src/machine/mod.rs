@@ -89,6 +89,8 @@ pub struct MachineConfig {
     pub linux: Option<linux::LinuxConfig>,
     /// The workload overwrites its first disk, over and over, and checks what it reads back.
     pub workload_disk: bool,
+    /// The workload sends UDP packets back that come to its first network interface.
+    pub workload_net: bool,
     /// The workload writes the last digit of the number of each pass to the serial port.
     pub workload_serial: bool,
     /// Virtio devices whose back end is outside of this process, all with names of their own.

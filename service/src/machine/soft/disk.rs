@@ -3,18 +3,18 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use super::driver::Driver;
 use super::memory::VcpuMemory;
 use super::vcpu::Wrong;
 use crate::machine::virtio::{Bus, QUEUE_NOTIFY};
-use crate::machine::workload::layout::{DISK_GPA, PAGE_BYTES, disk, mailbox};
+use crate::machine::workload::layout::{DISK_GPA, disk, mailbox};
 use crate::machine::workload::pattern::stamp;
 
 /// The disk behind a window.
 #[derive(Debug)]
 pub(super) struct DiskWork<'a> {
+    driver: Driver<'a>,
     memory: &'a VcpuMemory,
-    bus: &'a Bus,
-    window: u64,
     mailbox_gpa: u64,
 }
 
@@ -26,43 +26,25 @@ impl<'a> DiskWork<'a> {
         window: u64,
         mailbox_gpa: u64,
     ) -> Option<Self> {
-        (window != 0).then_some(Self {
+        Some(Self {
+            driver: Driver::new(memory, bus, window, DISK_GPA)?,
             memory,
-            bus,
-            window,
             mailbox_gpa,
         })
     }
 
     /// Sets the device up as a driver does.
     pub(super) fn set_up(&self) {
-        for (register, value) in [
-            (0x70, 0),
-            (0x70, 3),
-            (0x24, 1),
-            (0x20, 1),
-            (0x24, 0),
-            (0x20, 0),
-            (0x70, 11),
-            (0x30, 0),
-            (0x38, disk::QUEUE_SIZE),
-            (0x80, DISK_GPA + disk::DESC),
-            (0x84, 0),
-            (0x90, DISK_GPA + disk::AVAIL),
-            (0x94, 0),
-            (0xa0, DISK_GPA + disk::USED),
-            (0xa4, 0),
-            (0x44, 1),
-            (0x70, 15),
-        ] {
-            self.write_register(register, value);
-        }
+        self.driver.begin();
+        let queue = [disk::DESC, disk::AVAIL, disk::USED];
+        self.driver.set_up_queue(0, disk::QUEUE_SIZE, queue);
+        self.driver.finish();
         self.store(disk::DESC, DISK_GPA + disk::HEADER);
         self.store(disk::DESC + 8, disk::DESC_HEADER);
         self.store(disk::DESC + 16, DISK_GPA + disk::DATA);
         self.store(disk::DESC + 32, DISK_GPA + disk::STATUS);
         self.store(disk::DESC + 40, disk::DESC_STATUS);
-        let sectors = self.read_register(0x100) | self.read_register(0x104) << 32;
+        let sectors = self.driver.read_register(0x100) | self.driver.read_register(0x104) << 32;
         let blocks = (sectors / disk::BLOCK_SECTORS).min(disk::BLOCKS_MAX);
         self.store(disk::BLOCKS, blocks);
     }
@@ -159,7 +141,7 @@ impl<'a> DiskWork<'a> {
         self.store(disk::SUBMITTED, submitted);
         fence(Ordering::SeqCst);
         self.store(disk::AVAIL, (submitted & 0xffff) << 16 | disk::NO_INTERRUPT);
-        self.write_register(QUEUE_NOTIFY, 0);
+        self.driver.write_register(QUEUE_NOTIFY, 0);
     }
 
     /// Counts one more in the mailbox.
@@ -174,27 +156,10 @@ impl<'a> DiskWork<'a> {
     }
 
     fn load(&self, at: u64) -> u64 {
-        let gpa = DISK_GPA + at;
-        self.memory.page(gpa & !(PAGE_BYTES - 1)).map_or(0, |page| {
-            u64::from_le(page.load((gpa % PAGE_BYTES / 8) as usize))
-        })
+        self.driver.load(at)
     }
 
     fn store(&self, at: u64, value: u64) {
-        let gpa = DISK_GPA + at;
-        if let Some(page) = self.memory.page(gpa & !(PAGE_BYTES - 1)) {
-            page.store((gpa % PAGE_BYTES / 8) as usize, value.to_le());
-        }
-    }
-
-    fn read_register(&self, register: u64) -> u64 {
-        let mut word = [0; 4];
-        self.bus.read(self.window + register, &mut word);
-        u32::from_le_bytes(word).into()
-    }
-
-    fn write_register(&self, register: u64, value: u64) {
-        let word = (value as u32).to_le_bytes();
-        self.bus.write(self.window + register, &word);
+        self.driver.store(at, value);
     }
 }

@@ -3,7 +3,7 @@
 //! Memory, dirty logs, saved state, pause and resume are real; only the instructions are ours. So everything about a migration can
 //! be shown and tested where /dev/kvm is missing, and the guest's own verification holds here as there.
 //!
-//! - `disk` is the disk that the first of them writes and checks
+//! - `disk` is the disk that the first of them writes and checks, `net` the network interface that it answers on, both over `driver`
 //! - `gate` stops and starts the threads, `vcpu` is what they run, `memory` how they see RAM, `saved` their state
 //! - The clock of the guest is CLOCK_MONOTONIC in nanoseconds. It means nothing on another host or after a boot: a machine that
 //!   loads such state goes on without a gap measured across the move. On the same host the gap is measured right through it.
@@ -11,8 +11,10 @@
 //! The dirty log is united of the page tables of the vCPUs' mapping and of the bitmap of the VMM's mapping.
 
 mod disk;
+mod driver;
 mod gate;
 mod memory;
+mod net;
 mod saved;
 mod vcpu;
 
@@ -127,7 +129,7 @@ impl SoftMachine {
         }
         let bus = Bus::new(backends, &ram)?;
         if !incoming {
-            load_workload(&config, &ram, bus.workload_disk(&config)?)?;
+            load_workload(&config, &ram, &bus)?;
         }
         let vfio = VfioDevices::open(&config.vfio, passed, &ram, None)?;
         if vfio.echoes() != 0 {
@@ -463,11 +465,7 @@ fn vcpu_name(vcpu: u32) -> String {
     format!("vcpu/{vcpu}")
 }
 
-fn load_workload(
-    config: &MachineConfig,
-    ram: &MachineRam,
-    disk_window: Option<u64>,
-) -> Result<(), MachineError> {
+fn load_workload(config: &MachineConfig, ram: &MachineRam, bus: &Bus) -> Result<(), MachineError> {
     let options = LoadOptions {
         mem_bytes: config.mem_bytes,
         vcpus: config.vcpus,
@@ -475,7 +473,8 @@ fn load_workload(
         exit_after_passes: None,
         echoes: 0,
         serial: config.workload_serial,
-        disk_window,
+        disk_window: bus.workload_disk(config)?,
+        net_window: bus.workload_net(config)?,
     };
     for piece in loader::pieces(&config.workload, options)? {
         ram.memory()

@@ -36,6 +36,7 @@ fn config(vcpus: u32) -> MachineConfig {
         vfio: Vec::new(),
         linux: None,
         workload_disk: false,
+        workload_net: false,
         workload_serial: false,
         outside: OutsideConfig::default(),
         incoming: false,

@@ -12,6 +12,7 @@ use rustix::time::ClockId;
 use super::disk::DiskWork;
 use super::gate::Gate;
 use super::memory::{PAGE_WORDS, Page, VcpuMemory};
+use super::net::NetWork;
 use crate::machine::throttle::SLICE;
 use crate::machine::virtio::Bus;
 use crate::machine::workload::layout::{
@@ -75,6 +76,7 @@ struct Plan {
     fill_check_every: u64,
     exit_after_passes: u64,
     disk_window: u64,
+    net_window: u64,
     serial: bool,
 }
 
@@ -99,6 +101,7 @@ impl Plan {
             fill_check_every: load(&params, params::FILL_CHECK_EVERY).max(1),
             exit_after_passes: load(&params, params::EXIT_AFTER_PASSES),
             disk_window: load(&params, params::DISK_WINDOW),
+            net_window: load(&params, params::NET_WINDOW),
             serial: load(&params, params::SERIAL_PASSES) != 0,
         };
         if load(&params, params::TSC_KHZ) != u64::from(TSC_KHZ) {
@@ -132,6 +135,8 @@ pub(super) struct Vcpu<'a> {
     first: bool,
     /// The disk, for the first vCPU.
     disk: Option<DiskWork<'a>>,
+    /// The network interface, likewise.
+    net: Option<NetWork<'a>>,
     plan: Plan,
 }
 
@@ -150,10 +155,12 @@ impl<'a> Vcpu<'a> {
             .page(mailbox_gpa)
             .ok_or_else(|| Stopped::Failed(format!("vCPU {vcpu}: no RAM at the mailbox")))?;
         let disk = DiskWork::new(memory, bus, plan.disk_window, mailbox_gpa);
+        let net = NetWork::new(memory, bus, plan.net_window);
         Ok(Self {
             registers,
             memory,
             disk: disk.filter(|_| vcpu == 0),
+            net: net.filter(|_| vcpu == 0),
             mailbox,
             mailbox_gpa,
             mem_bytes,
@@ -181,6 +188,9 @@ impl<'a> Vcpu<'a> {
                     }
                     if let Some(disk) = &self.disk {
                         disk.set_up();
+                    }
+                    if let Some(net) = &self.net {
+                        net.set_up();
                     }
                     self.enter_phase(mailbox::PHASE_FILL);
                 }
@@ -260,6 +270,9 @@ impl<'a> Vcpu<'a> {
             }
         }
         if let Some(wrong) = self.disk.as_ref().and_then(DiskWork::step) {
+            self.count_error(&wrong);
+        }
+        if let Some(wrong) = self.net.as_ref().and_then(NetWork::step) {
             self.count_error(&wrong);
         }
         Ok(())

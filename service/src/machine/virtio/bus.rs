@@ -10,6 +10,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::blk::{F_READ_ONLY, TYPE_BLOCK};
+use super::net::TYPE_NET;
 use super::transport::Transport;
 use super::{Backend, DEVICES_MAX, GSI_FIRST, Interrupt, WINDOW_BYTES, WINDOWS_GPA};
 use crate::machine::heirloom::DeviceFd;
@@ -107,6 +108,23 @@ impl Bus {
             Some(window) => Ok(Some(window.gpa)),
             None => Err(MachineError::Config(
                 "the workload shall write a disk: give it one that is not read-only".to_owned(),
+            )),
+        }
+    }
+
+    /// Window of the network interface that the workload of this machine shall answer on; `None` if it shall not.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] if it shall, and there is none.
+    pub fn workload_net(&self, config: &MachineConfig) -> Result<Option<u64>, MachineError> {
+        if !config.workload_net {
+            return Ok(None);
+        }
+        let is_net = |window: &Window| window.device_type == TYPE_NET;
+        match self.windows().into_iter().find(is_net) {
+            Some(window) => Ok(Some(window.gpa)),
+            None => Err(MachineError::Config(
+                "the workload shall answer packets: give it a network interface".to_owned(),
             )),
         }
     }

@@ -125,6 +125,7 @@ mod tests {
             serial: false,
             echoes: 0,
             disk_window: None,
+            net_window: None,
         };
         pvh_elf(&config, options).unwrap()
     }

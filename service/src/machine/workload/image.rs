@@ -4,7 +4,7 @@
 //! ```text
 //! entry64 (rdi = vCPU): greet -> write fill -> passes over the slice, for ever
 //! page:   verify the last pass's stamps -> write this pass's -> heartbeat -> now and then check a fill page -> wait if early
-//! page of vCPU 0: a step of work on the disk, if there is one (`disk.rs`)
+//! page of vCPU 0: a step of work on the disk (`disk.rs`) and on the network interface (`net.rs`), if there are any
 //! pass:   say on the serial port that it ends -> send to serial ports that echo, and check what comes back
 //! ```
 //!
@@ -20,8 +20,8 @@
 use std::slice;
 
 use super::layout::{
-    DISK_GPA, MAILBOX_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA, WORKING_SET_GPA,
-    disk, mailbox, params, port,
+    DISK_GPA, MAILBOX_GPA, NET_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA,
+    WORKING_SET_GPA, disk, mailbox, net, params, port,
 };
 use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, TSS, USER_CODE64, USER_DATA};
 use super::pattern;
@@ -112,6 +112,7 @@ vmferry_workload_entry64:
     inc rsi
     jmp 30b
 29: call 70f
+    call 80f
 31:
     // Fill.
     mov qword ptr [r14 + {PHASE}], {PHASE_FILL}
@@ -212,6 +213,13 @@ vmferry_workload_entry64:
     jnz 55f
     call 71f
 55:
+    // A step of work on the network interface.
+    cmp qword ptr [r15 + {NET_WINDOW}], 0
+    je 56f
+    test r14, {VCPU_NOT_0}
+    jnz 56f
+    call 81f
+56:
     // Rate.
     cmp qword ptr [r15 + {BATCH_PAGES}], 0
     je 49f
@@ -397,7 +405,7 @@ vmferry_workload_entry64:
 6:  mov r11, rax
 5:  ret
 
-"#, super::disk::disk_program!(), r#"
+"#, super::disk::disk_program!(), super::net::net_program!(), r#"
 90: .asciz "vmferry workload started\r\n"
     .balign 16
 vmferry_workload_end:
@@ -461,6 +469,32 @@ vmferry_workload_end:
     NO_INTERRUPT = const disk::NO_INTERRUPT,
     REQUEST_READ = const disk::REQUEST_READ,
     REQUEST_WRITE = const disk::REQUEST_WRITE,
+    NET_WINDOW = const params::NET_WINDOW,
+    NET = const NET_GPA,
+    TO_DESC = const net::TO_DESC,
+    TO_AVAIL = const net::TO_AVAIL,
+    TO_USED = const net::TO_USED,
+    FROM_DESC = const net::FROM_DESC,
+    FROM_AVAIL = const net::FROM_AVAIL,
+    FROM_USED = const net::FROM_USED,
+    NET_READY = const net::READY,
+    NET_SEEN = const net::SEEN,
+    NET_OFFERED = const net::OFFERED,
+    NET_SENT = const net::SENT,
+    NET_HELD = const net::HELD,
+    NET_BUFFERS = const net::BUFFERS,
+    NET_QUEUE_SIZE = const net::QUEUE_SIZE,
+    BUFFER_BYTES = const net::BUFFER_BYTES,
+    BUFFER_SHIFT = const net::BUFFER_SHIFT,
+    TO_DESC_REST = const net::TO_DESC_REST,
+    TO_AVAIL_0 = const net::TO_AVAIL_0,
+    TO_AVAIL_1 = const net::TO_AVAIL_1,
+    TO_AVAIL_2 = const net::TO_AVAIL_2,
+    ETHER_TYPE = const net::ETHER_TYPE,
+    ETHER_IPV4 = const net::ETHER_IPV4,
+    IP_ADDRESSES = const net::IP_ADDRESSES,
+    UDP_PORTS = const net::UDP_PORTS,
+    ANSWER_BYTES_MIN = const net::ANSWER_BYTES_MIN,
     ECHO_DEPTH = const params::ECHO_DEPTH,
     WINDOWS = const window::WINDOWS_GPA,
     DEVICE_BYTES = const window::DEVICE_BYTES,

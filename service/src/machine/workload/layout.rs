@@ -6,6 +6,7 @@
 //! 0x0002_0000  program
 //! 0x0004_0000  GDT, TSS
 //! 0x0006_0000  queue, buffer and generations of the disk, if the program works on one
+//! 0x0007_8000  queues and buffers of the network interface, if the program answers on one
 //! 0x0008_0000  mailboxes, one page per vCPU
 //! 0x0010_0000  page tables: PML4, PDPT, then one page directory per GiB
 //! 0x0040_0000  data pages: the working set, then the fill; both jump over the device hole below 4 GiB
@@ -32,6 +33,8 @@ pub const TABLES_GPA: u64 = 0x4_0000;
 pub const TSS_GPA: u64 = TABLES_GPA + PAGE_BYTES;
 /// What the program needs for its disk; the module [`disk`] says where what lies.
 pub const DISK_GPA: u64 = 0x6_0000;
+/// What the program needs for its network interface; the module [`net`] says where what lies.
+pub const NET_GPA: u64 = 0x7_8000;
 /// First mailbox; vCPU n has the page at `MAILBOX_GPA + n * 4096`.
 pub const MAILBOX_GPA: u64 = 0x8_0000;
 /// PML4, then the lower levels.
@@ -79,6 +82,8 @@ pub mod params {
     pub const DISK_WINDOW: u64 = 0x68;
     /// With each pass vCPU 0 writes the last digit of the pass's number to the serial port; 0 for not.
     pub const SERIAL_PASSES: u64 = 0x70;
+    /// Window of the virtio-net device that vCPU 0 answers on; 0 for none.
+    pub const NET_WINDOW: u64 = 0x78;
     /// So many digits there are, a power of 2, all of them printable.
     pub const SERIAL_DIGITS: u64 = 64;
     /// The first of them; the others follow in ASCII.
@@ -201,7 +206,66 @@ pub mod disk {
     pub const REQUEST_WRITE: u64 = 1;
 }
 
-const _: () = assert!(DISK_GPA + disk::GENERATIONS + 8 * disk::BLOCKS_MAX <= MAILBOX_GPA);
+const _: () = assert!(DISK_GPA + disk::GENERATIONS + 8 * disk::BLOCKS_MAX <= NET_GPA);
+
+/// Byte offsets of what the program needs for its network interface, from [`NET_GPA`], and values that go there. Both queues have
+/// [`QUEUE_SIZE`](net::QUEUE_SIZE) entries.
+pub mod net {
+    /// Of the queue to the guest: descriptors, one buffer each.
+    pub const TO_DESC: u64 = 0x000;
+    /// Its available ring: entry n is always descriptor n.
+    pub const TO_AVAIL: u64 = 0x100;
+    /// Its used ring, whose entries are whole words.
+    pub const TO_USED: u64 = 0x204;
+    /// Of the queue from the guest: descriptors, of which the first is used.
+    pub const FROM_DESC: u64 = 0x300;
+    /// Its available ring.
+    pub const FROM_AVAIL: u64 = 0x400;
+    /// Its used ring.
+    pub const FROM_USED: u64 = 0x500;
+    /// 1 when the device is set up.
+    pub const READY: u64 = 0x600;
+    /// Packets that have come.
+    pub const SEEN: u64 = 0x608;
+    /// Buffers that were offered.
+    pub const OFFERED: u64 = 0x610;
+    /// Packets that were sent back.
+    pub const SENT: u64 = 0x618;
+    /// 1 while the last one is under way.
+    pub const HELD: u64 = 0x620;
+    /// The buffers.
+    pub const BUFFERS: u64 = 0x1000;
+
+    /// Entries of either queue.
+    pub const QUEUE_SIZE: u64 = 8;
+    /// Bytes of a buffer.
+    pub const BUFFER_BYTES: u64 = 1 << BUFFER_SHIFT;
+    /// The power of 2 that they are.
+    pub const BUFFER_SHIFT: u64 = 11;
+    /// A descriptor of a buffer behind its address: length, and that the device writes it.
+    pub const TO_DESC_REST: u64 = BUFFER_BYTES | 2 << 32;
+    /// First word of the available ring but for the index: no interrupts, entries 0 and 1.
+    pub const TO_AVAIL_0: u64 = NO_INTERRUPT | 1 << 48;
+    /// Its second word.
+    pub const TO_AVAIL_1: u64 = 2 | 3 << 16 | 4 << 32 | 5 << 48;
+    /// Its third.
+    pub const TO_AVAIL_2: u64 = 6 | 7 << 16;
+    /// Flag of the available ring: the program polls.
+    pub const NO_INTERRUPT: u64 = 1;
+
+    /// Of a packet behind its header of 12 bytes: what it carries.
+    pub const ETHER_TYPE: u64 = 12 + 12;
+    /// IPv4, as a little-endian number.
+    pub const ETHER_IPV4: u64 = 0x0008;
+    /// Addresses of sender and receiver.
+    pub const IP_ADDRESSES: u64 = 12 + 14 + 12;
+    /// Ports of both.
+    pub const UDP_PORTS: u64 = 12 + 14 + 20;
+    /// Header, Ethernet, IPv4, UDP: less is not sent back.
+    pub const ANSWER_BYTES_MIN: u64 = UDP_PORTS + 8;
+}
+
+const _: () = assert!(NET_GPA + net::BUFFERS + net::QUEUE_SIZE * net::BUFFER_BYTES <= MAILBOX_GPA);
 
 /// Ports that the guest uses.
 pub mod port {

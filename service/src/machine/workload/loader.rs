@@ -76,6 +76,8 @@ pub struct LoadOptions {
     pub echoes: u16,
     /// Window of the virtio-blk device that the guest writes and checks; see [`params::DISK_WINDOW`].
     pub disk_window: Option<u64>,
+    /// Window of the virtio-net device that the guest answers on; see [`params::NET_WINDOW`].
+    pub net_window: Option<u64>,
     /// Whether the guest writes to its serial port with each pass; see [`params::SERIAL_PASSES`].
     pub serial: bool,
 }
@@ -152,6 +154,7 @@ fn parameters(config: &WorkloadConfig, options: LoadOptions) -> Piece {
     );
     page.set(params::ECHOES, options.echoes.into());
     page.set(params::DISK_WINDOW, options.disk_window.unwrap_or(0));
+    page.set(params::NET_WINDOW, options.net_window.unwrap_or(0));
     page.set(params::SERIAL_PASSES, options.serial.into());
     Piece {
         gpa: PARAMS_GPA,
@@ -220,7 +223,7 @@ fn descriptor_tables() -> Piece {
 /// What of the device hole the program uses, in large pages.
 fn windows(options: LoadOptions) -> Vec<Range<u64>> {
     let mut windows = Vec::new();
-    if options.disk_window.is_some() {
+    if options.disk_window.or(options.net_window).is_some() {
         windows.push(VIRTIO_GPA..VIRTIO_GPA + LARGE_PAGE_BYTES);
     }
     if options.echoes != 0 {
@@ -309,6 +312,7 @@ mod tests {
             serial: false,
             echoes: 0,
             disk_window: None,
+            net_window: None,
         }
     }
 

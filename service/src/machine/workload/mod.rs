@@ -13,6 +13,7 @@ pub mod elf;
 pub mod image;
 pub mod layout;
 pub mod loader;
+mod net;
 pub mod pattern;
 pub mod stats;
 

@@ -41,6 +41,7 @@ fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
         vfio: Vec::new(),
         linux: None,
         workload_disk: false,
+        workload_net: false,
         workload_serial: false,
         outside: OutsideConfig::default(),
         incoming: false,
