@@ -39,6 +39,7 @@ mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
 mod storage; // back ends of disks in processes of their own
 mod successor; // processes that a VM goes on in
+mod tap; // taps on a bridge, and packets that a guest sends back
 mod terminal; // a pseudo terminal, and what stands on its screen
 mod upgrades; // one guest through many processes
 mod watch; // two VMs that may never run at the same time
@@ -66,6 +67,7 @@ mod reboot; // I1, I2, I3: memory that stays in a file while its guest is saved
 mod soak; // I2, I4: many migrations, nothing lost, nothing leaked
 mod sparse; // memory that the guest never touched stays out of both processes
 mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets that are passed in
+mod tap_net; // I2: no packet is lost or doubled when a guest moves to another tap
 mod target_errors; // I3: the target's words at the source, and a target that can always be asked
 mod upgrade; // I1, I3, I4: a new process on the same host, and everything that can go wrong with it
 mod upgrade_exec; // I1, I3, I4, I7: the same process becomes a new program, or stays the old one

@@ -1,5 +1,5 @@
-//! I1, I2, I4: many upgrades in a row of one guest with a disk of another process, a serial port, two vCPUs, and a tap
-//! where the kernel has vhost-net (in the lab it has; `tests/lab/in_place.rs` does the same there).
+//! I1, I2, I4: many upgrades in a row of one guest with a disk of another process, a tap, a serial port and two vCPUs. Where the kernel has
+//! vhost-net it moves the packets (in the lab it does; `tests/lab/in_place.rs` does the same there), elsewhere the processes do.
 //! `VMFERRY_UPGRADES` says how many.
 
 use crate::harness::{Accel, number_from_env, turn};

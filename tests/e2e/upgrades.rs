@@ -3,9 +3,8 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::Command;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::harness::{Accel, Launch, Machine, until};
 use crate::line::Line;
@@ -13,6 +12,7 @@ use crate::proc::Holdings;
 use crate::qmp::Qmp;
 use crate::storage::Daemon;
 use crate::successor::{Orphan, new_pid, upgrade};
+use crate::tap::{Bridge, Echo};
 
 /// What the heap of a process may grow by, in all.
 const HEAP_NOISE: u64 = 8 << 20;
@@ -30,50 +30,6 @@ impl Mode {
             Self::Transfer => "transfer",
             Self::Exec => "exec",
         }
-    }
-}
-
-/// A tap in a network namespace, where this process may make one and the kernel moves packets. Gone on drop.
-struct Tap {
-    namespace: String,
-}
-
-impl Tap {
-    const NAME: &'static str = "guest";
-
-    fn new() -> Result<Self, String> {
-        File::open("/dev/vhost-net").map_err(|error| format!("/dev/vhost-net: {error}"))?;
-        let tap = Self {
-            namespace: format!("vmfup{}", std::process::id()),
-        };
-        tap.ip(&format!("netns add {}", tap.namespace))?;
-        let tuntap = format!("tuntap add {} mode tap vnet_hdr", Self::NAME);
-        tap.ip(&format!("-n {} {tuntap}", tap.namespace))?;
-        tap.ip(&format!("-n {} link set {} up", tap.namespace, Self::NAME))?;
-        Ok(tap)
-    }
-
-    fn ip(&self, words: &str) -> Result<String, String> {
-        let output = Command::new("ip").args(words.split(' ')).output();
-        let output = output.map_err(|error| format!("ip: {error}"))?;
-        match output.status.success() {
-            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        }
-    }
-
-    /// Packets that the host has received from the guest's side.
-    fn received(&self) -> u64 {
-        let words = format!("-n {} -s -j link show {}", self.namespace, Self::NAME);
-        let shown: Value = serde_json::from_str(&self.ip(&words).unwrap()).unwrap();
-        shown[0]["stats64"]["rx"]["packets"].as_u64().unwrap()
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        // With all that is in it.
-        let _ = self.ip(&format!("netns del {}", self.namespace));
     }
 }
 
@@ -97,18 +53,15 @@ fn work(qmp: &Path) -> Work {
     }
 }
 
-/// Takes one guest through `count` processes, in the modes by turns. The lab has a tap and no storage daemon; elsewhere it is the other way
-/// round, and a tap too where the kernel has vhost-net.
+/// Takes one guest through `count` processes, in the modes by turns, while packets go to it and come back. The lab has no storage daemon;
+/// elsewhere there may be no right to make a tap.
 pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
     let folder = tempfile::tempdir().unwrap();
     let image = File::create(folder.path().join("image")).unwrap();
     image.set_len(1 << 20).unwrap();
-    let (daemon, tap) = match in_lab {
-        false => {
-            let tap = Tap::new().inspect_err(|error| println!("no tap, the lab has one: {error}"));
-            (Daemon::start(folder.path(), "daemon"), tap.ok())
-        }
-        true => (None, Some(Tap::new().unwrap())),
+    let (daemon, network) = match in_lab {
+        false => (Daemon::start(folder.path(), "daemon"), Bridge::new(1)),
+        true => (None, Some(Bridge::new(1).unwrap())),
     };
     let mut line = Line::new(folder.path());
     let machine = Machine {
@@ -120,11 +73,9 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
         let disk = format!("vhost-user:{}", daemon.socket().display());
         launch = launch.with(&["--blk", &disk, "--workload-disk"]);
     }
-    if let Some(tap) = &tap {
-        let net = format!("tap={}", Tap::NAME);
+    if let Some(network) = &network {
         // Only the first process is where the tap is.
-        let there = ["ip", "netns", "exec", tap.namespace.as_str()];
-        launch = launch.through(&there).with(&["--net", &net]);
+        launch = network.launch(launch, 0);
     }
     let mut vm = machine.start_source(launch);
     line.remove();
@@ -144,11 +95,13 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
     let mut last: Option<Orphan> = None;
     let mut first: Vec<(Mode, Holdings)> = Vec::new();
     let mut blackouts = Vec::new();
-    let mut announced = tap.as_ref().map_or(0, Tap::received);
+    let echo = network.as_ref().map(Echo::start);
+    let mut announced = 0;
     for number in 0..count {
         let mode = modes[usize::try_from(number).unwrap() % modes.len()];
         of_modes[mode as usize] += 1;
         let before = work(&qmp);
+        let answers_before = echo.as_ref().map_or(0, Echo::answers);
         let report = upgrade(&qmp, mode.name());
         blackouts.push(report["blackout-us"].as_u64().unwrap());
         let pid = new_pid(&report);
@@ -171,17 +124,16 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
             line.heard();
             let now = work(&qmp);
             let on_disk = daemon.is_none() || now.blocks > before.blocks;
-            (now.passes >= before.passes + 2 && on_disk).then_some(())
+            let on_tap = echo
+                .as_ref()
+                .is_none_or(|echo| echo.answers() >= answers_before + 5);
+            (now.passes >= before.passes + 2 && on_disk && on_tap).then_some(())
         });
-        if let Some(tap) = &tap {
+        if network.is_some() {
             let mut monitor = until("somebody answers", || Qmp::connect(&qmp));
             let once = json!({"rounds": 1, "initial": 50, "max": 550, "step": 50});
             monitor.execute("announce-self", once).unwrap();
             announced += 1;
-            until("the announcement", || {
-                (tap.received() >= announced).then_some(())
-            });
-            assert_eq!(tap.received(), announced, "the network heard more");
         }
         let holds = Holdings::settled(pid);
         match first.iter().find(|(of, _)| *of == mode) {
@@ -198,6 +150,15 @@ pub(crate) fn upgrade_again_and_again(accel: Accel, count: u64, in_lab: bool) {
                 );
             }
         }
+    }
+    if let (Some(network), Some(echo)) = (&network, echo) {
+        let sent = echo.finish();
+        // Besides the answers there is nothing but what was announced.
+        until("the last announcement", || {
+            (network.received(0) >= sent + announced).then_some(())
+        });
+        assert_eq!(network.received(0), sent + announced);
+        println!("{sent} packets to the guest and back, each once; {announced} announcements");
     }
     blackouts.sort_unstable();
     let at = |part: usize| blackouts[(blackouts.len() - 1) * part / 100];

@@ -30,6 +30,9 @@ mod storage; // back ends of disks in processes of their own
 #[path = "../e2e/successor.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod successor; // processes that a VM goes on in
+#[path = "../e2e/tap.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod tap; // packets that a guest sends back
 #[path = "../e2e/upgrades.rs"]
 mod upgrades; // one guest through many processes
 
