@@ -1,4 +1,5 @@
-//! `vmferry upgrade` with a VM of QEMU that runs our workload: a new QEMU takes it over, memory and monitor included.
+//! `vmferry upgrade` with a VM of QEMU that runs our workload: a new QEMU takes it over, memory and monitor included. What QEMU 10.2 does
+//! in mode cpr-exec is shown by a monitor without a machine.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -200,6 +201,125 @@ fn a_vm_of_qemu_that_cannot_be_handed_over_stays_where_it_is() {
     let mut client = Qmp::connect(&qmp).unwrap();
     let parameters = client.execute("query-migrate-parameters", json!({}));
     assert_eq!(parameters.unwrap()["mode"], "normal");
+}
+
+#[test]
+fn a_vm_of_qemu_that_was_stopped_is_waited_for_and_stays_stopped() {
+    let _turn = turn();
+    let Some(mut vm) = Microvm::start(true) else {
+        return;
+    };
+    let qmp = vm.qmp();
+    let ask = |command: &str| {
+        let mut client = until("the monitor answers", || Qmp::connect(&qmp));
+        client.execute(command, json!({})).unwrap()
+    };
+    ask("stop");
+    let report = json_of(&qmp, &["upgrade", "--json"]);
+    assert_left(&mut vm.old, vm.dir.path());
+    assert_eq!(ask("query-status")["status"], "paused");
+    ask("cont");
+    vm.assert_works(report["new-pid"].as_u64().unwrap());
+}
+
+/// A monitor that becomes another program as those of newer QEMUs do. Dropping it kills it.
+struct Execs {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Execs {
+    /// With this more on its command line. `None` where there is no Python; says so.
+    fn start(more: &[&str]) -> Option<Self> {
+        let dir = TempDir::with_prefix("vmferry-e2e-").unwrap();
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("py/exec_monitor.py");
+        let child = Command::new("python3")
+            .arg(script)
+            .arg(dir.path().join("qmp"))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(dir.path().join("log")).unwrap())
+            .spawn();
+        let child = match child {
+            Ok(child) => child,
+            Err(error) => {
+                println!("SKIPPED: no Python here ({error}); .ci/packages installs it");
+                return None;
+            }
+        };
+        let execs = Self { child, dir };
+        execs.ask("query-status");
+        Some(execs)
+    }
+
+    fn qmp(&self) -> PathBuf {
+        self.dir.path().join("qmp")
+    }
+
+    fn ask(&self, command: &str) -> Value {
+        let mut client = until("the monitor answers", || Qmp::connect(&self.qmp()));
+        client.execute(command, json!({})).unwrap()
+    }
+
+    /// Where the program that it is now was told to find its state.
+    fn state(&self) -> PathBuf {
+        let words = fs::read(format!("/proc/{}/cmdline", self.child.id())).unwrap();
+        let words = String::from_utf8(words).unwrap();
+        let (_, file) = words.rsplit_once("-incoming\0file:").unwrap();
+        file.trim_end_matches('\0').into()
+    }
+}
+
+impl Drop for Execs {
+    fn drop(&mut self) {
+        // Both fail only if it has gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_qemu_that_executes_another_goes_on_as_its_guest_was() {
+    let Some(vm) = Execs::start(&["-S"]) else {
+        return;
+    };
+    let pid = Value::from(vm.child.id());
+    for (command, status) in [("cont", "running"), ("stop", "paused"), ("cont", "running")] {
+        vm.ask(command);
+        let report = json_of(&vm.qmp(), &["upgrade", "--mode", "exec", "--json"]);
+        assert_eq!((&report["old-pid"], &report["new-pid"]), (&pid, &pid));
+        assert_eq!(vm.ask("query-status")["status"], status);
+        assert_eq!(vm.ask("query-migrate")["status"], "completed");
+        assert!(!vm.state().parent().unwrap().exists(), "the state is left");
+    }
+}
+
+#[test]
+fn a_qemu_whose_exec_fails_keeps_its_guest_and_one_whose_successor_dies_is_lost() {
+    let Some(vm) = Execs::start(&[]) else {
+        return;
+    };
+    let exec = ["upgrade", "--mode", "exec"];
+    let missing = [&exec[..], &["--binary", "/nowhere/qemu"]].concat();
+    let said = says(&vm.qmp(), &missing, 1);
+    assert!(
+        said.contains("execvp /nowhere/qemu: No such file"),
+        "{said}"
+    );
+    assert_eq!(vm.ask("query-status")["status"], "running");
+    let parameters = vm.ask("query-migrate-parameters");
+    assert_eq!(
+        parameters,
+        json!({"mode": "normal", "cpr-exec-command": []})
+    );
+    says(&vm.qmp(), &exec, 0);
+    let said = says(&vm.qmp(), &[&exec[..], &["--", "false"]].concat(), 4);
+    assert!(said.contains("has ended, and the guest with it"), "{said}");
+    assert!(said.contains("hung up"), "{said}");
+    let (_, state) = said.trim().rsplit_once("still load is in ").unwrap();
+    fs::remove_file(state).unwrap();
+    fs::remove_dir(Path::new(state).parent().unwrap()).unwrap();
 }
 
 /// The path of QEMU, which is also what `--binary` takes.
