@@ -292,7 +292,10 @@ impl Engine {
     /// good if the operator has said so; then there may be another attempt.
     fn incoming_failed(&mut self, error: &TargetError, linger: bool) {
         tracing::error!(%error, "incoming migration failed; this guest will never run here");
-        self.go_back(&error.to_string());
+        // Who was told to end does not begin again as another program.
+        if self.ending.is_none() {
+            self.go_back(&error.to_string());
+        }
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
         if !self.exit_on_error {

@@ -126,7 +126,11 @@ impl Load {
         };
         let verify = hello.verify;
         let (control, theirs) = socket_pair().map_err(StreamFault::Open)?;
-        let target = links.target.insert(Peer::start(control, self.keepalive)?);
+        let target = links.target.insert(Peer::start(
+            control,
+            self.keepalive,
+            self.inlet.interrupt(),
+        )?);
         connect(theirs);
         let data = match open(target, hello, connect)? {
             Some(data) => Some(links.data.insert(data)),
@@ -276,12 +280,16 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(control: UnixStream, keepalive: Duration) -> Result<Self, StreamFault> {
+    fn start(
+        control: UnixStream,
+        keepalive: Duration,
+        interrupt: Interrupt,
+    ) -> Result<Self, StreamFault> {
         let (heard, frames) = mpsc::channel();
         let listener = control.try_clone().map_err(StreamFault::Open)?;
         thread::Builder::new()
             .name("load-control".to_owned())
-            .spawn(move || listen(&listener, keepalive, &heard))
+            .spawn(move || listen(&listener, keepalive, &interrupt, &heard))
             .map_err(StreamFault::Open)?;
         Ok(Self { control, frames })
     }
@@ -321,11 +329,14 @@ impl Drop for Peer {
     }
 }
 
-/// Body of the thread that listens, until the connection ends or nobody wants to hear.
-fn listen(control: &UnixStream, keepalive: Duration, heard: &mpsc::Sender<TargetFrame>) {
-    let Ok(never) = Interrupt::new() else {
-        return;
-    };
+/// Body of the thread that listens, until the connection ends, nobody wants to hear, or the loader gives up: it may be waiting for a
+/// word of a target that is waiting for its end.
+fn listen(
+    control: &UnixStream,
+    keepalive: Duration,
+    interrupt: &Interrupt,
+    heard: &mpsc::Sender<TargetFrame>,
+) {
     let mut buffer = FrameBuffer::default();
     let mut bytes = vec![0; READ_BYTES];
     loop {
@@ -334,7 +345,7 @@ fn listen(control: &UnixStream, keepalive: Duration, heard: &mpsc::Sender<Target
                 return;
             }
         }
-        match never.wait(control.as_fd(), PollFlags::IN, Some(keepalive)) {
+        match interrupt.wait(control.as_fd(), PollFlags::IN, Some(keepalive)) {
             Ok(Waited::TimedOut) => {
                 let sign = SourceFrame::Keepalive.encode();
                 if (&*control).write_all(&sign).is_err() {

@@ -10,6 +10,10 @@ use std::time::Duration;
 
 use super::*;
 use crate::limits::Deadlines;
+use crate::units::MigrationId;
+use crate::wire::archive::ArchiveEncoder;
+use crate::wire::frame::SourceFrame;
+use crate::wire::hello::{Hello, VersionRange};
 use crate::wire::mux::{Channel, PIECE_BYTES_MAX, PieceHeader};
 
 /// Far longer than anything here takes; a test that needs it hangs.
@@ -298,4 +302,41 @@ fn a_pipe_with_a_name_is_waited_for() {
     outlet.finish().unwrap();
     drop(outlet);
     assert_eq!(reading.join().unwrap(), b"archive");
+}
+
+#[test]
+fn whoever_gives_a_load_up_does_not_wait_for_a_word_of_the_target() {
+    let hello = Hello {
+        versions: VersionRange::OURS,
+        migration_id: MigrationId([1; 16]),
+        data_connections: 0,
+        checksum: false,
+        verify: false,
+        software: String::new(),
+        blocks: Vec::new(),
+        devices: Vec::new(),
+        uuid: None,
+        switchover_ack: false,
+    };
+    let mut archive = ArchiveEncoder::default().start_in_place();
+    archive.extend(SourceFrame::Hello(hello).encode());
+    let (reader, writer) = io::pipe().unwrap();
+    (&writer).write_all(&archive).unwrap();
+    let inlet = Inlet::pipe("fd:a", reader.into()).unwrap();
+    let (connect, connected) = mpsc::channel();
+    let connect = Box::new(move |socket| connect.send(socket).unwrap());
+    let (end, ended) = mpsc::channel();
+    let failed = Box::new(move |error: StreamError| end.send(error.to_string()).unwrap());
+    let loader = ArchiveLoader::start(inlet, &Deadlines::default(), connect, failed).unwrap();
+    // It has been greeted, never answers, and waits for the loader's end itself.
+    let mut target = stream(connected.recv_timeout(PATIENCE).unwrap());
+    target.read_exact(&mut [0]).unwrap();
+    let (done, over) = mpsc::channel();
+    thread::spawn(move || {
+        loader.give_up();
+        done.send(()).unwrap();
+    });
+    over.recv_timeout(PATIENCE).unwrap();
+    assert!(ended.recv_timeout(PATIENCE).unwrap().contains("given up"));
+    drop(target);
 }
