@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// Writes the tables of what is allowed.
 const WRITE: &str = "VMFERRY_WRITE_FAULTS";
 
+/// Runs only squares whose name, as a failure shows it, has this in it.
+const ONLY: &str = "VMFERRY_FAULTS_ONLY";
+
 /// Rows and columns of what can be done; a square may be none.
 pub(crate) struct Grid<C> {
     head: String,
@@ -22,14 +25,33 @@ pub(crate) struct Grid<C> {
 /// What came of a square: what was seen, or why the test failed.
 pub(crate) type Result<S> = std::result::Result<S, String>;
 
+/// What can become of a guest.
+pub(crate) trait Fate: Copy + Debug + Send + 'static {
+    /// Every one there is.
+    const ALL: &'static [Self];
+    /// In a word.
+    fn name(self) -> &'static str;
+    /// In a sentence.
+    fn meaning(self) -> &'static str;
+}
+
 /// What a square has shown.
-pub(crate) trait Shown {
-    /// What became of the guest, in a word.
-    fn outcome(&self) -> &'static str;
-    /// From the fault to the decision.
-    fn took(&self) -> Duration;
+#[derive(Clone, Debug)]
+pub(crate) struct Seen<F> {
+    pub(crate) outcome: F,
+    /// From the fault to the decision of the processes that lived on.
+    pub(crate) took: Duration,
     /// What was said of it.
-    fn error(&self) -> &str;
+    pub(crate) error: String,
+}
+
+/// What each fate means.
+pub(crate) fn legend<F: Fate>() -> String {
+    let mut text = String::new();
+    for fate in F::ALL {
+        writeln!(text, "- **{}**: {}", fate.name(), fate.meaning()).unwrap();
+    }
+    text
 }
 
 impl<C: Copy + Debug + PartialEq + Send> Grid<C> {
@@ -72,13 +94,16 @@ impl<C: Copy + Debug + PartialEq + Send> Grid<C> {
     ///
     /// # Panics
     /// If one of them went wrong.
-    pub(crate) fn assert_all<S: Shown + Send, W: Default>(
+    pub(crate) fn assert_all<F: Fate, W: Default>(
         &self,
         file: &str,
         workers: usize,
-        wanted: Vec<C>,
-        run: impl Fn(C, &mut W) -> Result<S> + Sync,
+        mut wanted: Vec<C>,
+        run: impl Fn(C, &mut W) -> Result<Seen<F>> + Sync,
     ) {
+        if let Ok(only) = std::env::var(ONLY) {
+            wanted.retain(|square| format!("{square:?}").contains(&only));
+        }
         let began = Instant::now();
         let count = wanted.len();
         let queue = Mutex::new(VecDeque::from(wanted));
@@ -119,13 +144,13 @@ impl<C: Copy + Debug + PartialEq + Send> Grid<C> {
         assert!(wrong.is_empty(), "{wrong:#?}");
     }
 
-    fn report<S: Shown>(&self, results: &[(C, Result<S>)]) -> String {
+    fn report<F: Fate>(&self, results: &[(C, Result<Seen<F>>)]) -> String {
         let mut report = self.table(|square| {
             let found = results.iter().find(|(of, _)| *of == square);
             match found {
                 None => "not run".to_owned(),
                 Some((_, Ok(seen))) => {
-                    format!("{} ({:.1} s)", seen.outcome(), seen.took().as_secs_f64())
+                    format!("{} ({:.1} s)", seen.outcome.name(), seen.took.as_secs_f64())
                 }
                 Some((_, Err(_))) => "WRONG".to_owned(),
             }
@@ -133,9 +158,14 @@ impl<C: Copy + Debug + PartialEq + Send> Grid<C> {
         report.push_str("\n## What the source said\n\n");
         for (square, result) in results {
             if let Ok(seen) = result
-                && !seen.error().is_empty()
+                && !seen.error.is_empty()
             {
-                writeln!(report, "- {square:?}: {}", seen.error()).unwrap();
+                writeln!(
+                    report,
+                    "- {square:?}: {}",
+                    seen.error.trim().replace('\n', " / ")
+                )
+                .unwrap();
             }
         }
         report

@@ -32,6 +32,8 @@ struct Shared {
     vetoes: AtomicBool,
     /// Whoever tells of a failure waits for its answer.
     holds: AtomicBool,
+    /// Whoever tells SETUP does.
+    holds_setup: AtomicBool,
     over: AtomicBool,
 }
 
@@ -78,6 +80,11 @@ impl Listener {
     /// not wait for ever: for two seconds.
     pub(crate) fn hold(&self, failures: bool) {
         self.shared.holds.store(failures, Ordering::SeqCst);
+    }
+
+    /// The same with the news that a migration begins.
+    pub(crate) fn hold_setup(&self, setups: bool) {
+        self.shared.holds_setup.store(setups, Ordering::SeqCst);
     }
 
     /// Everything heard so far.
@@ -141,14 +148,21 @@ fn serve(connection: &UnixStream, shared: &Shared) {
         let vetoed = event == "setup" && shared.vetoes.load(Ordering::SeqCst);
         let path = shared.qmp.lock().unwrap().clone();
         let guest_ran = failed && path.is_some_and(|path| guest_runs(&path));
-        while failed && shared.holds.load(Ordering::SeqCst) && !shared.over.load(Ordering::SeqCst) {
-            thread::sleep(Duration::from_millis(2));
-        }
+        let holds = match event.as_str() {
+            "failed" => Some(&shared.holds),
+            "setup" => Some(&shared.holds_setup),
+            _ => None,
+        };
         shared.heard.lock().unwrap().push(Heard {
             event,
             migration: text("migration"),
             guest_ran,
         });
+        while holds.is_some_and(|holds| holds.load(Ordering::SeqCst))
+            && !shared.over.load(Ordering::SeqCst)
+        {
+            thread::sleep(Duration::from_millis(2));
+        }
         let answer = if vetoed {
             json!({ "veto": "not now" })
         } else {

@@ -37,6 +37,7 @@ mod peer; // either side of the protocol, spoken by hand
 mod proc; // what the kernel says of a process
 mod proxy; // a link that changes, drops and cuts what passes
 mod qmp; // the control interface, events kept
+mod stand_in; // programs that a VM is told to become
 mod storage; // back ends of disks in processes of their own
 mod successor; // processes that a VM goes on in
 mod tap; // taps on a bridge, and packets that a guest sends back

@@ -140,43 +140,69 @@ fn sockets(pid: u32) -> Vec<String> {
     sockets
 }
 
-fn a_disk_of_another_process_keeps_its_connection(accel: Accel) {
-    let _turn = turn();
-    let folder = tempfile::tempdir().unwrap();
-    let image = File::create(folder.path().join("image")).unwrap();
-    image.set_len(1 << 20).unwrap();
-    let Some(daemon) = Daemon::start(folder.path(), "daemon") else {
-        return;
-    };
-    let disk = format!("vhost-user:{}", daemon.socket().display());
-    let launch = Launch::default().with(&["--blk", &disk, "--workload-disk"]);
-    let mut vm = Machine::small(accel).start_source(launch);
-    vm.warm_up();
-    let at = At(vm.qmp_path());
-    let blocks = || {
-        let workload = at.ask("x-query-workload");
-        assert_eq!(workload["disk-errors"], 0, "{workload}");
-        workload["disk-blocks-checked"].as_u64().unwrap()
-    };
-    let check_disk = || {
+/// A VM whose guest works on a disk of another process.
+pub(crate) struct WithDaemon {
+    pub(crate) vm: Vm,
+    daemon: Daemon,
+    _folder: tempfile::TempDir,
+}
+
+impl WithDaemon {
+    /// `None` if there is no such program here, which it says.
+    pub(crate) fn start(accel: Accel) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let image = File::create(folder.path().join("image")).unwrap();
+        image.set_len(1 << 20).unwrap();
+        let daemon = Daemon::start(folder.path(), "daemon")?;
+        let disk = format!("vhost-user:{}", daemon.socket().display());
+        let launch = Launch::default().with(&["--blk", &disk, "--workload-disk"]);
+        let mut vm = Machine::small(accel).start_source(launch);
+        vm.warm_up();
+        Some(Self {
+            vm,
+            daemon,
+            _folder: folder,
+        })
+    }
+
+    pub(crate) fn at(&self) -> At {
+        At(self.vm.qmp_path())
+    }
+
+    /// The guest goes over its disk and finds what it wrote.
+    pub(crate) fn check_disk(&self) {
+        let at = self.at();
+        let blocks = || {
+            let workload = at.ask("x-query-workload");
+            assert_eq!(workload["disk-errors"], 0, "{workload}");
+            workload["disk-blocks-checked"].as_u64().unwrap()
+        };
         let before = blocks();
         until("the guest has been over its disk", || {
             (blocks() >= before + 512).then_some(())
         });
+    }
+}
+
+fn a_disk_of_another_process_keeps_its_connection(accel: Accel) {
+    let _turn = turn();
+    let Some(with) = WithDaemon::start(accel) else {
+        return;
     };
-    check_disk();
-    let connected = sockets(daemon.pid());
+    let at = with.at();
+    with.check_disk();
+    let connected = sockets(with.daemon.pid());
     says(&at.0, &["upgrade", "--binary", "/bin/false"], 1);
-    check_disk();
+    with.check_disk();
     let mut last = None;
     for _ in 0..4 {
         let (next, _) = at.upgrade();
-        check_disk();
+        with.check_disk();
         last = Some(next);
     }
     at.assert_guest_works();
     assert_eq!(
-        sockets(daemon.pid()),
+        sockets(with.daemon.pid()),
         connected,
         "the back end saw another connection"
     );

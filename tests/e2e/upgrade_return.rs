@@ -9,7 +9,8 @@ use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
 use crate::line::Line;
 use crate::observe::{recording, records};
 use crate::qmp::Qmp;
-use crate::successor::{Orphan, liar, new_pid, program_path, upgrade};
+use crate::stand_in::{liar, program_path};
+use crate::successor::{Orphan, new_pid, upgrade};
 use crate::upgrade::At;
 
 on_both_accelerators!(

@@ -12,6 +12,9 @@ mod harness; // processes under test, and what can be asked of them
 #[path = "../e2e/line.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod line; // what a guest says on its serial port, in order
+#[path = "../e2e/upgrade_faults/link.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod link; // the two sockets of an upgrade, with somebody in between
 #[path = "../e2e/peer.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod peer; // either side of the protocol, spoken by hand
@@ -24,6 +27,9 @@ mod proxy; // a link that changes, drops and cuts what passes
 #[path = "../e2e/qmp.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod qmp; // the control interface, events kept
+#[path = "../e2e/upgrade_faults/step.rs"]
+#[expect(dead_code, reason = "what the cases outside of the lab need more")]
+mod step; // the words of an upgrade
 #[path = "../e2e/storage.rs"]
 #[expect(dead_code, reason = "what the cases outside of the lab need more")]
 mod storage; // back ends of disks in processes of their own

@@ -1,18 +1,15 @@
 //! VMs that change their process: the command that does it, and a new process that dies when it has everything and has said so.
 
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::mpsc;
-use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use vmferry_transport::wire::frame::{FrameBuffer, TargetFrame};
 
-use crate::harness::{Vm, until};
+use crate::harness::{PATIENCE, Vm, until};
+use crate::link::{Deed, Link};
 use crate::qmp::Qmp;
-use crate::successor::{Waiting, channels_at, new_pid, upgrade};
+use crate::step::Step;
+use crate::successor::{Waiting, new_pid, upgrade};
 
 /// A VM in a process that is nobody's child any more. Dropping it kills it.
 pub(crate) struct Moved {
@@ -80,17 +77,16 @@ impl Drop for Moved {
     }
 }
 
-impl Waiting {
-    /// Hands `vm` over to it, by way of `main` for the link.
-    fn begin(&self, vm: &mut Vm, main: &str) {
-        vm.set(json!({"mode": "cpr-transfer"}));
-        let channels = channels_at(&self.path(main), &self.path("cpr"));
-        vm.execute("migrate", json!({ "channels": channels }));
-    }
+/// Hands `vm` over to whoever waits at these channels.
+fn begin(vm: &mut Vm, channels: &Value) {
+    vm.set(json!({"mode": "cpr-transfer"}));
+    vm.execute("migrate", json!({ "channels": channels }));
+}
 
+impl Waiting {
     /// It refuses; what it says reaches the old process.
     pub(crate) fn assert_refuses(&self, vm: &mut Vm, part: &str) {
-        self.begin(vm, "main");
+        begin(vm, &self.channels());
         let info = vm.wait_migration();
         assert_eq!(info["status"], "failed", "{info}");
         let error = info["error-desc"].as_str().unwrap();
@@ -107,51 +103,13 @@ impl Waiting {
     /// Kills it when it has taken everything over and says READY, which the old process never hears. `then` may look at the new process
     /// before.
     pub(crate) fn dies_when_ready(&mut self, vm: &mut Vm, then: impl FnOnce(u32)) {
-        let listener = UnixListener::bind(self.path("link")).unwrap();
-        let main = self.path("main");
-        let (is_ready, ready) = mpsc::channel();
-        let (go, may_go) = mpsc::channel::<()>();
-        let relay = thread::spawn(move || {
-            let source = listener.accept().unwrap().0;
-            let target = UnixStream::connect(main).unwrap();
-            let (from, to) = (source.try_clone().unwrap(), target.try_clone().unwrap());
-            let forth = thread::spawn(move || pass(from, to, |_| true));
-            let mut frames = FrameBuffer::default();
-            pass(target, source, |bytes| {
-                frames.push(bytes);
-                while let Some(frame) = frames.poll_frame::<TargetFrame>().unwrap() {
-                    if matches!(frame, TargetFrame::Ready(_)) {
-                        is_ready.send(()).unwrap();
-                        // Until it is dead.
-                        let _ = may_go.recv();
-                        return false;
-                    }
-                }
-                true
-            });
-            forth.join().unwrap();
-        });
-        self.begin(vm, "link");
-        ready.recv().unwrap_or_else(|_| panic!("{}", self.said()));
+        let link = Link::new(self.folder(), Step::Ready);
+        begin(vm, &link.channels());
+        assert!(link.wait(PATIENCE), "{}", self.said());
         then(self.pid());
         self.kill();
-        go.send(()).unwrap();
+        link.go(Deed::Cut);
         let info = vm.wait_migration();
         assert_eq!(info["status"], "failed", "{info}");
-        relay.join().unwrap();
-    }
-}
-
-/// Passes bytes on until they end, or `look` says so; then nothing passes either way.
-fn pass(mut from: UnixStream, mut to: UnixStream, mut look: impl FnMut(&[u8]) -> bool) {
-    let mut bytes = [0; 4096];
-    while let Ok(count @ 1..) = from.read(&mut bytes) {
-        if !look(&bytes[..count]) || to.write_all(&bytes[..count]).is_err() {
-            break;
-        }
-    }
-    for end in [from, to] {
-        // Fails if it has gone already.
-        let _ = end.shutdown(std::net::Shutdown::Both);
     }
 }

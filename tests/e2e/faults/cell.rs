@@ -13,7 +13,7 @@ use serde_json::json;
 use vmferry_transport::limits::Deadlines;
 use vmferry_transport::wire::frame::SourceFrame;
 
-use crate::grid::Shown;
+use crate::grid;
 use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, until};
 use crate::listener::Listener;
 use crate::proc::Holdings;
@@ -39,29 +39,7 @@ pub(super) struct Side {
     listener: Listener,
 }
 
-/// What a cell has shown.
-#[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) outcome: Outcome,
-    /// From the fault to the decision of the sides that lived on.
-    pub(super) took: Duration,
-    /// What the source said.
-    pub(super) error: String,
-}
-
-impl Shown for Seen {
-    fn outcome(&self) -> &'static str {
-        self.outcome.name()
-    }
-
-    fn took(&self) -> Duration {
-        self.took
-    }
-
-    fn error(&self) -> &str {
-        &self.error
-    }
-}
+pub(super) type Seen = grid::Seen<Outcome>;
 
 fn machine(accel: Accel) -> Machine {
     Machine {

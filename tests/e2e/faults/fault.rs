@@ -2,6 +2,8 @@
 
 use crate::proxy::{Line, Way};
 
+use crate::grid::Fate;
+
 use super::cell::Seen;
 use super::phase::Phase;
 
@@ -177,8 +179,8 @@ pub(super) enum Outcome {
     Ends,
 }
 
-impl Outcome {
-    pub(super) const ALL: [Self; 8] = [
+impl Fate for Outcome {
+    const ALL: &'static [Self] = &[
         Self::Stays,
         Self::StaysAsked,
         Self::StaysLater,
@@ -189,8 +191,7 @@ impl Outcome {
         Self::Ends,
     ];
 
-    /// In a sentence.
-    pub(super) fn meaning(self) -> &'static str {
+    fn meaning(self) -> &'static str {
         match self {
             Self::Stays => "the migration fails and the guest goes on at the source",
             Self::StaysAsked => {
@@ -211,8 +212,7 @@ impl Outcome {
         }
     }
 
-    /// For people.
-    pub(super) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Stays => "stays",
             Self::StaysAsked => "stays, asked",

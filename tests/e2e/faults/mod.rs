@@ -5,12 +5,10 @@ mod cell;
 mod fault;
 mod phase;
 
-use std::fmt::Write as _;
-
 use self::cell::{Seen, Side};
 use self::fault::{Fault, Outcome};
 use self::phase::Phase;
-use crate::grid::{self, Grid};
+use crate::grid::{self, Fate, Grid};
 use crate::harness::{Accel, kvm_is_here, number_from_env, turn};
 use crate::proxy::{Line, Way};
 
@@ -116,9 +114,10 @@ fn the_written_table_of_faults_says_what_the_tests_demand() {
         let names: Vec<_> = allowed.map(|outcome| outcome.name()).collect();
         names.join(" or ")
     };
-    let mut text = format!("{FOREWORD}\n{}\n## Outcomes\n\n", grid().table(names));
-    for outcome in Outcome::ALL {
-        writeln!(text, "- **{}**: {}", outcome.name(), outcome.meaning()).unwrap();
-    }
+    let text = format!(
+        "{FOREWORD}\n{}\n## Outcomes\n\n{}",
+        grid().table(names),
+        grid::legend::<Outcome>()
+    );
     grid::assert_written("FAULTS.md", &text);
 }

@@ -1,41 +1,20 @@
 //! One cell of the table: an upgrade, one fault at one step of it, and a look at everything that must hold afterwards.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
-use crate::grid::Shown;
+use crate::grid;
 use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, until};
 use crate::qmp::Qmp;
 use crate::successor::Waiting;
 use crate::upgrade::{At, SOON, assert_upgrades, waiting};
 
+use super::fault::{Fault, Outcome};
 use super::link::{Deed, Link};
-use super::step::{Fault, Outcome, Step};
+use super::step::Step;
 
-/// What a cell has shown.
-#[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) outcome: Outcome,
-    /// From the fault to the decision of the processes that lived on.
-    pub(super) took: Duration,
-    /// What the old process said.
-    pub(super) error: String,
-}
-
-impl Shown for Seen {
-    fn outcome(&self) -> &'static str {
-        self.outcome.name()
-    }
-
-    fn took(&self) -> Duration {
-        self.took
-    }
-
-    fn error(&self) -> &str {
-        &self.error
-    }
-}
+pub(super) type Seen = grid::Seen<Outcome>;
 
 pub(super) fn machine(accel: Accel, fault: Fault) -> Machine {
     Machine {

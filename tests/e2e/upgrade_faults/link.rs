@@ -7,7 +7,6 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -138,20 +137,6 @@ impl Drop for Link {
             let _ = UnixStream::connect(self.folder.path().join(name));
         }
     }
-}
-
-/// A socket whose listener is another user, as the kernel tells whoever connects.
-pub(super) fn listener_of_another_user(folder: &Path, uid: u32) -> Option<UnixListener> {
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777)).unwrap();
-    let path = folder.join("cpr");
-    // Threads have their own identity for the kernel, and this one ends with it.
-    thread::spawn(move || {
-        let uid = rustix::fs::Uid::from_raw(uid);
-        rustix::thread::set_thread_res_uid(uid, uid, uid).ok()?;
-        Some(UnixListener::bind(path).unwrap())
-    })
-    .join()
-    .unwrap()
 }
 
 impl Shared {

@@ -3,13 +3,16 @@
 
 mod cases;
 mod cell;
+mod exec;
+mod fault;
 mod link;
 mod step;
 
 use std::fmt::Write as _;
 
-use self::step::{Fault, Outcome, Step};
-use crate::grid::{self, Grid};
+use self::fault::{Fault, Outcome};
+use self::step::Step;
+use crate::grid::{self, Fate, Grid};
 use crate::harness::{Accel, kvm_is_here, turn};
 
 /// Cells under way at the same time: many of them wait for a deadline.
@@ -18,12 +21,38 @@ const WORKERS: usize = 6;
 const FOREWORD: &str = "\
 # Faults of an upgrade in place
 
-What becomes of a guest when something happens while it is handed to a new process on the same host (`cpr-transfer`), by step and fault.
-Each step is a word of one process to the other, held on its way while the fault happens; from \"other descriptors\" on the guest is
-stopped. `every_fault_at_every_step_leaves_one_guest` runs each cell with real processes, demands what is said here, and writes what it saw, how
-long that took and what the old process said beside the other results of the build (`tmp/faults-in-place-soft.md` in the target directory).
+What becomes of a guest when something happens while it is handed to a new process or program on the same host, by step and fault. Real
+processes run each cell, which demands what is said here; what it saw, how long that took and what was said of it is written beside the
+other results of the build (`tmp/faults-in-place-*.md` in the target directory). `VMFERRY_FAULTS_ONLY='step: Ready'` runs a part.
 
 This file is written by the tests (`VMFERRY_WRITE_FAULTS=1`), and a test keeps it true.
+
+## By transfer
+
+A new process takes the guest over (`cpr-transfer`). Each step is a word of one process to the other, held on its way while the fault
+happens; from \"other descriptors\" on the guest is stopped. `every_fault_at_every_step_leaves_one_guest` runs this table.
+";
+
+const REASONS: &str = "
+### Other reasons why a transfer fails
+
+They show in no word that could be held. `every_other_reason_leaves_the_guest_where_it_is` runs this table. Of what the kernel refuses,
+VHOST_SET_OWNER with EBUSY (somebody else owns the device that was handed over: the guest stays, and the next upgrade works) takes a
+vhost device and runs in the lab, `a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing` in `tests/lab/in_place.rs`.
+";
+
+const EXEC: &str = "
+## By exec
+
+The process stays and becomes the new program (`cpr-exec`). The guest is stopped from \"guest is stopped\" on, and \"new program has begun\"
+is the first step after the execve. The guest has a disk, a serial port, and a server that is told (`--notify`). What is missing, changed
+and so on is what the step names: the program, its answer, the letter, a descriptor, the disk or the state. Most of it is made by a
+program that stands in for the new one (`tests/src/stand_in.rs`), as no honest program would do it: the kernel keeps descriptors through an
+exec, and letter and state are sealed. Where neither program can go on after that the process says so; it cannot be helped.
+After each cell the guest's memory, disk and serial port are as they should be, the process holds what it held before, one process has
+the guest, the disk's lock is taken, and an upgrade works, by exec or by transfer in turns; or, if the process has ended, nobody
+runs the guest, answers in its place, or has its disk.
+`every_fault_at_every_step_of_an_exec_leaves_one_guest_or_says_why_there_is_none` runs this table.
 ";
 
 /// One square of the table.
@@ -81,13 +110,13 @@ fn faults_at_the_hand_over_leave_one_guest_on_kvm_too() {
 #[test]
 fn the_written_table_of_faults_in_place_says_what_the_tests_demand() {
     let name = |cell: Cell| cell.fault.allowed(cell.step).name().to_owned();
-    let mut text = format!("{FOREWORD}\n{}\n## Outcomes\n\n", grid().table(name));
-    for outcome in Outcome::ALL {
-        writeln!(text, "- **{}**: {}", outcome.name(), outcome.meaning()).unwrap();
-    }
-    text.push_str("\n## Other reasons why an upgrade fails\n\nThe guest stays, and the next upgrade works.\n\n");
-    for (what, reason) in cases::ALL.map(|case| case.name_and_reason()) {
-        writeln!(text, "- {what}: `{reason}`").unwrap();
-    }
+    let mut text = format!("{FOREWORD}\n{}\n", grid().table(name));
+    text.push_str(&grid::legend::<Outcome>());
+    let reason = |case: cases::Case| {
+        let (_, reason) = case.name_and_reason();
+        format!("{}: `{reason}`", case.outcome().name())
+    };
+    write!(text, "{REASONS}\n{}", cases::grid().table(reason)).unwrap();
+    write!(text, "{EXEC}\n{}", exec::written()).unwrap();
     grid::assert_written("FAULTS-IN-PLACE.md", &text);
 }

@@ -1,10 +1,8 @@
-//! When something happens to an upgrade in place, what, and what may become of the guest then.
+//! The words of an upgrade in place, at each of which something can happen to it.
 
 use vmferry_cpr::manifest::Stage;
 use vmferry_cpr::message::{GiverMessage, TakerMessage};
 use vmferry_transport::wire::frame::{SourceFrame, TargetFrame};
-
-use super::link::Deed;
 
 /// Where a frame goes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -97,7 +95,7 @@ impl Step {
         }
     }
 
-    fn has_fds(self) -> bool {
+    pub(super) fn has_fds(self) -> bool {
         matches!(self, Self::RamFds | Self::OtherFds)
     }
 
@@ -138,136 +136,6 @@ impl Step {
             Self::Ready => matches!(frame, TargetFrame::Ready(_)),
             Self::Running => matches!(frame, TargetFrame::Running { .. }),
             _ => false,
-        }
-    }
-}
-
-/// What happens, while the word of the step is on its way.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Fault {
-    KillOld,
-    KillNew,
-    Frame(Deed),
-}
-
-impl Fault {
-    pub(super) const ALL: [Self; 10] = [
-        Self::KillOld,
-        Self::KillNew,
-        Self::Frame(Deed::Cut),
-        Self::Frame(Deed::Halve),
-        Self::Frame(Deed::Change),
-        Self::Frame(Deed::Keep),
-        Self::Frame(Deed::WithoutFds),
-        Self::Frame(Deed::OneFdLess),
-        Self::Frame(Deed::SwapFds),
-        Self::Frame(Deed::ForeignFd),
-    ];
-
-    /// For people.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::KillOld => "kill old",
-            Self::KillNew => "kill new",
-            Self::Frame(Deed::Pass) => "nothing",
-            Self::Frame(Deed::Cut) => "cut",
-            Self::Frame(Deed::Halve) => "cut in the middle",
-            Self::Frame(Deed::Change) => "changed",
-            Self::Frame(Deed::Keep) => "stall",
-            Self::Frame(Deed::WithoutFds) => "no descriptors",
-            Self::Frame(Deed::OneFdLess) => "one missing",
-            Self::Frame(Deed::SwapFds) => "two swapped",
-            Self::Frame(Deed::ForeignFd) => "one foreign",
-        }
-    }
-
-    /// Whether it can happen at this step.
-    pub(super) fn fits(self, step: Step) -> bool {
-        match self {
-            Self::Frame(Deed::WithoutFds | Deed::OneFdLess | Deed::SwapFds | Deed::ForeignFd) => {
-                step.has_fds()
-            }
-            _ => true,
-        }
-    }
-
-    /// What is done with the frame. What a process has said dies with it.
-    pub(super) fn deed(self, step: Step) -> Deed {
-        match (self, step.way()) {
-            (Self::KillOld, Way::ToNew) | (Self::KillNew, Way::ToOld) => Deed::Cut,
-            (Self::KillOld | Self::KillNew, _) => Deed::Pass,
-            (Self::Frame(deed), _) => deed,
-        }
-    }
-
-    /// What may become of the guest. Everything else is a fault of the program.
-    pub(super) fn allowed(self, step: Step) -> Outcome {
-        use Outcome::{Ends, Lost, Moves, MovesAsked, Stays, StaysAsked};
-        match (step, self) {
-            (Step::Running | Step::Finish, Self::KillOld) => Moves,
-            (_, Self::KillOld) => Ends,
-            (Step::Commit | Step::Running, Self::KillNew) => Lost,
-            (Step::Finish, Self::KillNew) => Ends,
-            (Step::Finish, _) => Moves,
-            // The new process says so itself.
-            (Step::Commit, Self::Frame(Deed::Change)) => Stays,
-            (Step::Commit, _) => StaysAsked,
-            (Step::Running, _) => MovesAsked,
-            _ => Stays,
-        }
-    }
-}
-
-/// What became of the guest.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Outcome {
-    Stays,
-    StaysAsked,
-    Moves,
-    MovesAsked,
-    Lost,
-    Ends,
-}
-
-impl Outcome {
-    pub(super) const ALL: [Self; 6] = [
-        Self::Stays,
-        Self::StaysAsked,
-        Self::Moves,
-        Self::MovesAsked,
-        Self::Lost,
-        Self::Ends,
-    ];
-
-    /// For people.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Stays => "stays",
-            Self::StaysAsked => "stays, asked",
-            Self::Moves => "moves",
-            Self::MovesAsked => "moves, asked",
-            Self::Lost => "lost",
-            Self::Ends => "ends with its process",
-        }
-    }
-
-    /// In a sentence.
-    pub(super) fn meaning(self) -> &'static str {
-        match self {
-            Self::Stays => {
-                "the upgrade fails, the new process ends, and the guest goes on in the old one, from which the next upgrade works"
-            }
-            Self::StaysAsked => {
-                "the same, after the old process has stayed stopped, asked the new one, and been told that it does not own the guest"
-            }
-            Self::Moves => {
-                "the guest goes on in the new process, from which the next upgrade works"
-            }
-            Self::MovesAsked => "the same, and the old process has asked",
-            Self::Lost => {
-                "the new process was killed after it was told to run the guest: nobody can know what it did to the memory, so the old one stays stopped, says so, and cannot be talked into resuming"
-            }
-            Self::Ends => "the process that the guest belonged to was killed, and no other runs it",
         }
     }
 }
