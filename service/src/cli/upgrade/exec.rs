@@ -454,6 +454,18 @@ mod tests {
     }
 
     #[test]
+    fn the_state_stays_if_the_new_program_cannot_load_it() {
+        let failed = For("failed", "unknown section");
+        let fake = Fake::qemu("running", &[Is("completed"), Exec, Is("active"), failed]);
+        let error = format!("{:#}", upgrade(&fake).unwrap_err());
+        let file = fake.file();
+        let told = ["unknown section", file.to_str().unwrap()];
+        assert!(told.iter().all(|part| error.contains(part)), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"state");
+        remove_kept(&fake);
+    }
+
+    #[test]
     fn every_cause_of_a_loss_is_told() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let dead = VmProcess::open(Pid::from_child(&child)).unwrap();

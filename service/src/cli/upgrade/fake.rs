@@ -252,6 +252,8 @@ impl State {
         match (self.executed, status) {
             (false, "device") => self.guest = "finish-migrate",
             (false, "completed") => self.guest = "postmigrate",
+            // It is there without a guest.
+            (true, "failed") if self.package.is_empty() => {}
             (_, "failed" | "cancelled") => self.guest = self.was,
             (true, "completed") if !self.package.is_empty() => self.guest = self.was,
             (true, "completed") if self.guest == "inmigrate" => {
