@@ -423,8 +423,7 @@ mod tests {
         let (done, is_done) = std::sync::mpsc::channel();
         engine.jobs.run(move || done.send(()).unwrap());
         is_done.recv().unwrap();
-        let state = *state.lock().unwrap();
-        state
+        *state.lock().unwrap()
     }
 
     #[test]
