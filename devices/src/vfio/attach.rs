@@ -27,6 +27,7 @@ use vmm_sys_util::ioctl::{
 use vmm_sys_util::ioctl_io_nr;
 
 use super::face::Iova;
+use super::ioctl::{bytes_of, check};
 use super::reach::DmaFace;
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
@@ -47,18 +48,6 @@ pub struct Region {
     pub file_offset: u64,
     /// Its length; 0 for one that does not exist, or can be neither read nor written.
     pub bytes: u64,
-}
-
-fn bytes_of<T>() -> u32 {
-    u32::try_from(size_of::<T>()).expect("structures of the kernel are small")
-}
-
-fn check(answer: i32) -> io::Result<i32> {
-    if answer < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(answer)
-    }
 }
 
 /// Opens a container that has no device yet, and checks that it is of a kind that is known here.

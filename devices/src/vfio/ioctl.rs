@@ -69,11 +69,15 @@ const _: () = {
 };
 
 /// A structure length, as the kernel counts.
-fn bytes_of<T>() -> u32 {
+pub(super) fn bytes_of<T>() -> u32 {
     u32::try_from(size_of::<T>()).expect("structures of the kernel are small")
 }
 
-fn check(answer: i32) -> io::Result<i32> {
+/// What an ioctl has answered.
+///
+/// # Errors
+/// The last error of this thread, for an answer below 0.
+pub(super) fn check(answer: i32) -> io::Result<i32> {
     if answer < 0 {
         Err(io::Error::last_os_error())
     } else {

@@ -136,11 +136,6 @@ impl Reach {
         self.way
     }
 
-    /// Whether the mappings are this process's.
-    pub fn is_ours(&self) -> bool {
-        self.ours
-    }
-
     /// The old process lets go, with the vCPUs stopped, and the devices too where that is the way.
     ///
     /// # Errors

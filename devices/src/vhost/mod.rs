@@ -99,10 +99,28 @@ pub use memory::{Memory, Region, VhostMemory};
 pub use notifier::VhostNotifier;
 pub use ring::{Queue, RING_SIZE_MAX, Ring, RingV1, VhostV1};
 
+use crate::DeviceError;
 use crate::soft::PagemapLog;
 
 /// Bytes of the header before each packet of a device of today (VIRTIO_F_VERSION_1).
 pub const NET_HEADER_BYTES: u8 = 12;
+
+/// Whether the back end of `device`, which offers `offered`, has all of `features`: what its driver has accepted, or was offered before.
+/// It may have more.
+///
+/// # Errors
+/// [`DeviceError::BadState`] with those that are missing.
+pub fn check_features(device: &str, features: u64, offered: u64) -> Result<(), DeviceError> {
+    match features & !offered {
+        0 => Ok(()),
+        missing => Err(DeviceError::BadState {
+            device: device.to_owned(),
+            reason: format!(
+                "the guest knows features {missing:#x}, which the back end here does not offer"
+            ),
+        }),
+    }
+}
 
 /// Attaches to the tap called `name`, which exists or is made, with headers of [`NET_HEADER_BYTES`] and without offloads. It goes with the
 /// file, unless it was made to stay.

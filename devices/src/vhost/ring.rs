@@ -7,6 +7,7 @@ use vhost::VringConfigData;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::check_features;
 use super::memory::VhostMemory;
 use crate::DeviceError;
 use crate::saved::SavedState;
@@ -237,12 +238,7 @@ impl VhostV1 {
             reason,
         };
         let Self { features, rings } = self;
-        let missing = features & !offered;
-        if missing != 0 {
-            return Err(bad(format!(
-                "the guest uses features {missing:#x}, which the back end here does not offer"
-            )));
-        }
+        check_features(device, features, offered)?;
         if rings.len() != queues {
             let count = rings.len();
             return Err(bad(format!("{count} queues, this device has {queues}")));

@@ -37,21 +37,12 @@ pub(super) const STDOUT: &str = "stdout";
 /// Role of the standard error, where the log goes.
 pub(super) const STDERR: &str = "stderr";
 
-/// Something that leaves besides RAM, most of it when the guest is stopped.
-#[derive(Debug)]
-struct Heirloom {
-    name: String,
-    role: String,
-    kind: FdKind,
-    value: u64,
-    fd: OwnedFd,
-}
-
 /// What leaves with the guest: duplicates, so that whoever owns the originals goes on using them until the commit.
 #[derive(Debug, Default)]
 pub(super) struct Heirlooms {
     ram: Vec<(String, u64, File)>,
-    rest: Vec<Heirloom>,
+    /// What is of devices, and of the process, which is called [`PROCESS`]; most of it leaves when the guest is stopped.
+    rest: Vec<DeviceFd>,
 }
 
 impl Heirlooms {
@@ -84,8 +75,8 @@ impl Heirlooms {
 
     /// Something else that belongs to the process.
     pub(super) fn add(&mut self, role: &'static str, kind: FdKind, fd: OwnedFd) {
-        self.rest.push(Heirloom {
-            name: PROCESS.to_owned(),
+        self.rest.push(DeviceFd {
+            device: PROCESS.to_owned(),
             role: role.to_owned(),
             kind,
             value: 0,
@@ -95,13 +86,7 @@ impl Heirlooms {
 
     /// Something of a device.
     pub(super) fn add_of_device(&mut self, fd: DeviceFd) {
-        self.rest.push(Heirloom {
-            name: fd.device,
-            role: fd.role,
-            kind: fd.kind,
-            value: fd.value,
-            fd: fd.fd,
-        });
+        self.rest.push(fd);
     }
 
     /// A standard stream may be closed, or be something that cannot be written to.
@@ -123,7 +108,7 @@ impl Heirlooms {
             handout.add_ram(block, *bytes, file)?;
         }
         for one in &self.rest {
-            let names = (one.name.as_str(), one.role.as_str());
+            let names = (one.device.as_str(), one.role.as_str());
             handout.add(names, one.kind, stage(one.kind), one.value, &one.fd)?;
         }
         Ok(handout)

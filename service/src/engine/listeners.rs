@@ -3,13 +3,12 @@
 use serde_json::{Value, json};
 use vmferry_devices::DeviceError;
 use vmferry_devices::notifier::{Mode, Modes, Notifiers, Priority};
-use vmferry_devices::vfio::{VfioNotifier, VfioReboot};
+use vmferry_devices::vfio::VfioNotifier;
 
 use super::Engine;
 use super::event::{Event, Events};
 use crate::config::RunConfig;
 use crate::machine::failover::Primaries;
-use crate::machine::vfio::VfioConfig;
 use crate::machine::{Machine, MachineError};
 use crate::qmp::QmpError;
 
@@ -40,13 +39,6 @@ pub(super) fn register(
         Mode::Normal,
         Priority::DEVICE,
         Box::new(VfioNotifier::new(machine.vfio())),
-    );
-    // The machine has no way to suspend its guest.
-    let devices = config.machine.vfio.iter().map(VfioConfig::device_name);
-    notifiers.register(
-        Mode::CprReboot,
-        Priority::CHECK,
-        Box::new(VfioReboot::new(devices, || false)),
     );
     let primaries = Primaries::new(&config.failover_primaries, config.incoming.is_some())?;
     let events = events.clone();

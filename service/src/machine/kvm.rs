@@ -44,7 +44,7 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use super::heirloom::{DeviceFd, all_claimed};
 use super::linux::{self, LinuxConfig};
 use super::ram::MachineRam;
-use super::serial::SerialPort;
+use super::serial::{SERIAL, SerialPort};
 use super::vfio::{Passed, VfioConfig, VfioDevices};
 use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
@@ -165,7 +165,7 @@ impl KvmMachine {
             control: Control::new(config.vcpus),
             vcpus,
             serial: Mutex::new(SerialPort::new(
-                state::SERIAL,
+                SERIAL,
                 &config.serial,
                 wires::serial_line(&vm, has_irqchip)?,
             )?),

@@ -48,6 +48,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::check_features;
 use super::kernel::F_LOG_ALL;
 use super::log::{LogPages, Logs};
 use super::memory::VhostMemory;
@@ -178,13 +179,7 @@ impl UserDevice {
     /// # Errors
     /// [`DeviceError::BadState`] if that was not offered.
     pub fn set_features(&mut self, features: u64) -> Result<(), DeviceError> {
-        let missing = features & !self.offered();
-        if missing != 0 {
-            return Err(DeviceError::BadState {
-                device: self.name.clone(),
-                reason: format!("features {missing:#x} are not offered"),
-            });
-        }
+        check_features(&self.name, features, self.offered())?;
         self.features = features;
         Ok(())
     }

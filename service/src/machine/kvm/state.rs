@@ -5,6 +5,7 @@ use vmferry_devices::saved::{SavedState, decode, encode, schema_of};
 use vmferry_devices::{DeviceError, kvm};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
+use crate::machine::serial::{SERIAL, SerialV1};
 use crate::machine::workload::WorkloadConfig;
 
 /// Name of the section of the machine as a whole.
@@ -13,8 +14,6 @@ pub(super) const MACHINE: &str = "machine";
 pub(super) const CLOCK: &str = "kvm-clock";
 /// Name of the section of the interrupt controllers, of a machine that has them.
 pub(super) const IRQCHIP: &str = "kvm-irqchip";
-/// Name of the serial port's section.
-pub(super) const SERIAL: &str = "serial/0";
 
 /// The machine as a whole, schema `machine-kvm`, version 1, frozen. A machine of another kind has another schema, so that
 /// neither loads the other's.
@@ -54,7 +53,7 @@ pub(super) fn schemas(vcpus: u32, has_irqchip: bool) -> Vec<DeviceSchema> {
     ];
     schemas
         .extend((0..vcpus).map(|number| schema_of::<kvm::saved::VcpuV2>(&kvm::vcpu_name(number))));
-    schemas.push(schema_of::<crate::machine::serial::SerialV1>(SERIAL));
+    schemas.push(schema_of::<SerialV1>(SERIAL));
     if has_irqchip {
         schemas.push(schema_of::<kvm::saved::IrqchipV1>(IRQCHIP));
     }
