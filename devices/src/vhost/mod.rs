@@ -158,3 +158,17 @@ pub fn dirty_logs(
     }
     Ok(logs)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_back_end_may_offer_more_than_the_guest_knows_and_is_refused_with_what_it_lacks() {
+        check_features("net/0", 0b0110, 0b0110).unwrap();
+        check_features("net/0", 0b0110, 0b1111).unwrap();
+        let error = check_features("net/0", 0b0110, 0b1011).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("net/0") && error.contains("0x4"), "{error}");
+    }
+}

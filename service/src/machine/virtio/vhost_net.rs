@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::announce::Announce;
-use vmferry_devices::vhost::{Queue, VhostDevice, VhostLog, VhostMemory, VhostNotifier, open_tap};
+use vmferry_devices::vhost::{
+    Queue, VhostDevice, VhostLog, VhostMemory, VhostNotifier, check_features, open_tap,
+};
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -209,12 +211,9 @@ impl Backend for VhostNet {
         }
         let tap = claim(fds, self.name(), TAP, FdKind::Tap)?;
         let vhost = claim(fds, self.name(), VHOST, FdKind::Vhost)?;
-        if self.adopt(tap.into(), vhost.into())? != self.features {
-            return Err(DeviceError::BadState {
-                device: self.name().to_owned(),
-                reason: "its back end is not what it was".to_owned(),
-            });
-        }
+        let offered = self.adopt(tap.into(), vhost.into())?;
+        // What this build or kernel offers beyond that is not shown to the driver.
+        check_features(self.name(), self.features, offered)?;
         // Whatever speaks against it is to be known before the commit. The rings come with the start.
         let mut device = self.device().map_err(|source| DeviceError::Kernel {
             device: self.name().to_owned(),

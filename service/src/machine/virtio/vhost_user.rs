@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vhost::user::{Lost, Requests, UserDevice};
-use vmferry_devices::vhost::{Queue, Ring, VhostLog, VhostMemory};
+use vmferry_devices::vhost::{Queue, Ring, VhostLog, VhostMemory, check_features};
 use vmferry_devices::{Device, DeviceError, Notifier};
 use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
@@ -328,9 +328,11 @@ impl Backend for VhostUserBlk {
             Requests::Answered,
         )?;
         let offered = device.offered() & !F_NOT_OFFERED;
-        if device.has_own_state() || offered != self.features {
+        if device.has_own_state() {
             return Err(refuse("its back end is not what it was".to_owned()));
         }
+        // What it offers beyond that is not shown to the driver.
+        check_features(&self.name, self.features, offered)?;
         self.config = device.config(0, CONFIG_BYTES)?;
         self.device = Some(Arc::new(Mutex::new(device)));
         Ok(())
