@@ -10,6 +10,7 @@ use vmferry::machine::heirloom::DeviceFd;
 use vmferry::machine::ram::MachineRam;
 use vmferry::machine::virtio::{Bus, OutsideConfig, QUEUE_NOTIFY, WINDOWS_GPA};
 use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Stage};
+use vmferry_devices::vfio::in_place::Before;
 use vmferry_devices::vhost::VhostMemory;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_tests::virtqueue::{Driver, marked};
@@ -106,7 +107,8 @@ impl Side {
         };
         outside.name().unwrap();
         assert!(outside.expects(&promised));
-        let bus = Bus::new(outside.backends(&ram, Some(&[promised])).unwrap(), &ram).unwrap();
+        let given = Some((Before::Process, &[promised][..]));
+        let bus = Bus::new(outside.backends(&ram, given).unwrap(), &ram).unwrap();
         let mut fds = vec![tap];
         bus.take_over(&mut fds).unwrap();
         assert!(fds.is_empty());
@@ -462,6 +464,7 @@ fn who_moves_packets_follows_what_is_handed_over_and_words_against_it_are_refuse
             ..OutsideConfig::default()
         };
         outside.name().unwrap();
+        let given = given.map(|given| (Before::Process, given));
         let built = outside.backends(&ram, given);
         built.map(drop).map_err(|error| {
             let source = std::error::Error::source(&error).map(ToString::to_string);

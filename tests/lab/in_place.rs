@@ -16,7 +16,12 @@ use rustix::process::{
 };
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
+use vmferry::machine::heirloom::DeviceFd;
+use vmferry::machine::ram::MachineRam;
+use vmferry::machine::virtio::OutsideConfig;
+use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Stage};
 use vmferry_devices::notifier::{Mode, Notifier, Setup};
+use vmferry_devices::vfio::in_place::Before;
 use vmferry_devices::vhost::{VhostMemory, VhostNotifier};
 use vmferry_transport::units::MigrationId;
 
@@ -30,6 +35,8 @@ use crate::successor::{Orphan, Waiting, new_pid, upgrade};
 use crate::trace::{Request, Trace, Traced};
 use crate::upgrades::upgrade_again_and_again;
 use crate::vhost::{Guest as Driven, Host, PAGES, received, vsock_host};
+
+const VHOST_NET: &str = "/dev/vhost-net";
 
 /// A VM at a path, whichever process it is in.
 struct At(PathBuf);
@@ -143,13 +150,13 @@ fn assert_order(asked: &[Traced], old: u32, new: u32, count: usize) {
     assert!(backends.all(|(one, at)| one.process == if at < given { old } else { new }));
 }
 
-/// The VM's descriptor of /dev/vhost-net, in our hands; the last if there are several.
-fn steal_vhost(process: u32) -> File {
+/// A process's descriptor of the file at `path`, in our hands; the last if there are several.
+fn steal(process: u32, path: &str) -> File {
     let handle = pidfd_open(pid(process), PidfdFlags::empty()).unwrap();
     let fds = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
-    let ours = fds.flatten().filter(|fd| {
-        fs::read_link(fd.path()).is_ok_and(|link| link == Path::new("/dev/vhost-net"))
-    });
+    let ours = fds
+        .flatten()
+        .filter(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == Path::new(path)));
     let number = ours.map(|fd| fd.file_name().into_string().unwrap().parse().unwrap());
     let number = number.max().unwrap();
     File::from(pidfd_getfd(handle, number, PidfdGetfdFlags::empty()).unwrap())
@@ -157,7 +164,7 @@ fn steal_vhost(process: u32) -> File {
 
 /// Owns what the VM's process gives away before the new one can.
 fn take_too_early(process: u32) -> Host {
-    let vhost = steal_vhost(process);
+    let vhost = steal(process, VHOST_NET);
     let (memory, _ram): (VhostMemory, _) = vmferry_tests::virtqueue::ram(16);
     let nothing = File::open("/dev/null").unwrap();
     let host = Host::net(vhost, &nothing, &memory);
@@ -229,6 +236,67 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
         (received(tap) > before).then_some(())
     });
     assert_eq!(received(tap), before + 1, "it was announced by itself");
+}
+
+/// What a program finds on the way back from one that died with everything in its hands: the kernel remembers that one.
+#[test]
+fn a_program_goes_on_with_a_back_end_that_the_one_before_died_with() {
+    load_for(VHOST_NET, "vhost_net");
+    let tap = Tap::new("10.98.13.1/24");
+    let word = format!("tap={},vhost=on", tap.name());
+    let machine = Machine {
+        mem: "16M",
+        working_set: "256K",
+        dirty_rate: "640",
+        fill: "512K",
+        ..Machine::small(Accel::Soft)
+    };
+    let mut vm = machine.start_source(Launch::default().with(&["--net", &word]));
+    vm.warm_up();
+    // This one owns what it was given.
+    let owner = At(vm.qmp_path()).upgrade();
+    let stolen = [
+        (FdKind::Tap, "tap", steal(owner.0, "/dev/net/tun")),
+        (FdKind::Vhost, "vhost", steal(owner.0, VHOST_NET)),
+    ];
+    drop(owner);
+
+    let mut outside = OutsideConfig {
+        nets: vec![word.parse().unwrap()],
+        ..OutsideConfig::default()
+    };
+    outside.name().unwrap();
+    let ram = MachineRam::create(16 << 20).unwrap();
+    let take = |before, features| {
+        let promised = stolen.each_ref().map(|(kind, role, _)| FdEntry {
+            name: "virtio-net/0".to_owned(),
+            role: (*role).to_owned(),
+            kind: *kind,
+            stage: Stage::HandOver,
+            value: features,
+            file: FileId::default(),
+        });
+        let fds = stolen.each_ref().map(|(kind, role, fd)| DeviceFd {
+            device: "virtio-net/0".to_owned(),
+            role: (*role).to_owned(),
+            kind: *kind,
+            value: features,
+            fd: fd.try_clone().unwrap().into(),
+        });
+        let backends = outside.backends(&ram, Some((before, &promised)));
+        let mut backend = backends.unwrap().remove(0);
+        let taken = backend.take_over(&mut Vec::from(fds));
+        taken
+            .map(|()| backend.features())
+            .map_err(|error| error.to_string())
+    };
+    let known = 1 << 5;
+    let busy = take(Before::Process, known).unwrap_err();
+    assert!(busy.contains("VHOST_SET_OWNER"), "{busy}");
+    let lacks = take(Before::Program, known | 1 << 40).unwrap_err();
+    assert!(lacks.contains("0x10000000000"), "{lacks}");
+    // What the kernel offers beyond that the driver has never seen.
+    assert_eq!(take(Before::Program, known), Ok(known));
 }
 
 /// Many enough to see what grows.

@@ -224,7 +224,7 @@ pub fn build(
     let (ram, promised, passed) = match given {
         Some(given) => (
             MachineRam::from_files(config.mem_bytes, given.ram)?,
-            Some(given.devices),
+            Some((given.before, given.devices)),
             Passed::From(given.before, given.early),
         ),
         None => {
@@ -233,9 +233,12 @@ pub fn build(
             (ram, None, Passed::FromHost)
         }
     };
-    backends.extend(config.outside.backends(&ram, promised.as_deref())?);
+    let of_devices = promised
+        .as_ref()
+        .map(|(before, devices)| (*before, devices.as_slice()));
+    backends.extend(config.outside.backends(&ram, of_devices)?);
     let mut config = config.clone();
-    if let Some(promised) = &promised {
+    if let Some((_, promised)) = &promised {
         config.serial = serial::output::inherited(SERIAL, &config.serial, promised);
     }
     Ok(if soft {

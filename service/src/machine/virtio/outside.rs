@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use vmferry_cpr::manifest::{FdEntry, FdKind};
+use vmferry_devices::vfio::in_place::Before;
 
 use super::backend::Backend;
 use super::net::TAP;
@@ -166,19 +167,19 @@ impl OutsideConfig {
         }
     }
 
-    /// Connects to all back ends; the devices in the order of their windows. With `given`, which another process has promised, nothing is
-    /// connected: they get the descriptors of that process later.
+    /// Connects to all back ends; the devices in the order of their windows. With `given`, which another process or program has promised,
+    /// nothing is connected: they get the descriptors later.
     ///
     /// # Errors
     /// The back end that is not there, or not promised.
     pub fn backends(
         &self,
         ram: &MachineRam,
-        given: Option<&[FdEntry]>,
+        given: Option<(Before, &[FdEntry])>,
     ) -> Result<Vec<Box<dyn Backend>>, MachineError> {
         let mut backends: Vec<Box<dyn Backend>> = Vec::new();
         for blk in &self.blks {
-            let Some(given) = given else {
+            let Some((_, given)) = given else {
                 backends.push(Box::new(VhostUserBlk::connect(blk, ram)?));
                 continue;
             };
@@ -189,7 +190,7 @@ impl OutsideConfig {
         }
         for net in &self.nets {
             backends.push(match given {
-                Some(given) => net.waiting(ram, given)?,
+                Some((before, given)) => net.waiting(ram, before, given)?,
                 None => net.open(ram)?,
             });
         }
@@ -232,6 +233,7 @@ impl NetConfig {
     fn waiting(
         &self,
         ram: &MachineRam,
+        before: Before,
         given: &[FdEntry],
     ) -> Result<Box<dyn Backend>, MachineError> {
         let wrong = |reason| Err(wrong("network interface", &self.id, reason));
@@ -246,7 +248,10 @@ impl NetConfig {
             (_, None, Some(true)) => {
                 wrong("vhost=on, and the process that is taken over from moves its packets itself")
             }
-            (_, Some(vhost), _) => Ok(Box::new(VhostNet::waiting(self, ram, vhost.value)?)),
+            (_, Some(vhost), _) => {
+                let device = VhostNet::waiting(self, ram, vhost.value, before)?;
+                Ok(Box::new(device))
+            }
             (_, None, _) => Ok(Box::new(TapNet::waiting(self))),
         }
     }

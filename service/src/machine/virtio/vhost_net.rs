@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::announce::Announce;
+use vmferry_devices::vfio::in_place::Before;
 use vmferry_devices::vhost::{
     Queue, VhostDevice, VhostLog, VhostMemory, VhostNotifier, check_features, open_tap,
 };
@@ -51,6 +52,7 @@ pub struct VhostNet {
     device: Arc<OnceLock<Shared>>,
     memory: VhostMemory,
     features: u64,
+    before: Before,
 }
 
 impl VhostNet {
@@ -59,14 +61,14 @@ impl VhostNet {
     /// # Errors
     /// When the kernel lacks it, or somebody else has the tap.
     pub fn open(config: &NetConfig, ram: &MachineRam, vhost: File) -> Result<Self, MachineError> {
-        let mut this = Self::waiting(config, ram, 0)?;
+        let mut this = Self::waiting(config, ram, 0, Before::Process)?;
         let tap = open_tap(&config.tap);
         let op = format!("open tap {} for {}", config.tap, this.card.name());
         this.features = this.adopt(tap.map_err(|source| host(op, source))?, vhost)?;
         Ok(this)
     }
 
-    /// Waits for the descriptors of another process, whose driver was offered `features`.
+    /// Waits for the descriptors of whoever had them `before`, whose driver was offered `features`.
     ///
     /// # Errors
     /// When memory cannot be shared with the kernel.
@@ -74,6 +76,7 @@ impl VhostNet {
         config: &NetConfig,
         ram: &MachineRam,
         features: u64,
+        before: Before,
     ) -> Result<Self, MachineError> {
         let card = Card::new(config);
         let memory = VhostMemory::new(ram.regions().to_vec());
@@ -83,6 +86,7 @@ impl VhostNet {
             card,
             device: Arc::default(),
             features,
+            before,
         })
     }
 
@@ -220,6 +224,10 @@ impl Backend for VhostNet {
             op: "taking it over".to_owned(),
             source,
         })?;
-        device.own()
+        match self.before {
+            Before::Process => device.own(),
+            // Nobody else is left. A program that died after it took the back end is to the kernel its owner still.
+            Before::Program => device.take_back(),
+        }
     }
 }
