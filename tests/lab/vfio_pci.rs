@@ -245,6 +245,16 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
     let moved = moved.execs();
     assert_copies(&device, &memory, 0, 254);
     moved.assert_passes(2);
+    // It cannot be stopped, and nothing is asked of it that would end in a reset.
+    for command in ["stop", "cont"] {
+        moved.query(command);
+        assert_copies(&device, &memory, 0, 255);
+    }
+    let said = vm.said();
+    assert!(
+        !said.contains("device is lost") && !said.contains("to be reset"),
+        "{said}"
+    );
 }
 
 #[test]
