@@ -16,8 +16,8 @@ use crate::check::check;
 use crate::letter::{LETTER_BYTES_MAX, Letter};
 use crate::table::FdTable;
 
-/// Name of the memfd, for people who look at the process.
-const NAME: &str = "vmferry-letter";
+/// Name of a letter's memfd, for people who look at the process, and for a program that was not told its number.
+pub const NAME: &str = "vmferry-letter";
 
 /// Puts bytes that nobody is to change any more into a memfd, close-on-exec.
 ///

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use rustix::fs::Access;
 use vmferry_cpr::envelope;
-use vmferry_cpr::letter::{Leg, Letter};
+use vmferry_cpr::letter::{Leg, Letter, NUMBER_MIN};
 use vmferry_cpr::table::FdTable;
 
 pub use account::Account;
@@ -87,11 +87,16 @@ pub struct Inheritance {
 /// There was one, and what it has left cannot be used. Nobody runs the guest then.
 pub fn take() -> anyhow::Result<Option<Inheritance>> {
     let began_us = account::now_us();
-    let Some(value) = call::take_variable(VARIABLE) else {
-        return Ok(None);
+    let number = match call::take_variable(VARIABLE) {
+        Some(value) => {
+            let number = value.to_str().and_then(|text| text.parse().ok());
+            number.with_context(|| format!("{VARIABLE}={value:?} is no descriptor"))?
+        }
+        None => match unnamed_letter() {
+            Some(number) => number,
+            None => return Ok(None),
+        },
     };
-    let number = value.to_str().and_then(|text| text.parse().ok());
-    let number = number.with_context(|| format!("{VARIABLE}={value:?} is no descriptor"))?;
     let memfd = call::adopt(number).with_context(|| format!("descriptor {number}"))?;
     let letter = envelope::open_letter(&memfd)?;
     let ours = std::process::id();
@@ -114,6 +119,18 @@ pub fn take() -> anyhow::Result<Option<Inheritance>> {
         began_us,
         way_back,
     }))
+}
+
+/// The letter of a process whose program was wrapped in one that has cleaned the environment: without the variable it is known by its
+/// name. A question is not meant, which comes as the standard input.
+fn unnamed_letter() -> Option<u32> {
+    let link = format!("/memfd:{} (deleted)", envelope::NAME);
+    let mut entries = std::fs::read_dir("/proc/self/fd").ok()?.flatten();
+    entries.find_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        let is_it = std::fs::read_link(entry.path()).ok()? == Path::new(&link);
+        (number >= NUMBER_MIN && is_it).then_some(number)
+    })
 }
 
 /// The program of a command, found and looked at.

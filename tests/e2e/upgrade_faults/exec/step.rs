@@ -130,7 +130,7 @@ impl Fault {
 
     /// What may become of the guest, and what is said of it; nothing if it cannot happen there.
     pub(super) fn allowed(self, step: Step) -> Option<(Outcome, &'static str)> {
-        use Outcome::{Ends, Lost, Returns, RunsOn, Stays, Waits};
+        use Outcome::{Ends, GoesOn, Lost, Returns, RunsOn, Stays, Waits};
         let allowed = match (step, self) {
             (Step::Look, Self::Kill | Self::Term) => return None,
             (Step::Answer | Step::Exec | Step::Fds, Self::Kill | Self::Term) => return None,
@@ -165,7 +165,8 @@ impl Fault {
             (Step::Exec, Self::Refuses) => (Stays, "Permission denied"),
             (Step::Exec, Self::Changed) => (Stays, "cannot be executed"),
 
-            (Step::Letter, Self::Missing) => (Lost, "another process is listening there"),
+            // Only the variable that names it, as if the program were wrapped in one that cleans the environment.
+            (Step::Letter, Self::Missing) => (GoesOn, ""),
             (Step::Letter, Self::Other) => (Lost, "the letter is for process"),
             (Step::Letter, Self::Changed) => (Lost, "the letter was changed"),
             (Step::Letter, Self::Cut) => (Lost, "the letter has"),
@@ -199,6 +200,7 @@ impl Fault {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Outcome {
     RunsOn,
+    GoesOn,
     Stays,
     Returns,
     Waits,
@@ -211,6 +213,7 @@ impl Fate for Outcome {
         Self::RunsOn,
         Self::Stays,
         Self::Returns,
+        Self::GoesOn,
         Self::Waits,
         Self::Lost,
         Self::Ends,
@@ -219,6 +222,7 @@ impl Fate for Outcome {
     fn name(self) -> &'static str {
         match self {
             Self::RunsOn => "runs on",
+            Self::GoesOn => "goes on",
             Self::Stays => "stays",
             Self::Returns => "comes back",
             Self::Waits => "waits",
@@ -231,6 +235,9 @@ impl Fate for Outcome {
         match self {
             Self::RunsOn => {
                 "the upgrade fails before the guest is stopped; the next one, by exec or transfer in turns, works"
+            }
+            Self::GoesOn => {
+                "nothing is wrong: the guest goes on in the new program; the next upgrade works"
             }
             Self::Stays => {
                 "the guest was stopped and goes on in the old program, which was never left; the next upgrade works"
