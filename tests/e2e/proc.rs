@@ -11,7 +11,9 @@ use crate::harness::until;
 /// A process in which nothing has come or gone for so long has nothing left to do.
 const SETTLED_AFTER: Duration = Duration::from_millis(200);
 /// Begins the names of threads that end with a migration.
-const OF_A_MIGRATION: [&str; 5] = ["send-", "receive-", "vm-join", "connect", "resolve"];
+const OF_A_MIGRATION: [&str; 6] = [
+    "send-", "receive-", "vm-join", "vm-reap", "connect", "resolve",
+];
 
 /// What a process holds. Sizes in bytes.
 #[derive(Clone, Debug, Eq, PartialEq)]
