@@ -185,8 +185,13 @@ impl Network {
     }
 
     pub(crate) fn launch(&self, side: usize, launch: Launch) -> Launch {
+        self.launch_by(side, "vhost=on", launch)
+    }
+
+    /// The same, with who moves the packets.
+    fn launch_by(&self, side: usize, mover: &str, launch: Launch) -> Launch {
         let name = self.taps[side].name();
-        let net = format!("tap={name},mac=52:54:00:00:97:02,id=net0");
+        let net = format!("tap={name},{mover},mac=52:54:00:00:97:02,id=net0");
         launch.with(&["--net", &net])
     }
 }
@@ -210,7 +215,7 @@ fn count_lines(listener: &TcpListener, last: &AtomicU64) {
 }
 
 #[test]
-fn a_tcp_connection_of_a_linux_guest_survives_its_move() {
+fn a_tcp_connection_of_a_linux_guest_survives_its_move_from_vhost_net_to_the_vmm_and_back() {
     let guest = Guest::new();
     let network = Network::new();
     let listener = TcpListener::bind("10.97.0.1:7000").unwrap();
@@ -225,18 +230,22 @@ fn a_tcp_connection_of_a_linux_guest_survives_its_move() {
             (last.load(Ordering::SeqCst) >= wanted).then_some(())
         });
     };
-    let launch = |side, console| network.launch(side, guest.launch(console, "guest.net"));
-    let mut source = guest.machine.start_source(launch(0, "source"));
+    let launch =
+        |side, mover, console| network.launch_by(side, mover, guest.launch(console, "guest.net"));
+    let mut source = guest.machine.start_source(launch(0, "vhost=on", "source"));
     lines_from_now(&mut source, 5);
-    let mut target = guest
-        .machine
-        .start_target("tcp:127.0.0.1:0", launch(1, "first"));
-    let address = target.address();
-    source.migrate(&address);
-    let info = source.wait_migration();
-    assert_moved(&info, &source, &target);
-    source.kill();
-    lines_from_now(&mut target, 20);
+    for (side, mover, console) in [(1, "vhost=off", "first"), (0, "vhost=on", "second")] {
+        let mut target = guest
+            .machine
+            .start_target("tcp:127.0.0.1:0", launch(side, mover, console));
+        let address = target.address();
+        source.migrate(&address);
+        let info = source.wait_migration();
+        assert_moved(&info, &source, &target);
+        source.kill();
+        lines_from_now(&mut target, 20);
+        source = target;
+    }
 }
 
 fn assert_moved(info: &Value, source: &Vm, target: &Vm) {

@@ -32,8 +32,8 @@ struct Side {
 }
 
 impl Side {
-    fn new(net: &Net, mac: &str) -> Self {
-        let config = format!("tap={}{mac}", net.tap().name());
+    fn new(net: &Net, words: &str) -> Self {
+        let config = format!("tap={}{words}", net.tap().name());
         let mut outside = OutsideConfig {
             nets: vec![config.parse().unwrap()],
             ..OutsideConfig::default()
@@ -69,8 +69,8 @@ impl Side {
         for status in [0, 1, 3] {
             self.set(STATUS, status);
         }
-        // VERSION_1, and the address.
-        for (half, features) in [(0, 1 << 5), (1, 1)] {
+        // VERSION_1; the address, and packets that may fill several chains.
+        for (half, features) in [(0, 1 << 5 | 1 << 15), (1, 1)] {
             self.set(DRIVER_FEATURES_SEL, half);
             self.set(DRIVER_FEATURES, features);
         }
@@ -187,4 +187,35 @@ fn an_interface_moves_to_another_machine_with_its_rings_and_its_address() {
     }
     target.set(STATUS, 15);
     assert_ne!(target.get(STATUS) & NEEDS_RESET, 0);
+}
+
+#[test]
+fn an_interface_moves_from_the_kernel_to_the_vmm_and_back_and_goes_on_where_it_was() {
+    load_for("/dev/vhost-net", "vhost_net");
+    let subnets = [14, 15, 16];
+    let nets = subnets.map(Net::new);
+    let mut side = Side::new(&nets[0], ",vhost=on,mac=52:54:00:00:00:02");
+    let mut guest = Guest::new(&side.memory);
+    side.set_up(&guest);
+    side.talk(&mut guest, &nets[0], subnets[0], 1);
+    for (place, words) in [(1, ",vhost=off"), (2, ",vhost=on")] {
+        let (net, subnet) = (&nets[place], subnets[place]);
+        side.bus.stop().unwrap();
+        // It is sent after the move, once.
+        guest.send(1, &net.packet(subnet, 7));
+        let sections = side.bus.save().unwrap();
+        let next = Side::new(net, words);
+        copy(&side.memory, &next.memory);
+        next.bus.load(&sections.iter().collect::<Vec<_>>()).unwrap();
+        guest = guest.moved(&next.memory);
+        side = next;
+        side.bus.start().unwrap();
+        until("what waited", || {
+            net.host_hears().map(|heard| assert_eq!(heard, 7))
+        });
+        until("its answer", || guest.from.answer());
+        for number in 2..20 {
+            side.talk(&mut guest, net, subnet, number);
+        }
+    }
 }
