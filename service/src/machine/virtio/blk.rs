@@ -53,6 +53,11 @@ const UNSUPPORTED: u8 = 2;
 /// Failures of the host that are logged; the guest hears of all.
 const LOGGED_MAX: u32 = 10;
 
+/// What migrations call the disk `id`, whoever serves it.
+pub(super) fn blk_name(id: &str) -> String {
+    format!("virtio-blk/{id}")
+}
+
 /// A disk.
 #[derive(Debug)]
 pub struct Blk {
@@ -65,7 +70,7 @@ impl Blk {
     /// A device on `disk`.
     pub fn new(disk: Arc<Disk>) -> Self {
         Self {
-            name: format!("virtio-blk/{}", disk.config().id),
+            name: blk_name(&disk.config().id),
             disk,
             worker: None,
         }

@@ -39,7 +39,7 @@ pub(super) struct Card {
 impl Card {
     pub(super) fn new(config: &NetConfig) -> Self {
         Self {
-            name: format!("virtio-net/{}", config.id),
+            name: config.device_name(),
             announcer: Arc::new(TapAnnouncer {
                 name: config.id.clone(),
                 tap: OnceLock::new(),

@@ -8,6 +8,7 @@ use vmferry_cpr::manifest::{FdEntry, FdKind};
 use vmferry_devices::vfio::in_place::Before;
 
 use super::backend::Backend;
+use super::blk::blk_name;
 use super::net::TAP;
 use super::tap_net::TapNet;
 use super::vhost_net::{self, VhostNet, open_vhost};
@@ -155,13 +156,13 @@ impl OutsideConfig {
 
     /// Whether a device described here waits for this descriptor of another process.
     pub fn expects(&self, entry: &FdEntry) -> bool {
-        let of = |kind: &str, id: &str| entry.name == format!("{kind}/{id}");
+        let (mut blks, mut nets) = (self.blks.iter(), self.nets.iter());
         match (entry.kind, entry.role.as_str()) {
             (FdKind::VhostUser, vhost_user::ROLE) => {
-                self.blks.iter().any(|blk| of("virtio-blk", &blk.id))
+                blks.any(|blk| blk.device_name() == entry.name)
             }
             (FdKind::Tap, TAP) | (FdKind::Vhost, vhost_net::VHOST) => {
-                self.nets.iter().any(|net| of("virtio-net", &net.id))
+                nets.any(|net| net.device_name() == entry.name)
             }
             _ => false,
         }
@@ -183,8 +184,7 @@ impl OutsideConfig {
                 backends.push(Box::new(VhostUserBlk::connect(blk, ram)?));
                 continue;
             };
-            let name = format!("virtio-blk/{}", blk.id);
-            let entry = promised(given, &name, vhost_user::ROLE)
+            let entry = promised(given, &blk.device_name(), vhost_user::ROLE)
                 .ok_or_else(|| wrong("disk", &blk.id, NOT_PROMISED))?;
             backends.push(Box::new(VhostUserBlk::waiting(blk, ram, entry.value)?));
         }
@@ -198,7 +198,19 @@ impl OutsideConfig {
     }
 }
 
+impl BlkConfig {
+    /// What migrations call it, such as `virtio-blk/0`.
+    pub fn device_name(&self) -> String {
+        blk_name(&self.id)
+    }
+}
+
 impl NetConfig {
+    /// What migrations call it, such as `virtio-net/0`.
+    pub fn device_name(&self) -> String {
+        format!("virtio-net/{}", self.id)
+    }
+
     /// The device, on a tap that this process opens.
     fn open(&self, ram: &MachineRam) -> Result<Box<dyn Backend>, MachineError> {
         if self.vhost == Some(false) {
@@ -212,7 +224,8 @@ impl NetConfig {
             }
             Err(source) if self.vhost == Some(true) => {
                 let op = format!(
-                    "open /dev/vhost-net for virtio-net/{interface} (vhost=off does without)"
+                    "open /dev/vhost-net for {} (vhost=off does without)",
+                    self.device_name()
                 );
                 Err(host(op, source))
             }
@@ -237,7 +250,7 @@ impl NetConfig {
         given: &[FdEntry],
     ) -> Result<Box<dyn Backend>, MachineError> {
         let wrong = |reason| Err(wrong("network interface", &self.id, reason));
-        let name = format!("virtio-net/{}", self.id);
+        let name = self.device_name();
         let tap = promised(given, &name, TAP);
         let vhost = promised(given, &name, vhost_net::VHOST);
         match (tap, vhost, self.vhost) {

@@ -61,7 +61,7 @@ impl VhostUserBlk {
     /// # Errors
     /// When it is not there, or is no disk.
     pub fn connect(config: &BlkConfig, ram: &MachineRam) -> Result<Self, MachineError> {
-        let name = format!("virtio-blk/{}", config.id);
+        let name = config.device_name();
         let failed = |source| host(format!("prepare {name}"), source);
         let memory = VhostMemory::new(ram.regions().to_vec()).map_err(failed)?;
         // Until the first start.
@@ -95,7 +95,7 @@ impl VhostUserBlk {
         ram: &MachineRam,
         features: u64,
     ) -> Result<Self, MachineError> {
-        let name = format!("virtio-blk/{}", config.id);
+        let name = config.device_name();
         let failed = |source| host(format!("prepare {name}"), source);
         Ok(Self {
             memory: VhostMemory::new(ram.regions().to_vec()).map_err(failed)?,
