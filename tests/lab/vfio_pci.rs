@@ -194,6 +194,15 @@ fn dma_lands_in_the_same_memory_while_and_after_the_addresses_behind_it_change()
     assert_copies(&device, &memory, IOVA, 7);
 }
 
+/// Sets a flag when it is dropped, however that comes.
+struct SetAtTheEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
     let path = edu();
@@ -212,6 +221,8 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
     let copied = AtomicU64::new(0);
     let over = AtomicBool::new(false);
     let moved = thread::scope(|scope| {
+        // The scope waits for the thread, also if something fails.
+        let _over = SetAtTheEnd(&over);
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
                 let count = copied.fetch_add(1, Ordering::Relaxed);
@@ -228,9 +239,7 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
             );
         });
         vm.assert_guest_works();
-        let moved = Moved::from(vm.qmp_path());
-        over.store(true, Ordering::Relaxed);
-        moved
+        Moved::from(vm.qmp_path())
     });
     assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
     assert!(copied.load(Ordering::Relaxed) > 3);
