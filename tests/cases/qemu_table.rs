@@ -41,7 +41,8 @@ const QEMU: &[&str] = &[
     "/colo/{plain,multifd}/secondary_failover_checkpoint",
 ];
 
-/// Paths that must have a test of ours by now: plain pre-copy, cancel, files, validation, a target that is not there.
+/// Paths that must have a test of ours by now: plain pre-copy, cancel, files, validation, a target that is not there, the
+/// modes of an upgrade in place.
 fn is_of_this_part(path: &str) -> bool {
     let later = [
         "xbzrle",
@@ -62,6 +63,7 @@ fn is_of_this_part(path: &str) -> bool {
         "/validate_",
         "/bad_dest",
         "/auto_converge",
+        "/mode/",
     ];
     wanted.iter().any(|start| path.starts_with(start))
         && !later.iter().any(|word| path.contains(word))

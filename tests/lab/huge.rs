@@ -1,4 +1,5 @@
-//! Guest memory in huge pages, whose pool is the lab's own to set: moved, kept through a new process, and in a file that outlives its VM.
+//! Guest memory in huge pages, whose pool is the lab's own to set: moved, kept through a new process and a new program, and in a file that
+//! outlives its VM.
 
 use std::fs;
 use std::path::Path;
@@ -6,8 +7,9 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::command::{assert_inside, run};
-use crate::harness::{Accel, Launch, Machine, Vm};
+use crate::harness::{Accel, Launch, Machine, Vm, program, until};
 use crate::modules::load_kvm;
+use crate::new_process::Moved;
 
 /// The pages of one guest.
 const PAGES: u32 = 8;
@@ -60,6 +62,40 @@ fn a_guest_in_huge_pages_moves_into_others_and_leaves_none_behind() {
     assert!(said.contains("nr_hugepages"), "{said}");
     target.assert_guest_works();
     drop(target);
+    set_pool(0, 0);
+}
+
+#[test]
+fn a_guest_keeps_its_huge_pages_through_upgrades_and_moves_out_of_them_if_it_can() {
+    load_kvm();
+    for accel in [Accel::Soft, Accel::Kvm] {
+        let machine = small(accel);
+        // No page more than the guest has: who would take others is refused.
+        set_pool(0, PAGES);
+        let launch = Launch::default().with(&["--huge-pages", "2M"]);
+        let mut vm = machine.start_source(launch);
+        vm.warm_up();
+        let moved = Moved::from(vm.qmp_path());
+        assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+        moved.assert_passes(2);
+        let moved = moved.execs();
+        moved.assert_passes(2);
+        assert_eq!(free(), 0);
+        let mut target = machine.target();
+        let mut command = program();
+        command.args(["migrate", &target.address(), "--quiet", "--qmp"]);
+        let output = command.arg(vm.qmp_path()).output().unwrap();
+        if accel == Accel::Soft {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(said.contains("out of huge pages"), "{said}");
+            moved.assert_passes(2);
+        } else {
+            assert!(output.status.success(), "{output:?}");
+            target.assert_guest_works();
+        }
+        drop(moved);
+        until("the pages are free", || (free() == PAGES).then_some(()));
+    }
     set_pool(0, 0);
 }
 

@@ -483,6 +483,25 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_comes_in_place_comes_by_a_socket_that_is_named_at_once() {
+        let with = |incoming: &str| {
+            config(&format!(
+                "--mem 1G --qmp q --incoming-cpr unix:a {incoming}"
+            ))
+        };
+        assert!(with("--incoming unix:b").is_ok());
+        for incoming in [
+            "",
+            "--incoming defer",
+            "--incoming tcp:h:1",
+            "--incoming file:b",
+        ] {
+            let error = format!("{:#}", with(incoming).unwrap_err());
+            assert!(error.contains("--incoming"), "{incoming}: {error}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_built_is_refused_with_the_value() {
         for (text, part) in [
             ("--mem 1G", "--qmp"),
