@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use vmferry_transport::proto::MigrationStatus;
 use vmferry_transport::wire::frame::{Abort, AbortCode, Ready, SourceFrame, TargetFrame};
 
-use crate::harness::{Accel, Chance, Launch, Machine, PATIENCE, Vm, number_from_env, turn, until};
+use crate::harness::{
+    Accel, Chance, Launch, Machine, PATIENCE, Vm, number_from_env, until, whole_machine,
+};
 use crate::listener::Listener;
 use crate::peer::{Peer, reply};
 use crate::proxy::{Passing, Proxy, Verdict};
@@ -26,7 +28,7 @@ const CLIENTS: usize = 4;
 
 #[test]
 fn clients_that_hammer_while_migrations_fail_break_nothing() {
-    let _turn = turn();
+    let _turn = whole_machine();
     let chance = Chance::new();
     let wanted = number_from_env("VMFERRY_HAMMER").unwrap_or(FAILURES);
     let machine = Machine {

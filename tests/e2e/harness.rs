@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -46,11 +46,67 @@ pub(crate) fn kvm_is_here() -> bool {
     }
 }
 
-/// Held by a case that works the machine hard: one at a time.
-pub(crate) fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    // A case that failed has not spoilt it for the others.
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+/// How many cases may work the machine at a time.
+const PLACES: usize = 2;
+static TURNS: Turns = Turns {
+    taken: Mutex::new(Taken {
+        places: 0,
+        wanted_whole: 0,
+    }),
+    changed: Condvar::new(),
+};
+
+struct Turns {
+    taken: Mutex<Taken>,
+    changed: Condvar,
+}
+
+struct Taken {
+    places: usize,
+    /// Cases that wait until they are alone; nobody passes them.
+    wanted_whole: usize,
+}
+
+/// What [`turn`] and [`whole_machine`] give; the end of it is the end of the turn.
+pub(crate) struct Turn {
+    places: usize,
+}
+
+/// Held by a case that works the machine: two at a time.
+pub(crate) fn turn() -> Turn {
+    let taken = lock(&TURNS.taken);
+    let is_full = |taken: &mut Taken| taken.places == PLACES || taken.wanted_whole > 0;
+    let mut taken = TURNS
+        .changed
+        .wait_while(taken, is_full)
+        .unwrap_or_else(PoisonError::into_inner);
+    taken.places += 1;
+    Turn { places: 1 }
+}
+
+/// Held by a case that works the machine hard, or has only one of something: none beside it that takes turns.
+pub(crate) fn whole_machine() -> Turn {
+    let mut taken = lock(&TURNS.taken);
+    taken.wanted_whole += 1;
+    let mut taken = TURNS
+        .changed
+        .wait_while(taken, |taken| taken.places > 0)
+        .unwrap_or_else(PoisonError::into_inner);
+    taken.wanted_whole -= 1;
+    taken.places = PLACES;
+    Turn { places: PLACES }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        lock(&TURNS.taken).places -= self.places;
+        TURNS.changed.notify_all();
+    }
+}
+
+/// A case that failed has not spoilt it for the others.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Looks again and again until there is something to see. Fails the test with `what` when patience ends.

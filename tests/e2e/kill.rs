@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, turn, until};
+use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, until, whole_machine};
 use crate::watch::Watch;
 
 on_both_accelerators!(killing_either_side_never_makes_two_guests);
@@ -25,7 +25,7 @@ struct Tally {
 }
 
 fn killing_either_side_never_makes_two_guests(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let chance = Chance::new();
     let machine = Machine {
         fill: "24M",

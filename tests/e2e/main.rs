@@ -1,8 +1,9 @@
 //! Whole migrations between real processes, and everything that can go wrong with one: a guest that keeps writing and checking its
 //! memory is moved, killed, cancelled and lied to. One line per module: what it proves.
 //!
-//! Every case runs on host threads and, where /dev/kvm is, on KVM; case names end with the accelerator. Heavy cases take turns
-//! ([`harness::turn`]), those that only wait for a deadline do not. What is random prints its seed; `VMFERRY_SEED` repeats it.
+//! Every case runs on host threads and, where /dev/kvm is, on KVM; case names end with the accelerator. Cases take turns, two at a time
+//! ([`harness::turn`]), heavy ones have the machine to themselves ([`harness::whole_machine`]), those that only wait for a deadline do
+//! neither. What is random prints its seed; `VMFERRY_SEED` repeats it.
 
 #![expect(
     clippy::unwrap_used,

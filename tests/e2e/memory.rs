@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use crate::harness::{Accel, Launch, Machine, turn};
+use crate::harness::{Accel, Launch, Machine, whole_machine};
 
 on_both_accelerators!(a_target_without_memory_leaves_the_guest_running);
 
@@ -50,7 +50,7 @@ impl Drop for Group {
 }
 
 fn a_target_without_memory_leaves_the_guest_running(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let machine = Machine {
         mem: "256M",
         fill: "128M",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::harness::{Accel, Launch, Machine, Vm, turn, until, whole_machine};
 use crate::proc::processor_time;
 
 on_both_accelerators!(
@@ -148,7 +148,7 @@ fn vcpu_share(vm: &mut Vm) -> u64 {
 }
 
 fn auto_converge(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let machine = Machine {
         mem: "128M",
         working_set: "64M",

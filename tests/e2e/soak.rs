@@ -4,7 +4,7 @@
 use serde_json::json;
 use vmferry_transport::wire::frame::{SourceFrame, TargetFrame};
 
-use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, turn, until};
+use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, until, whole_machine};
 use crate::proc::Holdings;
 use crate::proxy::{Passing, Proxy, Verdict};
 
@@ -23,7 +23,7 @@ const ATTEMPTS: u64 = 12;
 const HEAP_NOISE: u64 = 8 << 20;
 
 fn a_guest_survives_many_migrations_and_nothing_is_leaked(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let chance = Chance::new();
     let migrations = number_from_env("VMFERRY_SOAK")
         .unwrap_or(MIGRATIONS)
@@ -140,7 +140,7 @@ fn assert_alike(first: &[Holdings; 2], now: &[Holdings; 2]) {
 }
 
 fn attempts_that_fail_leave_nothing_behind(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let chance = Chance::new();
     let machine = Machine::small(accel);
     let mut source = machine.source();

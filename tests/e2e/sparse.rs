@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::harness::{Accel, Machine, Vm, turn};
+use crate::harness::{Accel, Machine, Vm, whole_machine};
 
 on_both_accelerators!(
     a_large_vm_that_touched_little_stays_small_on_both_sides,
@@ -22,7 +22,7 @@ fn populated(vm: &mut Vm, member: &str) -> u64 {
 }
 
 fn a_large_vm_that_touched_little_stays_small_on_both_sides(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let machine = Machine {
         mem: "8G",
         working_set: "64M",
@@ -55,7 +55,7 @@ fn a_large_vm_that_touched_little_stays_small_on_both_sides(accel: Accel) {
 }
 
 fn a_vm_that_never_ran_is_moved_without_making_memory(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let machine = Machine {
         mem: "8G",
         working_set: "64M",

@@ -2,7 +2,7 @@
 //! vhost-net it moves the packets (in the lab it does; `tests/lab/in_place.rs` does the same there), elsewhere the processes do.
 //! `VMFERRY_UPGRADES` says how many.
 
-use crate::harness::{Accel, number_from_env, turn};
+use crate::harness::{Accel, number_from_env, whole_machine};
 use crate::upgrades::upgrade_again_and_again;
 
 on_both_accelerators!(a_guest_survives_many_upgrades_with_all_it_has_and_nothing_grows);
@@ -10,7 +10,7 @@ on_both_accelerators!(a_guest_survives_many_upgrades_with_all_it_has_and_nothing
 const UPGRADES: u64 = 6;
 
 fn a_guest_survives_many_upgrades_with_all_it_has_and_nothing_grows(accel: Accel) {
-    let _turn = turn();
+    let _turn = whole_machine();
     let count = number_from_env("VMFERRY_UPGRADES").unwrap_or(UPGRADES);
     upgrade_again_and_again(accel, count, false);
 }

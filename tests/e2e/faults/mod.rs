@@ -9,7 +9,7 @@ use self::cell::{Seen, Side};
 use self::fault::{Fault, Outcome};
 use self::phase::Phase;
 use crate::grid::{self, Fate, Grid};
-use crate::harness::{Accel, kvm_is_here, number_from_env, turn};
+use crate::harness::{Accel, kvm_is_here, number_from_env, whole_machine};
 use crate::proxy::{Line, Way};
 
 /// Cells under way at the same time: most of them wait for a deadline.
@@ -88,7 +88,7 @@ fn assert_all_as_designed(accel: Accel, wanted: Vec<Cell>) {
 
 #[test]
 fn every_fault_in_every_phase_ends_as_designed() {
-    let _turn = turn();
+    let _turn = whole_machine();
     assert_all_as_designed(Accel::Soft, grid().squares());
 }
 
@@ -98,7 +98,7 @@ fn faults_end_as_designed_on_kvm_too() {
     if !kvm_is_here() {
         return;
     }
-    let _turn = turn();
+    let _turn = whole_machine();
     let mut wanted = grid().squares();
     // All of them on demand.
     if number_from_env(ALL).is_none() {

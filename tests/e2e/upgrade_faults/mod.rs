@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 use self::fault::{Fault, Outcome};
 use self::step::Step;
 use crate::grid::{self, Fate, Grid};
-use crate::harness::{Accel, kvm_is_here, turn};
+use crate::harness::{Accel, kvm_is_here, whole_machine};
 
 /// Cells under way at the same time: many of them wait for a deadline.
 const WORKERS: usize = 6;
@@ -83,7 +83,7 @@ fn assert_all_as_designed(accel: Accel, wanted: Vec<Cell>) {
 
 #[test]
 fn every_fault_at_every_step_leaves_one_guest() {
-    let _turn = turn();
+    let _turn = whole_machine();
     assert_all_as_designed(Accel::Soft, grid().squares());
 }
 
@@ -93,7 +93,7 @@ fn faults_at_the_hand_over_leave_one_guest_on_kvm_too() {
     if !kvm_is_here() {
         return;
     }
-    let _turn = turn();
+    let _turn = whole_machine();
     let steps = [
         Step::RamFds,
         Step::OtherFds,
