@@ -15,16 +15,6 @@ use crate::new_process::Moved;
 const PAGES: u32 = 8;
 const HUGETLBFS: &str = "/huge";
 
-fn small(accel: Accel) -> Machine {
-    Machine {
-        mem: "16M",
-        working_set: "512K",
-        dirty_rate: "500",
-        fill: "2M",
-        ..Machine::small(accel)
-    }
-}
-
 /// Sets pages aside: `used`, which are in use, and so many that are not.
 fn set_pool(used: u32, pages: u32) {
     assert_inside();
@@ -44,7 +34,7 @@ fn free() -> u32 {
 #[test]
 fn a_guest_in_huge_pages_moves_into_others_and_leaves_none_behind() {
     load_kvm();
-    let machine = small(Accel::Kvm);
+    let machine = Machine::tiny(Accel::Kvm);
     let huge = || Launch::default().with(&["--huge-pages", "2M"]);
     set_pool(0, 2 * PAGES);
     let mut source = machine.start_source(huge());
@@ -69,7 +59,7 @@ fn a_guest_in_huge_pages_moves_into_others_and_leaves_none_behind() {
 fn a_guest_keeps_its_huge_pages_through_upgrades_and_moves_out_of_them_if_it_can() {
     load_kvm();
     for accel in [Accel::Soft, Accel::Kvm] {
-        let machine = small(accel);
+        let machine = Machine::tiny(accel);
         // No page more than the guest has: who would take others is refused.
         set_pool(0, PAGES);
         let launch = Launch::default().with(&["--huge-pages", "2M"]);
@@ -106,7 +96,7 @@ fn a_guest_is_saved_and_loaded_with_its_memory_in_a_hugetlbfs() {
     run("mount", &["-t", "hugetlbfs", "none", HUGETLBFS]);
     set_pool(0, PAGES);
     for accel in [Accel::Soft, Accel::Kvm] {
-        let machine = small(accel);
+        let machine = Machine::tiny(accel);
         let memory = format!("{HUGETLBFS}/ram");
         let in_file = || Launch::default().with(&["--mem-path", &memory]);
         let mut source = machine.start_source(in_file());

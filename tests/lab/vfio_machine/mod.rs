@@ -27,13 +27,7 @@ const STREAM_BYTES: u64 = 96;
 /// Small and slow, as every guest on KVM here. It makes about ten passes per second.
 fn machine() -> Machine {
     load_kvm();
-    Machine {
-        mem: "16M",
-        working_set: "256K",
-        dirty_rate: "640",
-        fill: "512K",
-        ..Machine::small(Accel::Kvm)
-    }
+    Machine::tiny(Accel::Kvm)
 }
 
 /// Options for a VM with these devices, which its guest uses as serial ports that echo.
