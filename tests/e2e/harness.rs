@@ -191,17 +191,6 @@ impl Machine {
         }
     }
 
-    /// The same with next to no memory, for emulated processors.
-    pub(crate) fn tiny(accel: Accel) -> Self {
-        Self {
-            mem: "16M",
-            working_set: "256K",
-            dirty_rate: "640",
-            fill: "512K",
-            ..Self::small(accel)
-        }
-    }
-
     /// A VM with a running guest that has filled its memory.
     pub(crate) fn source(&self) -> Vm {
         let mut vm = self.start_source(Launch::default());

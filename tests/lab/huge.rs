@@ -76,6 +76,11 @@ fn a_guest_keeps_its_huge_pages_through_upgrades_and_moves_out_of_them_if_it_can
         command.args(["migrate", &target.address(), "--quiet", "--qmp"]);
         let output = command.arg(vm.qmp_path()).output().unwrap();
         if accel == Accel::Soft {
+            // Known, and said, before anybody tries.
+            let info = moved.query("query-migrate");
+            assert_ne!(info["status"], "failed", "{info}");
+            let reason = info["blocked-reasons"][0].as_str().unwrap();
+            assert!(reason.contains("out of huge pages") && !reason.contains("cpr-reboot"));
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(said.contains("out of huge pages"), "{said}");
             moved.assert_passes(2);

@@ -47,6 +47,7 @@ mod mdev; // VFIO devices without hardware
 mod modules; // loading modules of the kernel
 mod net; // several hosts in one kernel
 mod new_process; // VMs that change their process
+mod tiny; // guests with next to no memory
 mod trace; // what the kernel was asked
 mod vfio; // what a VFIO device says of itself
 

@@ -7,7 +7,7 @@ mod step;
 
 use self::step::{Fault, Outcome, Step};
 use crate::grid::{self, Fate, Grid};
-use crate::harness::{Accel, kvm_is_here, turn};
+use crate::harness::{Accel, kvm_is_here, whole_machine};
 
 /// Cells under way at the same time.
 const WORKERS: usize = 6;
@@ -63,7 +63,7 @@ fn assert_all_as_designed(accel: Accel, mut wanted: Vec<Cell>) {
 
 #[test]
 fn every_fault_at_every_step_of_an_exec_leaves_one_guest_or_says_why_there_is_none() {
-    let _turn = turn();
+    let _turn = whole_machine();
     assert_all_as_designed(Accel::Soft, grid().squares());
 }
 
@@ -73,7 +73,7 @@ fn faults_of_an_exec_leave_one_guest_on_kvm_too() {
     if !kvm_is_here() {
         return;
     }
-    let _turn = turn();
+    let _turn = whole_machine();
     let steps = [Step::Exec, Step::Build, Step::Load, Step::Start];
     let mut wanted = grid().squares();
     wanted.retain(|cell| steps.contains(&cell.step));

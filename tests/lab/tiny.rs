@@ -1,0 +1,16 @@
+//! Guests for emulated processors.
+
+use crate::harness::{Accel, Machine};
+
+impl Machine {
+    /// A guest with next to no memory, over which it makes ten passes per second.
+    pub(crate) fn tiny(accel: Accel) -> Self {
+        Self {
+            mem: "16M",
+            working_set: "256K",
+            dirty_rate: "640",
+            fill: "512K",
+            ..Self::small(accel)
+        }
+    }
+}
