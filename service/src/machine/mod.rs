@@ -93,7 +93,7 @@ pub struct MachineConfig {
     pub workload_net: bool,
     /// The workload writes the last digit of the number of each pass to the serial port.
     pub workload_serial: bool,
-    /// Virtio devices whose back end is outside of this process, all with names of their own.
+    /// Virtio devices with a back end or a tap outside of this process, all with names of their own.
     pub outside: virtio::OutsideConfig,
     /// Build an empty machine that waits for an incoming migration: RAM stays untouched, the workload is not loaded.
     pub incoming: bool,

@@ -1,4 +1,4 @@
-//! What `--blk` and `--net` say: devices whose back end is outside of this process.
+//! What `--blk` and `--net` say: devices with something outside of this process, a back end or a tap.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::machine::disk::{is_id, split_path};
 use crate::machine::heirloom::promised;
 use crate::machine::ram::MachineRam;
 
-/// Devices with a back end outside, all with names of their own.
+/// Devices with a back end or a tap outside, all with names of their own.
 #[derive(Clone, Debug, Default)]
 pub struct OutsideConfig {
     /// Disks.
