@@ -72,8 +72,8 @@ mod streams; // I2, I3, I5: files, pipes and commands that hold a VM, sockets th
 mod tap_net; // I2: no packet is lost or doubled when a guest moves to another tap
 mod target_errors; // I3: the target's words at the source, and a target that can always be asked
 mod upgrade; // I1, I3, I4: a new process on the same host, and everything that can go wrong with it
-mod upgrade_exec; // I1, I3, I4, I7: the same process becomes a new program, or stays the old one
-mod upgrade_faults; // I1, I3, I7: every fault at every step of an upgrade
+mod upgrade_exec; // I1, I3, I4: the same process becomes a new program
+mod upgrade_faults; // I1, I3, I4, I7: every fault at every step of an upgrade
 mod upgrade_qemu; // I2: a VM of QEMU goes on in a new QEMU
 mod upgrade_return; // I3: a new program that fails, whatever the old one was started for
 mod upgrade_serial; // I2: no byte of the serial port is lost or doubled in an upgrade

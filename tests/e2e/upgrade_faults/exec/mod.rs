@@ -1,5 +1,5 @@
-//! Every fault at every step of an upgrade by exec: the guest runs in its process, which is the old program or the new one, or the process
-//! has ended and nobody runs it.
+//! I1, I3, I4, I7: every fault at every step of an upgrade by exec. The guest runs in its process, which is the old program or the new
+//! one, or the process has ended and nobody runs it.
 
 mod cell;
 mod fault;
