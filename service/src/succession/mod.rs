@@ -30,6 +30,8 @@ use vmferry_cpr::envelope;
 use vmferry_cpr::letter::{Leg, Letter, NUMBER_MIN};
 use vmferry_cpr::table::FdTable;
 
+use crate::observe::logging;
+
 pub use account::Account;
 pub use way_back::WayBack;
 
@@ -110,7 +112,12 @@ pub fn take() -> anyhow::Result<Option<Inheritance>> {
     let mut table = envelope::adopt(&letter, call::adopt)?;
     let way_back = match letter.leg {
         Leg::Back => None,
-        _ => Some(WayBack::of(&letter, &mut table).context("no way back could be kept")?),
+        // Without a way back the guest can still go on here.
+        _ => WayBack::of(&letter, &mut table)
+            .inspect_err(|error| {
+                logging::announce(format_args!("no way back is kept: {error:#}"));
+            })
+            .ok(),
     };
     Ok(Some(Inheritance {
         letter,
