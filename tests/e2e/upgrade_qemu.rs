@@ -185,10 +185,7 @@ fn a_vm_of_qemu_that_cannot_be_handed_over_stays_where_it_is() {
     let qmp = vm.qmp();
     let said = says(&qmp, &["upgrade"], 1);
     assert!(said.contains("vmferry: "), "{said}");
-    let mut client = Qmp::connect(&qmp).unwrap();
-    let schema = client.execute("query-qmp-schema", json!({})).unwrap();
-    drop(client);
-    if !schema.to_string().contains("cpr-exec") {
+    if !can_exec(&qmp) {
         let old = says(&qmp, &["upgrade", "--mode", "exec"], 1);
         assert!(old.contains("from 10.2 on"), "{old}");
     }
@@ -201,6 +198,30 @@ fn a_vm_of_qemu_that_cannot_be_handed_over_stays_where_it_is() {
     let mut client = Qmp::connect(&qmp).unwrap();
     let parameters = client.execute("query-migrate-parameters", json!({}));
     assert_eq!(parameters.unwrap()["mode"], "normal");
+}
+
+#[test]
+fn a_vm_of_qemu_goes_on_in_the_qemu_that_its_process_becomes() {
+    let _turn = turn();
+    let Some(vm) = Microvm::start(true) else {
+        return;
+    };
+    let qmp = vm.qmp();
+    if !can_exec(&qmp) {
+        println!("NOT RUN: QEMU 10.2 is the first with mode cpr-exec, and here is an older one");
+        return;
+    }
+    let report = json_of(&qmp, &["upgrade", "--mode", "exec", "--json"]);
+    let pid = vm.old.id();
+    assert_eq!(report["new-pid"], pid);
+    vm.assert_works(pid.into());
+}
+
+/// Whether the QEMU at `qmp` has mode cpr-exec.
+fn can_exec(qmp: &Path) -> bool {
+    let mut client = Qmp::connect(qmp).unwrap();
+    let schema = client.execute("query-qmp-schema", json!({})).unwrap();
+    schema.to_string().contains("cpr-exec")
 }
 
 #[test]
