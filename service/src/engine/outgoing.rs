@@ -596,6 +596,7 @@ impl Outgoing {
     fn save(&mut self, jobs: &JobThread, hash_ram: bool) {
         let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
         let (lent, disks) = (self.lent.take(), Arc::clone(&self.disks));
+        let stays = matches!(self.in_place, Some(InPlace::Program(_)));
         jobs.run(move || {
             let Some(proof) = lent else {
                 return report(SourceEvent::JobFailed(
@@ -604,7 +605,11 @@ impl Outgoing {
                 ));
             };
             // The target may activate them once it has the state.
-            if let Err(error) = disks.inactivate() {
+            let given_back = match stays {
+                true => disks.pass_on(),
+                false => disks.inactivate(),
+            };
+            if let Err(error) = given_back {
                 drop(proof);
                 return report(SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)));
             }

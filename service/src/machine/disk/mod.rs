@@ -176,14 +176,29 @@ impl Disk {
     /// # Errors
     /// When requests do not end, or the data cannot be written. The disk then stays active, and this process keeps the lock.
     pub fn inactivate(&self) -> Result<bool, DiskError> {
+        self.release(|file| self.sync(file))
+    }
+
+    /// Like [`inactivate`](Self::inactivate), for the next program of this process. What was written may be lost in a crash of the host,
+    /// as before: the next program finds it where this one would, in the memory of the same kernel.
+    ///
+    /// # Errors
+    /// When requests do not end, or writes were lost before. The disk then stays active, and this process keeps the lock.
+    pub fn pass_on(&self) -> Result<bool, DiskError> {
+        self.release(|_| self.check_writes())
+    }
+
+    fn release(
+        &self,
+        finish: impl FnOnce(&File) -> Result<(), DiskError>,
+    ) -> Result<bool, DiskError> {
         let _one_at_a_time = self.changing();
         let Some(file) = self.drain()? else {
             return Ok(false);
         };
         let config = &self.config;
-        let released = self
-            .sync(&file)
-            .and_then(|()| lock::unlock(&file).map_err(host(config, "unlocking")));
+        let released =
+            finish(&file).and_then(|()| lock::unlock(&file).map_err(host(config, "unlocking")));
         let mut state = self.state();
         state.closing = false;
         released?;
@@ -237,15 +252,20 @@ impl Disk {
         if self.config.read_only {
             return Ok(());
         }
-        if self.state().lost_writes {
-            return Err(DiskError::LostWrites {
-                disk: self.config.id.clone(),
-                path: self.config.path.clone(),
-            });
-        }
+        self.check_writes()?;
         file.sync_data()
             .inspect_err(|_| self.state().lost_writes = true)
             .map_err(host(&self.config, "writing to stable storage"))
+    }
+
+    fn check_writes(&self) -> Result<(), DiskError> {
+        if !self.state().lost_writes {
+            return Ok(());
+        }
+        Err(DiskError::LostWrites {
+            disk: self.config.id.clone(),
+            path: self.config.path.clone(),
+        })
     }
 
     /// A request begins: the disk stays active until it ends.

@@ -79,6 +79,16 @@ impl Disks {
             .try_for_each(|disk| disk.inactivate().map(|_| ()))
     }
 
+    /// Passes all disks on, as far as possible.
+    ///
+    /// # Errors
+    /// As [`Disk::pass_on`], and as in [`inactivate`](Self::inactivate).
+    pub fn pass_on(&self) -> Result<(), DiskError> {
+        self.0
+            .iter()
+            .try_for_each(|disk| disk.pass_on().map(|_| ()))
+    }
+
     /// The disks, in the order of their configuration.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Disk>> {
         self.0.iter()

@@ -293,10 +293,31 @@ fn a_disk_that_lost_writes_never_again_says_that_they_are_stored() {
     disk.activate().unwrap();
     // What a failing fdatasync leaves behind; no file system here fails on demand.
     disk.state().lost_writes = true;
-    for result in [disk.flush(), disk.inactivate().map(|_| ())] {
+    for result in [
+        disk.flush(),
+        disk.inactivate().map(|_| ()),
+        disk.pass_on().map(|_| ()),
+    ] {
         assert!(matches!(result, Err(DiskError::LostWrites { .. })));
     }
     assert!(disk.is_active(), "the lock must not be given away");
+}
+
+#[test]
+fn what_was_written_is_there_for_the_next_program_without_having_been_stored() {
+    let images = Images::new(&["a"]);
+    let disk = Disk::open(images.config("a")).unwrap();
+    disk.activate().unwrap();
+    disk.write_at(b"just written", 512).unwrap();
+    assert!(disk.pass_on().unwrap());
+    assert!(!disk.pass_on().unwrap(), "it is inactive already");
+    assert!(matches!(disk.flush(), Err(DiskError::Inactive { .. })));
+    let next = Disk::open(images.config("a")).unwrap();
+    next.activate().unwrap();
+    let mut found = [0; 12];
+    next.read_at(&mut found, 512).unwrap();
+    assert_eq!(&found, b"just written");
+    next.flush().unwrap();
 }
 
 #[test]
