@@ -18,7 +18,7 @@ use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
 use crate::qmp::schema::BlackoutInfo;
 use crate::qmp::{EngineHandle, QmpServer};
-use crate::succession::account::{Times, await_clearing_up, now_us};
+use crate::succession::account::{Times, clear_up, now_us};
 use crate::succession::{Account, WayBack};
 
 /// The process's own sockets, and those that it is about to get.
@@ -220,7 +220,7 @@ impl Engine {
         };
         succession.times.running_us = now_us();
         succession.held = None;
-        await_clearing_up(succession.account.clears_up);
+        clear_up(succession.account.clears_up);
         match succession.returned.clone() {
             None => self.tell_after_exec(true),
             Some(reason) => {

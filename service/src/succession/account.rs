@@ -1,9 +1,10 @@
 //! What the old program tells the new one of the migration so far, so that the whole can be shown: times, and how it was asked for.
 
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, kill_process, waitid, waitpid};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+use super::call::GUEST_RUNS;
 use crate::qmp::schema::BlackoutInfo;
 
 /// The old program's account. Unknown members are of later versions, missing ones are 0.
@@ -56,13 +57,20 @@ impl Account {
     }
 }
 
-/// Waits for the child that clears up behind the old program, on a thread of its own: it takes its time.
-pub fn await_clearing_up(child: i32) {
+/// The guest runs: lets the child clear up that the old program has left behind, and waits for it on a thread: it takes its time.
+pub fn clear_up(child: i32) {
     let Some(pid) = Pid::from_raw(child).filter(|_| child > 0) else {
         return;
     };
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    if waitid(WaitId::Pid(pid), look).is_err() {
+        // A program between has waited for it. The number is somebody else's now.
+        return;
+    }
+    // Fails if it has ended by itself.
+    let _ = kill_process(pid, GUEST_RUNS);
     let wait = move || {
-        // Fails if it was waited for by a program between.
+        // It is ours, and nobody else waits for it.
         let _ = waitpid(Some(pid), WaitOptions::empty());
     };
     if let Err(error) = std::thread::Builder::new()

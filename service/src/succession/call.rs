@@ -8,6 +8,7 @@
 
 use std::ffi::{CStr, CString, OsString};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
@@ -72,15 +73,20 @@ pub(super) fn take_variable(name: &str) -> Option<OsString> {
 /// Bytes of the stack of [`Holder`]'s child, which makes a handful of system calls.
 const STACK_BYTES: usize = 64 << 10;
 
-/// A child that shares this program's memory until the program is gone, and clears it away then. Without it the exec itself would: it
-/// takes 75 ms per GiB that the guest has touched to unmap memory, and the guest is stopped meanwhile. Dropping it ends the child.
+/// How long [`Holder`]'s child waits for the word of the next program that its guest runs, in nanoseconds: far longer than an upgrade
+/// takes. It is short all the same, because the child has copies of this program's connections, whose other ends wait for the end.
+const WORD_MAX_NS: i64 = 200_000_000;
+
+/// A child that shares this program's memory until the guest runs in the next one, and clears it away then. Without it the exec itself
+/// would: it takes 75 ms per GiB that the guest has touched to unmap memory, and the guest is stopped meanwhile. Dropping it ends the
+/// child.
 #[derive(Debug)]
 pub(super) struct Holder {
     pid: Pid,
     /// The child waits for its end, which comes with the exec, or with the end of this process.
     line: Option<OwnedFd>,
     /// Of the child, which runs on it.
-    _stack: Box<[u8]>,
+    _stack: Box<[MaybeUninit<u8>]>,
 }
 
 impl Holder {
@@ -90,7 +96,8 @@ impl Holder {
     /// What the kernel says.
     pub(super) fn start() -> io::Result<Self> {
         let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        let mut stack = vec![0_u8; STACK_BYTES].into_boxed_slice();
+        // Not even touched here.
+        let mut stack = Box::new_uninit_slice(STACK_BYTES);
         let ends = pack(theirs.as_raw_fd(), ours.as_raw_fd());
         // SAFETY: a set of signals is plain data, written before it is read.
         let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
@@ -146,6 +153,7 @@ extern "C" fn hold(ends: *mut libc::c_void) -> libc::c_int {
     unsafe { libc::syscall(libc::SYS_close, ours) };
     // SAFETY: writes one byte on this stack. All signals are blocked, so it ends when the last copy of the other end is closed.
     unsafe { libc::syscall(libc::SYS_read, theirs, &raw mut byte, 1_usize) };
+    await_word();
     // SAFETY: takes numbers.
     unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, 19) };
     // SAFETY: takes numbers.
@@ -153,6 +161,28 @@ extern "C" fn hold(ends: *mut libc::c_void) -> libc::c_int {
     // SAFETY: takes a number, and ends this child only.
     unsafe { libc::syscall(libc::SYS_exit_group, 0) };
     0
+}
+
+/// The word that the guest runs. It is a signal, because all of them are blocked here since birth: one that comes early waits.
+pub(super) const GUEST_RUNS: Signal = Signal::USR1;
+
+/// In the child: waits for [`GUEST_RUNS`]. What it has to do would keep the next program from a processor, for a millisecond each time.
+fn await_word() {
+    let word: u64 = 1 << (GUEST_RUNS.as_raw() - 1);
+    let most = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: WORD_MAX_NS,
+    };
+    // SAFETY: reads a set of eight bytes and a time on this stack, and writes nothing.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigtimedwait,
+            &raw const word,
+            std::ptr::null_mut::<libc::siginfo_t>(),
+            &raw const most,
+            size_of::<u64>(),
+        )
+    };
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
@@ -184,8 +214,9 @@ mod tests {
             "it was waited for"
         );
         let mut holder = Holder::start().unwrap();
-        // As an exec does.
+        // As an exec does, and the program after it.
         holder.line = None;
+        kill_process(holder.pid(), GUEST_RUNS).unwrap();
         let (_, status) = waitpid(Some(holder.pid()), WaitOptions::empty())
             .unwrap()
             .unwrap();
