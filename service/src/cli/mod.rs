@@ -103,7 +103,7 @@ struct QmpArgs {
 
 /// The whole program: the arguments of this process, logging, and errors as one line.
 pub fn main() -> ExitCode {
-    let inheritance = match succession::take() {
+    let mut inheritance = match succession::take() {
         Ok(inheritance) => inheritance,
         Err(error) => {
             output::message(&format!(
@@ -112,6 +112,10 @@ pub fn main() -> ExitCode {
             return exit::Exit::Failed.code();
         }
     };
+    if let Some(inheritance) = &mut inheritance {
+        // A guest stands. The machine is built while its command line is read.
+        crate::engine::begin_machine(inheritance);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => match inheritance {

@@ -17,7 +17,7 @@ use vmferry_cpr::socket::CprSocket;
 use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
-use vmferry_cpr::{memfd, shared, spawn};
+use vmferry_cpr::{CprError, memfd, shared, spawn};
 use vmferry_devices::vfio::in_place::Before;
 use vmferry_transport::memory::GuestRam;
 use vmferry_transport::memory::populate::map_existing;
@@ -29,6 +29,7 @@ use super::settle::{Succession, WayBackKeeper};
 use super::software;
 use crate::config::CprOrigin;
 use crate::machine::heirloom::DeviceFd;
+use crate::machine::kvm::HeadStart;
 use crate::machine::{Given, MachineConfig, vfio};
 use crate::succession::account::Times;
 use crate::succession::{ARCHIVE, Inheritance, PROGRAM};
@@ -104,6 +105,7 @@ impl Legacy {
                 before: Before::Process,
                 early,
                 devices,
+                head_start: None,
             },
             id,
             rest: Rest::Process(Box::new(arrived)),
@@ -125,6 +127,7 @@ impl Legacy {
             mut table,
             began_us,
             way_back: _,
+            head_start,
         } = inheritance;
         let (blocks, devices) = judge(&letter.manifest, machine).map_err(anyhow::Error::msg)?;
         let ram = claim_ram(blocks, &mut table)?;
@@ -151,6 +154,7 @@ impl Legacy {
                 before: Before::Program,
                 early,
                 devices,
+                head_start,
             },
             id: letter.id,
             rest: Rest::Program(Box::new(Left {
@@ -235,10 +239,7 @@ type Judged = (Vec<FdEntry>, Vec<FdEntry>);
 /// # Errors
 /// What is wrong, for the old process and people.
 pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judged, String> {
-    let blocks = manifest.entries().iter().filter(|entry| is_ram(entry));
-    let mut blocks: Vec<_> = blocks.cloned().collect();
-    // As the machine numbers them.
-    blocks.sort_by(|a, b| a.name.cmp(&b.name));
+    let blocks = ram_blocks(manifest);
     let bytes: u64 = blocks
         .iter()
         .fold(0, |sum: u64, block| sum.saturating_add(block.value));
@@ -270,6 +271,28 @@ pub(super) fn judge(manifest: &Manifest, machine: &MachineConfig) -> Result<Judg
         ));
     }
     Ok((blocks, of_devices(manifest, Stage::HandOver)))
+}
+
+/// Begins to build the machine of a letter before anything else is known of it, as far as that goes. What does not go now is found out when
+/// it is built.
+pub fn begin_machine(inheritance: &mut Inheritance) {
+    let Some(shape) = inheritance.account.machine else {
+        return;
+    };
+    let begin = |inheritance: &Inheritance| -> anyhow::Result<HeadStart> {
+        let manifest = &inheritance.letter.manifest;
+        let mut ram = Vec::new();
+        for block in ram_blocks(manifest) {
+            let peeked = inheritance.table.peek(&block.name, RAM);
+            let (_, fd) = peeked.context("memory is missing")?;
+            ram.push(reattach(&block, fd.try_clone()?)?);
+        }
+        Ok(HeadStart::begin(shape, ram)?)
+    };
+    match begin(inheritance) {
+        Ok(begun) => inheritance.head_start = Some(begun),
+        Err(error) => tracing::debug!(%error, "the machine is built later"),
+    }
 }
 
 /// What of a stage is neither RAM nor the process's own.
@@ -325,16 +348,27 @@ fn is_of_process(entry: &FdEntry) -> bool {
     entry.name == PROCESS
 }
 
+/// The blocks of RAM, in the order in which the machine numbers them.
+fn ram_blocks(manifest: &Manifest) -> Vec<FdEntry> {
+    let blocks = manifest.entries().iter().filter(|entry| is_ram(entry));
+    let mut blocks: Vec<_> = blocks.cloned().collect();
+    blocks.sort_by(|a, b| a.name.cmp(&b.name));
+    blocks
+}
+
+fn reattach(block: &FdEntry, fd: OwnedFd) -> Result<fs::File, CprError> {
+    match block.kind {
+        FdKind::RamFile => shared::reattach(&block.name, fd, block.value),
+        _ => memfd::reattach(&block.name, fd, block.value),
+    }
+}
+
 /// Takes the files of RAM, in the order of the blocks.
 fn claim_ram(blocks: Vec<FdEntry>, table: &mut FdTable<OwnedFd>) -> anyhow::Result<Vec<fs::File>> {
     let mut ram = Vec::new();
     for block in blocks {
         let claimed = table.claim(&block.name, RAM, block.kind)?;
-        let reattach = match block.kind {
-            FdKind::RamFile => shared::reattach,
-            _ => memfd::reattach,
-        };
-        ram.push(reattach(&block.name, claimed, block.value)?);
+        ram.push(reattach(&block, claimed)?);
     }
     Ok(ram)
 }

@@ -69,6 +69,7 @@ use crate::qmp::schema::RunState;
 use crate::qmp::{QmpError, QmpEvent, ShutdownReason};
 use announcing::Announcing;
 pub use beginning::{run, run_after_exec, would_go_on};
+pub use inherit::begin_machine;
 use clock::Clock;
 use dirty_rate::DirtyRate;
 use event::{Event, Events};

@@ -11,6 +11,7 @@
 //! Building makes everything there is, with the vCPUs parked. A machine for an incoming migration is the same without the guest: its
 //! RAM is not touched until pages arrive, and loading its state needs no allocation in KVM.
 
+mod bare;
 mod boot;
 mod control;
 mod state;
@@ -24,13 +25,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
-use kvm_ioctls::{DeviceFd as KvmDevice, Kvm, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
+use kvm_ioctls::{DeviceFd as KvmDevice, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 use vmferry_devices::announce::Announce;
 use vmferry_devices::kvm::saved::VcpuV2;
 use vmferry_devices::kvm::{
-    ClockMove, DirtyLogMode, Kicker, KvmDirtyLog, KvmNotifier, KvmVcpu, MemorySlots, VcpuProfile,
+    ClockMove, DirtyLogMode, KvmDirtyLog, KvmNotifier, MemorySlots, VcpuProfile,
     install_kick_handler, restore_clock, restore_irqchip, save_clock, save_irqchip, tell_paused,
     vcpu_name,
 };
@@ -50,15 +51,15 @@ use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
 use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
+use bare::Bare;
 use control::Control;
 use vcpu_thread::{Board, Vcpu, run_throttle, run_vcpu};
 
+pub use bare::{Begun, HeadStart, Shape};
 pub use state::{MachineV1, WorkloadV1};
 
 /// Longest time to wait for the vCPUs to leave the guest. They need tens of microseconds; a host that takes longer is not scheduling.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// How often KVM is asked for a VM while something comes in between.
-const CREATE_TRIES: u32 = 100;
 
 /// There where KVM is kvm-pvm, which runs the user mode of guests and emulates the rest.
 const EMULATES_KERNELS: &str = "/sys/module/kvm_pvm";
@@ -140,26 +141,43 @@ impl KvmMachine {
                 config.mem_bytes
             )));
         }
+        let bare = Bare::make(Shape::of(config), ram, options.dirty_log)?;
+        Self::around(config, bare, options, backends, passed, events)
+    }
+
+    /// Like [`with_devices`](Self::with_devices), around what was begun before for a machine of this shape.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_head_start(
+        config: &MachineConfig,
+        begun: Begun,
+        backends: Vec<Box<dyn Backend>>,
+        passed: Passed,
+        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
+    ) -> Result<Self, MachineError> {
+        config.workload.check(config.mem_bytes, config.vcpus)?;
+        let options = KvmOptions::default();
+        Self::around(config, begun.0, &options, backends, passed, events)
+    }
+
+    fn around(
+        config: &MachineConfig,
+        bare: Bare,
+        options: &KvmOptions,
+        backends: Vec<Box<dyn Backend>>,
+        passed: Passed,
+        events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
+    ) -> Result<Self, MachineError> {
         install_kick_handler().map_err(host("install the signal handler"))?;
-        let kvm = Kvm::new().map_err(host("open /dev/kvm"))?;
-        let vm = Arc::new(create_vm(&kvm).map_err(host("KVM_CREATE_VM"))?);
-        let gpas: Vec<u64> = ram
-            .regions()
-            .iter()
-            .map(|region| region.start_addr().0)
-            .collect();
-        let slots = MemorySlots::new(vm.clone(), ram.blocks(), &gpas, options.dirty_log)
-            .map_err(host("give RAM to KVM"))?;
+        let Bare {
+            ram,
+            slots,
+            vm,
+            vcpus,
+            profile,
+        } = bare;
         let has_irqchip = config.linux.is_some();
-        if has_irqchip {
-            wires::make_platform(&vm)?;
-        }
-        let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
-        let profile = match vcpus.first() {
-            Some(first) => VcpuProfile::probe(&kvm, &vm, &first.lock(), has_irqchip)
-                .map_err(host("look at a vCPU's state"))?,
-            None => return Err(MachineError::Config("a machine without vCPUs".to_owned())),
-        };
         let vfio = VfioDevices::open(&config.vfio, passed, &ram, kvm_vfio(&vm, &config.vfio))?;
         let board = Arc::new(Board {
             control: Control::new(config.vcpus),
@@ -494,6 +512,10 @@ impl Machine for KvmMachine {
         notifiers
     }
 
+    fn shape(&self) -> Option<Shape> {
+        Some(Shape::of(&self.config))
+    }
+
     fn heirlooms(&self) -> io::Result<Vec<DeviceFd>> {
         let mut heirlooms = self.serial().heirlooms()?;
         heirlooms.extend(self.board.bus.heirlooms()?);
@@ -547,17 +569,6 @@ impl Drop for KvmMachine {
     }
 }
 
-/// Makes a VM. KVM gives up where it meets a signal, or work that io_uring has for this thread, and wants to be asked again.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
-    for _ in 0..CREATE_TRIES {
-        match kvm.create_vm() {
-            Err(error) if error.errno() == libc::EINTR => {}
-            answer => return answer,
-        }
-    }
-    kvm.create_vm()
-}
-
 /// KVM's own view of VFIO: some drivers must know which VM uses their device. Most need none.
 fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<KvmDevice> {
     if devices.is_empty() {
@@ -575,23 +586,6 @@ fn kvm_vfio(vm: &VmFd, devices: &[VfioConfig]) -> Option<KvmDevice> {
             None
         }
     }
-}
-
-fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u32) -> Result<Vec<Vcpu>, MachineError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(host("KVM_GET_SUPPORTED_CPUID"))?;
-    (0..count)
-        .map(|number| {
-            let kvm = KvmVcpu::new(vm, number, &supported).map_err(host("make a vCPU"))?;
-            let kicker = Kicker::new(vm, kvm.fd()).map_err(host("map a vCPU's shared page"))?;
-            Ok(Vcpu {
-                kvm: Mutex::new(kvm),
-                kicker,
-                rest_due: AtomicBool::new(false),
-            })
-        })
-        .collect()
 }
 
 /// Names what was asked of the host in its error.

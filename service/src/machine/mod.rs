@@ -31,6 +31,7 @@ use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};
 
 use heirloom::DeviceFd;
+use kvm::{HeadStart, KvmMachine, KvmOptions, Shape};
 use ram::MachineRam;
 use serial::SERIAL;
 use vfio::Passed;
@@ -110,6 +111,8 @@ pub struct Given {
     pub early: Vec<DeviceFd>,
     /// What is said of the descriptors of its devices, which come later.
     pub devices: Vec<FdEntry>,
+    /// Of a machine on KVM around this memory, if it was begun.
+    pub head_start: Option<HeadStart>,
 }
 
 impl MachineConfig {
@@ -221,12 +224,22 @@ pub fn build(
             }
         },
     };
+    let mut begun = None;
     let (ram, promised, passed) = match given {
-        Some(given) => (
-            MachineRam::from_files(config.mem_bytes, given.ram)?,
-            Some((given.before, given.devices)),
-            Passed::From(given.before, given.early),
-        ),
+        Some(given) => {
+            let fits = |begun: &HeadStart| !soft && begun.fits(Shape::of(config));
+            begun = given
+                .head_start
+                .filter(fits)
+                .map(HeadStart::finish)
+                .transpose()?;
+            let ram = match &begun {
+                Some(begun) => begun.ram().clone(),
+                None => MachineRam::from_files(config.mem_bytes, given.ram)?,
+            };
+            let passed = Passed::From(given.before, given.early);
+            (ram, Some((given.before, given.devices)), passed)
+        }
         None => {
             let (bytes, backing) = (config.mem_bytes, &config.backing);
             let ram = MachineRam::with_backing(bytes, backing, config.incoming)?;
@@ -241,16 +254,17 @@ pub fn build(
     if let Some((_, promised)) = &promised {
         config.serial = serial::output::inherited(SERIAL, &config.serial, promised);
     }
-    Ok(if soft {
-        Arc::new(soft::SoftMachine::with_devices(
-            config, ram, backends, passed, events,
-        )?)
-    } else {
-        let options = kvm::KvmOptions::default();
-        Arc::new(kvm::KvmMachine::with_devices(
-            &config, ram, &options, backends, passed, events,
-        )?)
-    })
+    if soft {
+        let machine = soft::SoftMachine::with_devices(config, ram, backends, passed, events)?;
+        return Ok(Arc::new(machine));
+    }
+    Ok(Arc::new(match begun {
+        Some(begun) => KvmMachine::with_head_start(&config, begun, backends, passed, events)?,
+        None => {
+            let options = KvmOptions::default();
+            KvmMachine::with_devices(&config, ram, &options, backends, passed, events)?
+        }
+    }))
 }
 
 /// What the engine needs of a VM. All calls may block for milliseconds and come from one thread at a time, except
@@ -329,6 +343,11 @@ pub trait Machine: Send + Sync {
     /// The network interfaces, which announce the guest after it has moved here. A machine without any has nothing to announce.
     fn announcers(&self) -> Vec<Arc<dyn Announce>> {
         Vec::new()
+    }
+
+    /// Of a machine on KVM, what of one like it can be begun before all is known.
+    fn shape(&self) -> Option<Shape> {
+        None
     }
 
     /// Copies of what a process that takes the guest over in place must have of the devices.

@@ -5,6 +5,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::call::GUEST_RUNS;
+use crate::machine::kvm::Shape;
 use crate::qmp::schema::BlackoutInfo;
 
 /// The old program's account. Unknown members are of later versions, missing ones are 0.
@@ -21,6 +22,9 @@ pub struct Account {
     pub clears_up: i32,
     /// Longest time in which the guest could not write before it was stopped, if it tells.
     pub guest_stall_us: Option<u64>,
+    /// What of the machine the next program can begin at once, if it is one on KVM. It need not be true: whoever builds the machine looks
+    /// whether it fits.
+    pub machine: Option<Shape>,
 }
 
 impl Account {
@@ -119,6 +123,11 @@ mod tests {
             blackout,
             clears_up: 0,
             guest_stall_us: Some(9),
+            machine: Some(Shape {
+                mem_bytes: 1 << 30,
+                vcpus: 2,
+                irqchip: true,
+            }),
         };
         assert_eq!(Account::decode(&account.encode()), account);
         let whole = account.whole(Times {

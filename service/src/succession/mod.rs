@@ -30,6 +30,7 @@ use vmferry_cpr::envelope;
 use vmferry_cpr::letter::{Leg, Letter, NUMBER_MIN};
 use vmferry_cpr::table::FdTable;
 
+use crate::machine::kvm::HeadStart;
 use crate::observe::logging;
 
 pub use account::Account;
@@ -80,6 +81,8 @@ pub struct Inheritance {
     pub began_us: u64,
     /// How to become the old program again; nothing on the way back.
     pub way_back: Option<WayBack>,
+    /// The machine, as far as it was begun.
+    pub head_start: Option<HeadStart>,
 }
 
 /// Takes what the program before has left, if there was one: to be called first of all, while this process has one thread. The variable
@@ -125,6 +128,7 @@ pub fn take() -> anyhow::Result<Option<Inheritance>> {
         table,
         began_us,
         way_back,
+        head_start: None,
     }))
 }
 

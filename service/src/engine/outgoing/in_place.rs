@@ -65,6 +65,7 @@ impl Outgoing {
             blackout: blackout(self.core.blackout_so_far(now)),
             guest_stall_us: self.guest_stall_us,
             clears_up: 0,
+            machine: self.machine.shape(),
         };
         let failed = successor.become_it(&account);
         self.core.handle_frame(self.clock.now(), failed);

@@ -1,7 +1,7 @@
 //! Who may run: stops, parks and starts the vCPU threads.
 //!
 //! One mutex holds what is wanted and how many threads are parked. A thread leaves its parking place only after it has seen, under
-//! the mutex, that running is wanted; it clears its kick there too. A pause sets what is wanted, then kicks, so a thread that has not
+//! the mutex, that running is wanted; it clears its kick there too. One that has not begun to run is as good as parked. A pause sets what is wanted, then kicks, so a thread that has not
 //! entered the guest yet is turned back at the entry, and none is missed. All threads are kicked before any is waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +40,8 @@ pub(super) struct Control {
 struct State {
     wanted: Wanted,
     threads: u32,
+    /// Threads that have not begun yet. They count as parked: nobody leads into the guest but through the parking place.
+    unborn: u32,
     parked: u32,
     /// Why the guest has ended, if it has.
     ended: Option<String>,
@@ -54,6 +56,7 @@ impl Control {
             state: Mutex::new(State {
                 wanted: Wanted::Stop,
                 threads,
+                unborn: threads,
                 parked: 0,
                 ended: None,
                 throttle_percent: 0,
@@ -66,6 +69,12 @@ impl Control {
     /// Whether the calling vCPU thread shall leave the guest and park.
     pub(super) fn stop_wanted(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
+    }
+
+    /// The calling thread begins, and parks next.
+    pub(super) fn born(&self) {
+        let mut state = self.lock();
+        state.unborn = state.unborn.saturating_sub(1);
     }
 
     /// Parks the calling thread until it shall run or end. `unkick` is called before it is let go, while no pause can come between.
@@ -232,7 +241,7 @@ impl Control {
             return false;
         };
         let mut state = self.lock();
-        while state.parked < state.threads {
+        while state.parked + state.unborn < state.threads {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;

@@ -116,6 +116,7 @@ pub(super) fn run_vcpu(board: &Board, number: usize) {
         );
     }
     let vcpu = &board.vcpus[number];
+    board.control.born();
     while board.control.park(|| vcpu.kicker.clear()) == Woken::Run {
         let left = {
             let mut kvm = vcpu.lock();

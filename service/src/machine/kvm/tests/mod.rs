@@ -16,6 +16,8 @@ mod moves;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
+use kvm_ioctls::Kvm;
+
 use super::*;
 use crate::machine::SerialSink;
 use crate::machine::ram::RamBacking;

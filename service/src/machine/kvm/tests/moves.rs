@@ -1,5 +1,7 @@
 //! State that moves to another machine, and state that is refused.
 
+use vm_memory::GuestMemoryRegion;
+
 use super::*;
 
 /// Copies all RAM that exists from one machine to another, as a migration does.
@@ -53,6 +55,50 @@ fn state_moves_to_a_second_vm_and_back_and_the_guest_notices_nothing() {
         assert_eq!((after.errors, after.first_error_gpa), (0, None));
         source = target;
     }
+}
+
+#[test]
+fn a_machine_that_was_begun_ahead_goes_on_like_any_other() {
+    need_kvm!();
+    let config = config(32 * MIB, 2, 2 * MIB);
+    let source = machine(&config);
+    start(&source);
+    wait_until(&source, |now| now.passes >= 3);
+    let stopped = source.pause().unwrap();
+    let sections = source.save(&stopped).unwrap();
+    let files = source.ram.files().map(|file| file.try_clone().unwrap());
+    let begun = HeadStart::begin(Shape::of(&config), files.collect()).unwrap();
+    let larger = Shape {
+        mem_bytes: 64 * MIB,
+        ..Shape::of(&config)
+    };
+    assert!(begun.fits(source.shape().unwrap()) && !begun.fits(larger));
+    let target = KvmMachine::with_head_start(
+        &incoming(&config),
+        begun.finish().unwrap(),
+        Vec::new(),
+        Passed::FromHost,
+        Arc::new(|event| eprintln!("event: {event:?}")),
+    );
+    let target = target.unwrap();
+    let proof = target.pause().unwrap();
+    target.load(&proof, &sections).unwrap();
+    target.resume(proof).unwrap();
+    let after = passes_from_now(&target, 3);
+    assert_eq!((after.errors, after.first_error_gpa), (0, None));
+}
+
+#[test]
+fn what_makes_no_machine_is_not_begun_or_found_out_at_its_end() {
+    need_kvm!();
+    let shape = Shape::of(&config(32 * MIB, 1, 2 * MIB));
+    for vcpus in [0, layout::VCPUS_MAX + 1] {
+        let error = HeadStart::begin(Shape { vcpus, ..shape }, Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+    let begun = HeadStart::begin(shape, Vec::new()).unwrap();
+    let error = begun.finish().unwrap_err().to_string();
+    assert!(error.contains("0 files were given"), "{error}");
 }
 
 /// Bytes of memory behind the machine's RAM.
