@@ -61,6 +61,9 @@ pub use state::{MachineV1, WorkloadV1};
 /// Longest time to wait for the vCPUs to leave the guest. They need tens of microseconds; a host that takes longer is not scheduling.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// Fewer vCPUs are loaded sooner than a thread begins.
+const VCPUS_PER_LOADER: usize = 2;
+
 /// There where KVM is kvm-pvm, which runs the user mode of guests and emulates the rest.
 const EMULATES_KERNELS: &str = "/sys/module/kvm_pvm";
 
@@ -315,6 +318,38 @@ impl KvmMachine {
         Ok(())
     }
 
+    /// Loads the vCPUs: each takes a fraction of a millisecond, so many of them are shared out to as many threads as there are processors.
+    fn load_vcpus(&self, sections: &[&Section], clock: &ClockMove) -> Result<(), DeviceError> {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let share = sections.len().div_ceil(processors).max(VCPUS_PER_LOADER);
+        let (ours, theirs) = sections.split_at(share.min(sections.len()));
+        let (our_vcpus, their_vcpus) = self.board.vcpus.split_at(ours.len());
+        let load = |vcpus: &[Vcpu], sections: &[&Section]| {
+            let mut both = vcpus.iter().zip(sections);
+            both.try_for_each(|(vcpu, section)| self.load_vcpu(vcpu, section, clock))
+        };
+        let failed = |source| DeviceError::Kernel {
+            device: "vcpu".to_owned(),
+            op: "loading on another thread".to_owned(),
+            source,
+        };
+        thread::scope(|scope| {
+            let work = their_vcpus.chunks(share).zip(theirs.chunks(share));
+            let spawn = |(vcpus, sections)| {
+                thread::Builder::new()
+                    .name("vm-load".into())
+                    .spawn_scoped(scope, move || load(vcpus, sections))
+                    .map_err(failed)
+            };
+            let others = work.map(spawn).collect::<Result<Vec<_>, _>>()?;
+            let loaded = load(our_vcpus, ours);
+            let panicked = |_| failed(io::Error::other("the thread has panicked"));
+            let mut ended = others.into_iter().map(|it| it.join().map_err(panicked)?);
+            let others_loaded = ended.by_ref().fold(Ok(()), Result::and);
+            loaded.and(others_loaded)
+        })
+    }
+
     /// Loads one vCPU and reads it back: what the kernel dropped or changed is found here, before the source lets go of the guest.
     fn load_vcpu(
         &self,
@@ -466,9 +501,7 @@ impl Machine for KvmMachine {
         self.guest_loaded.store(false, Ordering::SeqCst);
         let workload = state::load_machine(machine, self.config.mem_bytes, self.config.vcpus)?;
         let clock = restore_clock(&self.vm, clock)?;
-        for (vcpu, section) in self.board.vcpus.iter().zip(vcpus) {
-            self.load_vcpu(vcpu, section, &clock)?;
-        }
+        self.load_vcpus(vcpus, &clock)?;
         self.board
             .serial
             .lock()
