@@ -77,7 +77,10 @@ pub fn unseal(name: &str, file: impl AsFd, max: usize) -> Result<Vec<u8>, CprErr
         .try_clone_to_owned()
         .map_err(|error| CprError::host(format!("duplicating {name:?}"), error))?;
     let mut copy = File::from(copy);
-    let mut bytes = Vec::new();
+    let length = copy.metadata().map_or(0, |file| file.len());
+    // All in one read.
+    let length = usize::try_from(length).unwrap_or(max).min(max);
+    let mut bytes = Vec::with_capacity(length + 1);
     std::io::Seek::rewind(&mut copy)
         .and_then(|()| { &mut copy }.take(max as u64 + 1).read_to_end(&mut bytes))
         .map_err(|error| CprError::host(format!("reading {name:?}"), error))?;

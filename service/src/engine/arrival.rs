@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vmferry_cpr::{CprError, envelope};
 use vmferry_devices::notifier::Mode;
 use vmferry_transport::control::Address;
 use vmferry_transport::proto::{
     MigrationStatus, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
-use vmferry_transport::streams::Inlet;
+use vmferry_transport::streams::{Inlet, REPLAY_BYTES_MAX, Replay};
 use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, OriginId, TargetEvent};
@@ -57,13 +58,24 @@ impl Engine {
         let first = OriginId(self.listened << 32);
         self.listened += 1;
         let address: Address = format!("exec:{}", std::process::id()).parse()?;
-        let inlet = Inlet::of_file("what the old program has left", archive, 0)?;
-        let origin = Origin::archive(inlet, first, &self.deadlines, &self.events)?;
+        let max = usize::try_from(REPLAY_BYTES_MAX).unwrap_or(usize::MAX);
+        let name = "what the old program has left";
         let config = self.target_config(Some(id));
-        let (machine, events) = (self.machine.clone(), self.events.clone());
-        self.incoming = Some(Incoming::start(
-            &address, origin, first, config, machine, self.clock, events,
-        ));
+        let (machine, clock, events) = (self.machine.clone(), self.clock, self.events.clone());
+        self.incoming = Some(match envelope::unseal(name, &archive, max) {
+            Ok(bytes) => {
+                let replay = Replay::new(&bytes);
+                let replay = replay.map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
+                Incoming::replay(address, replay, first, config, machine, clock, events)
+            }
+            // Whoever wrapped the new program has passed it on in something else, such as a pipe.
+            Err(CprError::Descriptor { .. }) => {
+                let inlet = Inlet::of_file(name, archive, 0)?;
+                let origin = Origin::archive(inlet, first, &self.deadlines, &self.events)?;
+                Incoming::start(&address, origin, first, config, machine, clock, events)
+            }
+            Err(error) => return Err(error.into()),
+        });
         Ok(())
     }
 
@@ -221,7 +233,7 @@ impl Engine {
                 }
             }
             IncomingAction::Prepare => {
-                if let Some(incoming) = &self.incoming {
+                if let Some(incoming) = &mut self.incoming {
                     incoming.begin_load(&self.jobs);
                 }
             }

@@ -1,5 +1,7 @@
 //! Drives the target core: listens, takes connections in, receives into guest memory, loads state, starts the guest.
 
+mod replay;
+
 use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
@@ -17,6 +19,7 @@ use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
     Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
+use vmferry_transport::streams::Replay;
 use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
 use vmferry_transport::wire::frame::{AbortCode, SourceFrame, TargetFrame, Verification};
@@ -89,6 +92,8 @@ enum Peer {
     /// Not judged by the core yet: may become a control link or a data socket.
     New(Stream),
     Control(ControlLink),
+    /// No connection at all: an archive that answers by itself.
+    Replay(Box<Replay>),
 }
 
 impl fmt::Debug for Incoming {
@@ -112,7 +117,7 @@ impl Incoming {
         events: Events,
     ) -> Self {
         let arrivals = Arrivals::default();
-        let (deadlines, in_place) = (config.deadlines, config.in_place.is_some());
+        let deadlines = config.deadlines;
         let acceptor = Acceptor::new(first.0, deadlines, events.clone(), arrivals.clone());
         let (local, acceptor, stand_in) = match origin {
             Origin::Network(listener) => {
@@ -124,17 +129,35 @@ impl Incoming {
                 (address.clone(), runtime::spawn(task), Some(stand_in))
             }
         };
+        let mut this = Self::new(local, first, config, machine, clock, events);
+        this.arrivals = arrivals;
+        this.acceptor = Some(acceptor);
+        this.from_archive = matches!(stand_in, Some(StandIn::Loader(_)));
+        this.stand_in = stand_in;
+        this
+    }
+
+    /// One to which nobody can connect.
+    fn new(
+        address: Address,
+        origin: OriginId,
+        config: TargetConfig,
+        machine: Arc<dyn Machine>,
+        clock: Clock,
+        events: Events,
+    ) -> Self {
+        let in_place = config.in_place.is_some();
         Self {
             core: Target::new(config),
             machine,
             clock,
             events,
-            arrivals,
-            address: local,
-            acceptor: Some(acceptor),
-            from_archive: matches!(stand_in, Some(StandIn::Loader(_))),
-            stand_in,
-            origin: first,
+            arrivals: Arrivals::default(),
+            address,
+            acceptor: None,
+            from_archive: false,
+            stand_in: None,
+            origin,
             links: HashMap::new(),
             data: Vec::new(),
             receiver: None,
@@ -227,6 +250,7 @@ impl Incoming {
             match peer {
                 Peer::New(stream) => stream.shutdown(),
                 Peer::Control(link) => link.shut(),
+                Peer::Replay(_) => {}
             }
         }
         if let Some(control) = self.core.control() {
@@ -405,8 +429,12 @@ impl Incoming {
     }
 
     fn send(&mut self, connection: Connection, frame: &TargetFrame) {
-        match self.links.get(&connection) {
+        match self.links.get_mut(&connection) {
             Some(Peer::Control(link)) => link.send(frame.encode()),
+            Some(Peer::Replay(replay)) => {
+                let answer = replay.answer(frame);
+                self.replayed(connection, answer);
+            }
             // A refused data connection is told why before it is closed.
             Some(Peer::New(_)) => {
                 if let Some(Peer::New(stream)) = self.links.remove(&connection) {
@@ -440,15 +468,14 @@ impl Incoming {
     }
 
     /// Queues the job that readies the devices for their streams.
-    pub(super) fn begin_load(&self, jobs: &JobThread) {
+    pub(super) fn begin_load(&mut self, jobs: &JobThread) {
+        if self.in_place {
+            // They are what they are, and work in another process.
+            return self.prepare(Sinks::new());
+        }
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        let in_place = self.in_place;
         jobs.run(move || {
-            let begun = match in_place {
-                // They are what they are, and work in another process.
-                true => Ok(Sinks::new()),
-                false => passthrough::begin_load(machine.as_ref()),
-            };
+            let begun = passthrough::begin_load(machine.as_ref());
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::LoadBegun(begun)));
         });
@@ -649,5 +676,6 @@ async fn close(peer: Peer) {
     match peer {
         Peer::New(stream) => stream.shutdown(),
         Peer::Control(link) => link.close().await,
+        Peer::Replay(_) => {}
     }
 }

@@ -138,7 +138,11 @@ impl Load {
         };
         self.replay(target, data)?;
         match target.hear()? {
-            TargetFrame::Ready(ready) => self.check(&ready, verify)?,
+            TargetFrame::Ready(ready) => {
+                if verify {
+                    check(&ready, self.end.as_ref())?;
+                }
+            }
             other => return Err(unexpected(&other)),
         }
         target.say(&SourceFrame::Commit)?;
@@ -211,36 +215,31 @@ impl Load {
         // A target that gives up closes the connection, and says why on the other.
         written.map_err(|_| target.last_word())
     }
+}
 
-    /// What a source compares before it gives its guest away.
-    fn check(&self, ready: &Ready, verify: bool) -> Result<(), StreamFault> {
-        if !verify {
-            return Ok(());
-        }
-        let wrong = |text: String| Err(StreamFault::Refused(text));
-        let Some(found) = &ready.verification else {
-            return wrong(
-                "it was not verified although that was asked for when it was saved".into(),
-            );
-        };
-        let saved = self.end.and_then(|end| end.ram_hash);
-        if saved != Some(found.ram_hash) {
-            let saved = saved.unwrap_or(0);
-            let text = format!(
-                "RAM hash is {saved:032x} in the archive and {:032x} after loading",
-                found.ram_hash
-            );
-            return wrong(text);
-        }
-        if !found.state_differences.is_empty() {
-            let text = format!(
-                "device state reads back differently: {}",
-                found.state_differences
-            );
-            return wrong(text);
-        }
-        Ok(())
+/// What a source compares before it gives its guest away, if that was asked for.
+pub(super) fn check(ready: &Ready, end: Option<&StateEnd>) -> Result<(), StreamFault> {
+    let wrong = |text: String| Err(StreamFault::Refused(text));
+    let Some(found) = &ready.verification else {
+        return wrong("it was not verified although that was asked for when it was saved".into());
+    };
+    let saved = end.and_then(|end| end.ram_hash);
+    if saved != Some(found.ram_hash) {
+        let saved = saved.unwrap_or(0);
+        let text = format!(
+            "RAM hash is {saved:032x} in the archive and {:032x} after loading",
+            found.ram_hash
+        );
+        return wrong(text);
     }
+    if !found.state_differences.is_empty() {
+        let text = format!(
+            "device state reads back differently: {}",
+            found.state_differences
+        );
+        return wrong(text);
+    }
+    Ok(())
 }
 
 /// Introduces the archive to the target; the data connection unless memory stays in place.
@@ -361,6 +360,6 @@ fn listen(
     }
 }
 
-fn unexpected(frame: &TargetFrame) -> StreamFault {
+pub(super) fn unexpected(frame: &TargetFrame) -> StreamFault {
     StreamFault::Refused(format!("unexpected answer of the target: {frame:?}"))
 }

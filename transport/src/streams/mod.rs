@@ -6,6 +6,7 @@
 //! ```text
 //!  source core <==socket pairs==> [`ArchiveWriter`] --> file, pipe, command          saving
 //!  target core <==socket pairs==> [`ArchiveLoader`] <-- file, pipe, command          loading
+//!  target core <----- calls ----> [`Replay`] <-- what an exec has left               loading
 //!  either core <==socket pairs==> [`Mux`] <--one socket--> [`Mux`] of the other side
 //! ```
 //!
@@ -21,6 +22,7 @@ mod interrupt;
 mod loader;
 mod mux;
 mod outlet;
+mod replay;
 mod writer;
 
 #[cfg(test)]
@@ -38,6 +40,7 @@ pub use self::inlet::Inlet;
 pub use self::loader::ArchiveLoader;
 pub use self::mux::{Mux, is_shared};
 pub use self::outlet::Outlet;
+pub use self::replay::{REPLAY_BYTES_MAX, Replay};
 pub use self::writer::ArchiveWriter;
 
 /// A file, pipe or command cannot be used. The text names it.
