@@ -59,7 +59,10 @@ pub(super) struct RunArgs {
     blks: Vec<BlkConfig>,
     /// A network interface for the guest, on a tap that this process may open; the kernel moves its packets where it has vhost-net, or this
     /// process. More than once for several
-    #[arg(long = "net", value_name = "tap=NAME[,vhost=on|off][,mac=MAC][,id=NAME]")]
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME[,vhost=on|off][,mac=MAC][,id=NAME]"
+    )]
     nets: Vec<NetConfig>,
     /// A VFIO device of the host for the guest, by its folder in sysfs, such as /sys/bus/mdev/devices/UUID. More than once for several
     #[arg(long, value_name = "PATH[,id=NAME]")]
@@ -527,7 +530,10 @@ mod tests {
             ("--mem 1G --qmp q --disk a,rw", "id=NAME or ro"),
             ("--mem 1G --qmp q --vfio a,ro", "only id=NAME"),
             ("--mem 1G --qmp q --blk a.raw", "vhost-user:PATH"),
-            ("--mem 1G --qmp q --net tap=a,vhost=1", "vhost=off this process"),
+            (
+                "--mem 1G --qmp q --net tap=a,vhost=1",
+                "vhost=off this process",
+            ),
             ("--mem 1G --qmp q --vfio a --vfio a,id=b", "there twice"),
             ("--mem 1G --qmp q --disk a,id=x --disk b,id=x", "two disks"),
             (
