@@ -2,9 +2,9 @@
 //!
 //! A packet waits in the tap until the driver has room for it: what was not read is there for whoever serves the guest next, in this
 //! process or another. The length of a packet is known only when it has been read. One that turns out to be longer than the room is kept
-//! ([`Packets::kept`]) and goes first, also after a stop and a start. Longer than what is usual are packets of networks with large frames
-//! only, and of those the thread learns how long they are: it waits for room for the longest so far. So nothing is kept across a move, but
-//! for the first large one that meets a short ring at that moment; the network lost that one, as it may any.
+//! and goes first, also after a stop and a start. Longer than what is usual are packets of networks with large frames only, and of those the
+//! thread learns how long they are: it waits for room for the longest so far. So nothing is kept across a move, but for the first large one
+//! that meets a short ring at that moment; the network lost that one, as it may any.
 //!
 //! Offloads are off on the tap and not offered to the driver, so that every header is empty.
 
