@@ -85,6 +85,15 @@ impl Holdings {
         assert_eq!(now.counted(), self.counted(), "left: now, right: before");
     }
 
+    /// Whether there is no more of anything than in `other`, memory apart.
+    pub(crate) fn is_within(&self, other: &Self) -> bool {
+        let within = |ours: &BTreeMap<String, usize>, theirs: &BTreeMap<String, usize>| {
+            let of_theirs = |kind| theirs.get(kind).copied().unwrap_or(0);
+            ours.iter().all(|(kind, count)| *count <= of_theirs(kind))
+        };
+        within(&self.fds, &other.fds) && within(&self.threads, &other.threads)
+    }
+
     /// Without memory, for comparing with `==`.
     pub(crate) fn counted(&self) -> Self {
         Self {
