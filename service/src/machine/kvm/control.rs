@@ -1,8 +1,9 @@
 //! Who may run: stops, parks and starts the vCPU threads.
 //!
 //! One mutex holds what is wanted and how many threads are parked. A thread leaves its parking place only after it has seen, under
-//! the mutex, that running is wanted; it clears its kick there too. One that has not begun to run is as good as parked. A pause sets what is wanted, then kicks, so a thread that has not
-//! entered the guest yet is turned back at the entry, and none is missed. All threads are kicked before any is waited for.
+//! the mutex, that running is wanted; it clears its kick there too. One that has not begun to run is as good as parked. A pause sets what
+//! is wanted, then kicks, so a thread that has not entered the guest yet is turned back at the entry, and none is missed. All threads are
+//! kicked before any is waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
