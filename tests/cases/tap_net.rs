@@ -317,6 +317,30 @@ fn what_nobody_has_room_for_waits_in_the_tap_and_the_device_sleeps() {
 }
 
 #[test]
+fn no_packet_is_taken_off_the_tap_or_sent_before_the_guest_runs() {
+    let (side, network) = Side::fresh();
+    let mut guest = Guest::new(&side);
+    side.set_up(&guest, 0);
+    side.bus.stop().unwrap();
+    guest.offer(0, 2048);
+    network.send(7, 100);
+    guest.send(&side, 0, 8);
+    for _ in 0..20 {
+        side.bus.prepare().unwrap();
+        side.kick();
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!((guest.take(&side), network.heard()), (None, None));
+        side.bus.stand_down();
+    }
+    assert_eq!((guest.take(&side), network.heard()), (None, None));
+    side.bus.start().unwrap();
+    let (_, packet) = until("the packet to the guest", || guest.take(&side));
+    assert_eq!(packet[HEADER..], frame(7, 100));
+    let packet = until("the packet from the guest", || network.heard());
+    assert_eq!(packet[HEADER..], frame(8, 100));
+}
+
+#[test]
 fn a_packet_fills_as_many_chains_as_it_needs_and_waits_for_them_across_a_stop() {
     let (side, network) = Side::fresh();
     let mut guest = Guest::new(&side);

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | [`own`](VhostDevice::own) | SET_OWNER |
 //! | [`take_back`](VhostDevice::take_back) | SET_OWNER; of a network device that has a dead owner, on a new descriptor |
-//! | [`start`](VhostDevice::start) | SET_OWNER if need be, SET_FEATURES, SET_MEM_TABLE, SET_LOG_BASE and F_LOG_ALL if a log runs; for each ring SET_VRING_NUM, BASE, ADDR, CALL, KICK; then it goes |
+//! | [`prepare`](VhostDevice::prepare) | SET_OWNER if need be, SET_FEATURES, SET_MEM_TABLE, SET_LOG_BASE and F_LOG_ALL if a log runs; for each ring SET_VRING_NUM, BASE, ADDR, CALL, KICK |
+//! | [`go`](VhostDevice::go) | it works: NET_SET_BACKEND, VSOCK_SET_RUNNING or, of vDPA, SET_VRING_ENABLE and SET_STATUS |
 //! | [`stop`](VhostDevice::stop) | stands still; for each ring GET_VRING_BASE |
 //! | [`release`](VhostDevice::release) | RESET_OWNER, which forgets all of the above |
 //!
@@ -285,17 +286,38 @@ impl VhostDevice {
         }
     }
 
-    /// Sets the back end up and lets it work on the rings, from their bases on. Harmless if it does. Both sides of each ring are woken:
-    /// events do not move, and one that was under way is lost.
+    /// [`prepare`](Self::prepare) and [`go`](Self::go).
     ///
     /// # Errors
-    /// The kernel's answer, or what is wrong with the rings. The device stands then.
+    /// As these.
     pub fn start(&mut self) -> Result<(), DeviceError> {
+        self.prepare()?;
+        self.go()
+    }
+
+    /// Tells the back end all that it must know to work on the rings, from their bases on. It does nothing yet: neither rings nor packets
+    /// are touched. Harmless if it works already.
+    ///
+    /// # Errors
+    /// The kernel's answer, or what is wrong with the rings.
+    pub fn prepare(&mut self) -> Result<(), DeviceError> {
         if self.running {
             return Ok(());
         }
         self.own()?;
-        let started = self.set_up().and_then(|()| self.go()).and_then(|()| {
+        self.set_up()
+    }
+
+    /// Lets the back end work on what it was prepared for. Harmless if it does. Both sides of each ring are woken: events do not move, and
+    /// one that was under way is lost.
+    ///
+    /// # Errors
+    /// The kernel's answer. The device stands then.
+    pub fn go(&mut self) -> Result<(), DeviceError> {
+        if self.running {
+            return Ok(());
+        }
+        let started = self.begin().and_then(|()| {
             let woken = self.queues.iter().try_for_each(Queue::wake);
             self.answered("waking it", woken)
         });
@@ -436,7 +458,7 @@ impl VhostDevice {
         Ok(())
     }
 
-    fn go(&mut self) -> Result<(), DeviceError> {
+    fn begin(&self) -> Result<(), DeviceError> {
         match &self.kind {
             Kind::Net { tap } => {
                 for index in 0..self.ring_count() {

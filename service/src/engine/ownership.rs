@@ -7,11 +7,15 @@ use crate::machine::{Machine, MachineError, ResumeError};
 use super::guest::StoppedGuest;
 use super::passthrough;
 
-/// Activates the disks and, only if that worked, lets the devices work and the vCPUs run. The one way to start a guest: at the start of the process, on
-/// `cont`, after a migration that failed, and on arrival at a target. Blocks.
+/// Activates the disks and, only if that worked, lets the devices work and the vCPUs run. The one way to start a guest: at the start of the
+/// process, on `cont`, after a migration that failed, and on arrival at a target. Blocks.
+///
+/// Who is told that an arrived guest was not started has it go on from the state that was loaded here, in place on the same memory. So
+/// everything that can fail comes before the first thing that works for the guest: a virtio device that was a moment ahead would have served
+/// requests and packets that are served again. VFIO devices work before the vCPUs do, and whatever becomes of one, the guest is here.
 ///
 /// # Errors
-/// The guest is still stopped. The disks may be active: nobody else had them.
+/// The guest is still stopped, and nothing has touched its memory. The disks may be active: nobody else had them.
 pub(super) fn start_guest(
     machine: &dyn Machine,
     disks: &Disks,
@@ -22,16 +26,15 @@ pub(super) fn start_guest(
         let source = MachineError::Disk(error);
         return Err(ResumeError { proof, source });
     }
+    let prepared = machine.prepare(proof)?;
     if let Err(error) = passthrough::run(machine) {
+        // None of them works more than it did.
+        let proof = machine.stand_down(prepared);
         let source = MachineError::Device(error);
         return Err(ResumeError { proof, source });
     }
-    machine.resume(proof).inspect_err(|_| {
-        if let Err(error) = passthrough::pause(machine) {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "a device of the stopped guest works on");
-        }
-    })
+    machine.go(prepared);
+    Ok(())
 }
 
 /// Stops the guest: its vCPUs, then its devices. Blocks.

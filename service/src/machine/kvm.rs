@@ -50,7 +50,10 @@ use super::vfio::{Passed, VfioConfig, VfioDevices};
 use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadConfig, WorkloadStats, stats};
-use super::{Accel, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped};
+use super::{
+    Accel, Machine, MachineConfig, MachineError, MachineEvent, NO_GUEST, Prepared, ResumeError,
+    VcpusStopped,
+};
 use bare::Bare;
 use control::Control;
 use vcpu_thread::{Board, Vcpu, run_throttle, run_vcpu};
@@ -418,41 +421,45 @@ impl Machine for KvmMachine {
                 ),
             }
         };
-        if let Err(error) = self.board.bus.start() {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "a device does not work any more");
-        }
+        self.board.bus.work_again();
         // Whoever has parked goes on; a guest that has ended stays where it is.
         let _ = self.board.control.run_all();
         Err(error)
     }
 
-    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
-        if !self.guest_loaded.load(Ordering::SeqCst) {
-            let source = MachineError::Config("no guest has been loaded yet".to_owned());
-            return Err(ResumeError { proof, source });
+    fn prepare(&self, proof: VcpusStopped) -> Result<Prepared, ResumeError> {
+        let ready = match self.guest_loaded.load(Ordering::SeqCst) {
+            true => self.board.control.may_run().map_err(MachineError::Ended),
+            false => Err(MachineError::Config(NO_GUEST.to_owned())),
+        };
+        match ready.and_then(|()| self.board.bus.prepare()) {
+            Ok(()) => Ok(Prepared(proof)),
+            Err(source) => Err(ResumeError { proof, source }),
         }
+    }
+
+    fn go(&self, _prepared: Prepared) {
         for vcpu in &self.board.vcpus {
             if let Err(error) = tell_paused(vcpu.lock().fd()) {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, "the guest may take the pause for a hang");
             }
         }
-        if let Err(source) = self.board.bus.start() {
-            return Err(ResumeError { proof, source });
-        }
         let serial = self.serial();
         serial.raise();
         serial.go_on();
         drop(serial);
         tracing::debug!("vCPUs are let go");
-        self.board.control.run_all().map_err(|why| {
-            let source = match self.board.bus.stop() {
-                Ok(()) => MachineError::Ended(why),
-                Err(error) => error,
-            };
-            ResumeError { proof, source }
-        })
+        match self.board.control.run_all() {
+            Ok(()) => self.board.bus.open(),
+            // Only a vCPU that runs could have ended it since it was asked. The devices wait, and a pause finds them so.
+            Err(why) => tracing::error!(why, "the guest has ended"),
+        }
+    }
+
+    fn stand_down(&self, prepared: Prepared) -> VcpusStopped {
+        self.board.bus.stand_down();
+        prepared.0
     }
 
     fn throttle(&self, percent: u8) {

@@ -138,9 +138,12 @@ pub enum SerialSink {
     Inherited,
 }
 
+/// Of a machine that waits for a guest.
+const NO_GUEST: &str = "no guest has been loaded yet";
+
 /// Proof that every vCPU thread has left the guest and will not enter it again.
 ///
-/// Made only by [`Machine::pause`]; not `Clone`. Ends in [`Machine::resume`], or is dropped: a dropped proof leaves the guest stopped
+/// Made only by [`Machine::pause`]; not `Clone`. Ends in [`Machine::prepare`], or is dropped: a dropped proof leaves the guest stopped
 /// for good, it never resumes anything.
 #[derive(Debug)]
 #[must_use = "resume the vCPUs with it; a dropped proof leaves the guest stopped"]
@@ -152,6 +155,12 @@ impl VcpusStopped {
         Self(())
     }
 }
+
+/// A stopped guest whose devices are ready for it to run. Made only by [`Machine::prepare`]. Dropping it leaves the guest stopped for good
+/// and the devices waiting.
+#[derive(Debug)]
+#[must_use = "let the guest go with it, or stand down"]
+pub struct Prepared(VcpusStopped);
 
 /// Something that happened in the machine without being asked for.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -295,11 +304,28 @@ pub trait Machine: Send + Sync {
     /// [`MachineError::Host`]; the vCPUs then run as before.
     fn pause(&self) -> Result<VcpusStopped, MachineError>;
 
-    /// Lets the vCPUs run.
+    /// Makes everything ready that can fail for the guest to run. Nothing is touched by it that belongs to the guest: whoever is told that it
+    /// did not start here may go on with the same memory from the state that was loaded here.
     ///
     /// # Errors
     /// The proof comes back with the reason: the guest has ended, or the host refused.
-    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError>;
+    fn prepare(&self, proof: VcpusStopped) -> Result<Prepared, ResumeError>;
+
+    /// Lets the vCPUs run and the devices work. From here on the guest runs here and nowhere else, so this cannot fail. A device that does
+    /// not work all the same is broken as its driver sees it.
+    fn go(&self, prepared: Prepared);
+
+    /// The guest does not run after all: undoes [`prepare`](Self::prepare).
+    fn stand_down(&self, prepared: Prepared) -> VcpusStopped;
+
+    /// [`prepare`](Self::prepare) and [`go`](Self::go), for a guest without VFIO devices, or whose work already.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare).
+    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
+        self.go(self.prepare(proof)?);
+        Ok(())
+    }
 
     /// Keeps every vCPU from running for `percent` of the time, at most 99; 0 lets them run freely. Counts at once, also for a guest that
     /// is stopped and started later; never blocks, and never delays a [`pause`](Self::pause).

@@ -102,6 +102,8 @@ pub struct UserDevice {
     requests: Requests,
     session: Option<Session>,
     running: bool,
+    /// The back end knows all but that it is to begin.
+    prepared: bool,
     log: Option<Arc<LogPages>>,
     inflight: Option<Inflight>,
     inflight_queue_size: u16,
@@ -162,6 +164,7 @@ impl UserDevice {
             requests,
             session: Some(session),
             running: false,
+            prepared: false,
             log: None,
             inflight: None,
             inflight_queue_size: 0,
@@ -180,7 +183,7 @@ impl UserDevice {
     /// [`DeviceError::BadState`] if that was not offered.
     pub fn set_features(&mut self, features: u64) -> Result<(), DeviceError> {
         check_features(&self.name, features, self.offered())?;
-        self.features = features;
+        (self.features, self.prepared) = (features, false);
         Ok(())
     }
 
@@ -198,7 +201,7 @@ impl UserDevice {
     fn take_over(&mut self, state: VhostV1) -> Result<(), DeviceError> {
         let (features, rings) =
             state.check(&self.name, self.offered(), self.queues.len(), &self.memory)?;
-        self.features = features;
+        (self.features, self.prepared) = (features, false);
         for (queue, ring) in self.queues.iter_mut().zip(rings) {
             queue.ring = ring;
         }
@@ -207,6 +210,7 @@ impl UserDevice {
 
     /// Other events for the queues, one of each per queue. Counts from the next start on.
     pub fn set_events(&mut self, events: Vec<(EventFd, EventFd)>) {
+        self.prepared = false;
         for (queue, (kick, call)) in self.queues.iter_mut().zip(events) {
             (queue.kick, queue.call) = (kick, call);
         }
@@ -275,12 +279,21 @@ impl UserDevice {
         })
     }
 
-    /// Tells the back end all that it must know, and lets it work on the rings, from their bases on. Harmless if it does. Both sides of
-    /// each ring are woken: events do not move, and one that was under way is lost.
+    /// [`prepare`](Self::prepare) and [`go`](Self::go).
+    ///
+    /// # Errors
+    /// As these.
+    pub fn start(&mut self) -> Result<(), DeviceError> {
+        self.prepare()?;
+        self.go()
+    }
+
+    /// Tells the back end all that it must know to work on the rings, from their bases on, but not that anything waits there: its rings stay
+    /// stopped, and it touches nothing. Harmless if it works already.
     ///
     /// # Errors
     /// The back end's answer, or what is wrong with the rings. The device stands then.
-    pub fn start(&mut self) -> Result<(), DeviceError> {
+    pub fn prepare(&mut self) -> Result<(), DeviceError> {
         if self.running {
             return Ok(());
         }
@@ -291,7 +304,33 @@ impl UserDevice {
             }
         }
         self.tell_all()?;
-        self.running = true;
+        self.prepared = true;
+        Ok(())
+    }
+
+    /// Lets the back end work on what it was prepared for; one that has taken the place of that is prepared first. Harmless if it works.
+    /// Both sides of each ring are woken: events do not move, and one that was under way is lost.
+    ///
+    /// # Errors
+    /// The back end's answer. It is given up then, and the device counts as working with a back end that has died:
+    /// [`reconnect`](Self::reconnect).
+    pub fn go(&mut self) -> Result<(), DeviceError> {
+        if self.running {
+            return Ok(());
+        }
+        let ready = match self.prepared {
+            true => Ok(()),
+            false => self.prepare(),
+        };
+        let begun = ready.and_then(|()| self.tell_begin());
+        (self.prepared, self.running) = (false, true);
+        if begun.is_err() {
+            // Nobody knows how far it has come; whoever waits for its end sees one.
+            if let Some(session) = self.session.take() {
+                session.shut();
+            }
+            return begun;
+        }
         self.wake()
     }
 
@@ -315,6 +354,18 @@ impl UserDevice {
             let rings = self.queues.iter().enumerate();
             for (index, queue) in rings.filter(|(_, queue)| queue.ring.is_some()) {
                 self.tell_ring(session, index, queue)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// A back end begins with the event that says that something waits, enabled or not as it likes, so it is given that last.
+    fn tell_begin(&self) -> Result<(), DeviceError> {
+        self.ask("starting rings", |session| {
+            let rings = self.queues.iter().enumerate();
+            for (index, queue) in rings.filter(|(_, queue)| queue.ring.is_some()) {
+                session.ask(|frontend| frontend.set_vring_kick(index, &queue.kick))?;
+                session.ask(|frontend| frontend.set_vring_enable(index, true))?;
             }
             Ok(())
         })
@@ -358,9 +409,7 @@ impl UserDevice {
         session.ask(|frontend| frontend.set_vring_num(index, ring.size))?;
         session.ask(|frontend| frontend.set_vring_base(index, ring.base))?;
         self.tell_ring_address(session, index, ring)?;
-        session.ask(|frontend| frontend.set_vring_call(index, &queue.call))?;
-        session.ask(|frontend| frontend.set_vring_kick(index, &queue.kick))?;
-        session.ask(|frontend| frontend.set_vring_enable(index, true))
+        session.ask(|frontend| frontend.set_vring_call(index, &queue.call))
     }
 
     /// The back end knows memory by the names in the table, the log by addresses of the guest.
@@ -392,6 +441,7 @@ impl UserDevice {
     /// # Errors
     /// The back end's answer. If it has gone ([`is_alive`](Self::is_alive)), [`reconnect`](Self::reconnect) first.
     pub fn stop(&mut self) -> Result<(), DeviceError> {
+        self.prepared = false;
         if !self.running {
             return Ok(());
         }
@@ -445,6 +495,7 @@ impl UserDevice {
     /// says that this must not be: the device then stands, and works again when the guest's driver has set it up anew.
     pub fn reconnect(&mut self, lost: Lost) -> Result<(), DeviceError> {
         self.session = None;
+        self.prepared = false;
         let session = Session::connect(&self.path, self.queues.len())
             .map_err(|error| refused(&self.name, "connecting again", error))?;
         let missing = self.features & !session.offered;
@@ -473,7 +524,7 @@ impl UserDevice {
                 ),
             });
         }
-        let again = self.tell_all();
+        let again = self.tell_all().and_then(|()| self.tell_begin());
         // It is to work, whether or not this one does.
         self.running = true;
         if again.is_err() {

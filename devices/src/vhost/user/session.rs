@@ -192,6 +192,12 @@ impl Session {
         self.socket.as_fd()
     }
 
+    /// Ends the connection, whoever else has it.
+    pub(super) fn shut(&self) {
+        // It may have gone already.
+        let _gone_already = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
     /// Whether the back end is still there.
     pub(super) fn is_alive(&self) -> bool {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];

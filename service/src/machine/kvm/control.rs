@@ -50,6 +50,12 @@ struct State {
     throttle_percent: u8,
 }
 
+impl State {
+    fn may_run(&self) -> Result<(), String> {
+        self.ended.clone().map_or(Ok(()), Err)
+    }
+}
+
 impl Control {
     /// For `threads` vCPU threads, which shall not run yet.
     pub(super) fn new(threads: u32) -> Self {
@@ -162,15 +168,21 @@ impl Control {
         self.wait_all_parked(deadline)
     }
 
+    /// Whether [`run_all`](Self::run_all) would let the threads run. While all are parked the answer does not change.
+    ///
+    /// # Errors
+    /// Why the guest has ended, if it has.
+    pub(super) fn may_run(&self) -> Result<(), String> {
+        self.lock().may_run()
+    }
+
     /// Lets all threads run.
     ///
     /// # Errors
     /// Why the guest has ended, if it has.
     pub(super) fn run_all(&self) -> Result<(), String> {
         let mut state = self.lock();
-        if let Some(why) = &state.ended {
-            return Err(why.clone());
-        }
+        state.may_run()?;
         if state.wanted == Wanted::Stop {
             state.wanted = Wanted::Run;
             self.stop.store(false, Ordering::SeqCst);

@@ -47,6 +47,12 @@ struct Inner {
     event: Option<MachineEvent>,
 }
 
+impl Inner {
+    fn may_run(&self) -> Result<(), Ended> {
+        self.ended.clone().map_or(Ok(()), Err)
+    }
+}
+
 /// Where vCPU threads stop. Built with the command to stop and no vCPU parked.
 #[derive(Debug)]
 pub(super) struct Gate {
@@ -206,12 +212,15 @@ impl Gate {
         Err(ParkTimeout { running })
     }
 
+    /// Whether [`resume`](Self::resume) would let the vCPUs run. While all are parked the answer does not change.
+    pub(super) fn may_run(&self) -> Result<(), Ended> {
+        self.lock().may_run()
+    }
+
     /// Lets all vCPUs run, unless the guest has ended.
     pub(super) fn resume(&self) -> Result<(), Ended> {
         let mut inner = self.lock();
-        if let Some(ended) = &inner.ended {
-            return Err(ended.clone());
-        }
+        inner.may_run()?;
         self.command(&mut inner, Command::Run);
         Ok(())
     }

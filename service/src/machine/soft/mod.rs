@@ -42,9 +42,10 @@ use super::virtio::{Backend, Bus};
 use super::workload::loader::{self, LoadOptions};
 use super::workload::{WorkloadStats, stats};
 use super::{
-    Accel, EventSink, Machine, MachineConfig, MachineError, MachineEvent, ResumeError, VcpusStopped,
+    Accel, EventSink, Machine, MachineConfig, MachineError, MachineEvent, NO_GUEST, Prepared,
+    ResumeError, VcpusStopped,
 };
-use gate::{Gate, Leave, PARK_MAX};
+use gate::{Ended, Gate, Leave, PARK_MAX};
 use memory::VcpuMemory;
 use saved::{SoftMachineV1, SoftVcpuV1, load_registers, save_registers};
 use vcpu::{Registers, Stopped, Vcpu};
@@ -174,10 +175,7 @@ impl SoftMachine {
 
     /// A pause has failed half-way.
     fn run_again(&self) {
-        if let Err(error) = self.shared.bus.start() {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(error, "a device does not work any more");
-        }
+        self.shared.bus.work_again();
         // A guest that has ended stays where it is.
         let _ = self.shared.gate.resume();
     }
@@ -271,22 +269,30 @@ impl Machine for SoftMachine {
         Ok(VcpusStopped::assert_all_parked())
     }
 
-    fn resume(&self, proof: VcpusStopped) -> Result<(), ResumeError> {
-        if self.guest_memory().is_none() {
-            let source = MachineError::Config("no guest has been loaded yet".to_owned());
-            return Err(ResumeError { proof, source });
+    fn prepare(&self, proof: VcpusStopped) -> Result<Prepared, ResumeError> {
+        let may_run = || self.shared.gate.may_run();
+        let ready = match self.guest_memory() {
+            Some(_) => may_run().map_err(|ended| MachineError::Ended(ended.0)),
+            None => Err(MachineError::Config(NO_GUEST.to_owned())),
+        };
+        match ready.and_then(|()| self.shared.bus.prepare()) {
+            Ok(()) => Ok(Prepared(proof)),
+            Err(source) => Err(ResumeError { proof, source }),
         }
-        if let Err(source) = self.shared.bus.start() {
-            return Err(ResumeError { proof, source });
-        }
+    }
+
+    fn go(&self, _prepared: Prepared) {
         lock(&self.shared.serial).go_on();
-        self.shared.gate.resume().map_err(|ended| {
-            let source = match self.shared.bus.stop() {
-                Ok(()) => MachineError::Ended(ended.0),
-                Err(error) => error,
-            };
-            ResumeError { proof, source }
-        })
+        match self.shared.gate.resume() {
+            Ok(()) => self.shared.bus.open(),
+            // Only a vCPU that runs could have ended it since it was asked. The devices wait, and a pause finds them so.
+            Err(Ended(why)) => tracing::error!(why, "the guest has ended"),
+        }
+    }
+
+    fn stand_down(&self, prepared: Prepared) -> VcpusStopped {
+        self.shared.bus.stand_down();
+        prepared.0
     }
 
     fn throttle(&self, percent: u8) {

@@ -50,16 +50,23 @@ pub trait Backend: fmt::Debug + Send {
     /// Why not, for people.
     fn accept_config(&mut self, saved: &[u8]) -> Result<(), String>;
 
-    /// Begins to serve the queues from where `start` says. The guest may have been told of nothing meanwhile: the transport kicks
-    /// every queue and raises the interrupt once afterwards.
+    /// Makes all ready that it takes to serve the queues from where `start` says, and serves nothing: rings, buffers, storage and network
+    /// are untouched, because the guest may yet go on elsewhere from the state that was loaded here. Everything that can fail is done here.
     ///
     /// # Errors
-    /// The device then serves nothing, and holds nothing of `start`.
-    fn start(&mut self, start: Start) -> io::Result<()>;
+    /// The device holds nothing of `start` then.
+    fn prepare(&mut self, start: Start) -> io::Result<()>;
 
-    /// Ends that: on return nothing writes guest memory or storage any more, every request that was taken from a ring is in the used
-    /// ring or will be taken again by whoever starts from the bases returned, one for each queue that was started. Does nothing
-    /// harmful if not started.
+    /// Begins to serve what it was prepared for; the guest runs here. It may have been told of nothing meanwhile: the transport kicks every
+    /// queue and raises the interrupt once afterwards. Must be quick.
+    ///
+    /// # Errors
+    /// It cannot serve this driver, which is told to reset it. Only a back end that is not ours can still refuse.
+    fn open(&mut self) -> io::Result<()>;
+
+    /// Ends both: on return nothing writes guest memory or storage any more, every request that was taken from a ring is in the used
+    /// ring or will be taken again by whoever starts from the bases returned, one for each queue that was started. They are those of the
+    /// start for a device that was only prepared. Does nothing harmful if it was not even that.
     ///
     /// # Errors
     /// It could not be stopped in bounded time, and serves as before.

@@ -130,13 +130,20 @@ impl Backend for Blk {
         ))
     }
 
-    fn start(&mut self, start: Start) -> io::Result<()> {
+    fn prepare(&mut self, start: Start) -> io::Result<()> {
         let requests = Requests {
             disk: self.disk.clone(),
             bounce: vec![0; BOUNCE_BYTES],
             logged: 0,
         };
-        self.worker = Some(Worker::start(&self.name, start, requests)?);
+        self.worker = Some(Worker::prepare(&self.name, start, requests)?);
+        Ok(())
+    }
+
+    fn open(&mut self) -> io::Result<()> {
+        if let Some(worker) = &self.worker {
+            worker.open();
+        }
         Ok(())
     }
 
@@ -202,6 +209,8 @@ impl Serve for Requests {
     fn source(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    fn opened(&mut self) {}
 
     fn source_is_ready(&mut self) {}
 

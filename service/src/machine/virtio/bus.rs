@@ -153,30 +153,72 @@ impl Bus {
         Some((self.devices.get(slot)?, offset % WINDOW_BYTES))
     }
 
-    /// Lets all devices work whose drivers are ready. To be called before the vCPUs run, with all disks active.
+    /// Makes everything ready that can fail for all devices to work whose drivers are ready. None of them touches anything: the answer to
+    /// an error may be that the guest goes on elsewhere, from the state that was loaded here. To be called before the vCPUs run, with all
+    /// disks active.
     ///
     /// # Errors
-    /// The device that does not. None works then.
-    pub fn start(&self) -> Result<(), MachineError> {
+    /// The device that cannot work. None is ready then.
+    pub fn prepare(&self) -> Result<(), MachineError> {
         for device in &self.devices {
             let mut device = lock(device);
-            if let Err(source) = device.start() {
+            if let Err(source) = device.prepare() {
                 let op = format!("let {} work", device.backend().name());
                 drop(device);
-                if let Err(error) = self.stop() {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, "a device works while the guest is stopped");
-                }
+                self.stand_down();
                 return Err(MachineError::Host { op, source });
             }
         }
         Ok(())
     }
 
+    /// Lets all devices work that are ready. To be called when the vCPUs run: what they have to say meanwhile waits in events. It cannot
+    /// fail, because there is nobody left who could have the guest instead; a device that does not work after all is one that its driver
+    /// has to reset.
+    pub fn open(&self) {
+        for device in &self.devices {
+            lock(device).open();
+        }
+    }
+
+    /// [`prepare`](Self::prepare) and [`open`](Self::open), for whoever has no vCPUs to let go in between.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare).
+    pub fn start(&self) -> Result<(), MachineError> {
+        self.prepare()?;
+        self.open();
+        Ok(())
+    }
+
+    /// The opposite: those that are ready and do not work are so no more. None has touched anything, and each is where it was.
+    pub fn stand_down(&self) {
+        for device in &self.devices {
+            let mut device = lock(device);
+            if device.is_shut()
+                && let Err(error) = device.stop()
+            {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, device = device.backend().name(), "waits on");
+            }
+        }
+    }
+
+    /// A pause has failed half-way, and the guest goes on here with the devices that can.
+    pub fn work_again(&self) {
+        for device in &self.devices {
+            let mut device = lock(device);
+            if let Err(error) = device.prepare() {
+                device.cannot_work(&error);
+            }
+            device.open();
+        }
+    }
+
     /// Stops all devices. To be called after the vCPUs were stopped; on return no device writes memory or storage.
     ///
     /// # Errors
-    /// The device that goes on. Those before it are stopped; [`start`](Self::start) lets all work again.
+    /// The device that goes on. Those before it are stopped; [`work_again`](Self::work_again) lets all work again.
     pub fn stop(&self) -> Result<(), MachineError> {
         for device in &self.devices {
             let mut device = lock(device);

@@ -1,7 +1,7 @@
 //! Virtio devices behind virtio-mmio windows (version 2 of the transport).
 //!
 //! ```text
-//! vCPU exit --> Bus --> Transport (registers, queues; a mutex each) --> Backend: start, stop
+//! vCPU exit --> Bus --> Transport (registers, queues; a mutex each) --> Backend: prepare, open, stop
 //!                                                                        |  blk, tap_net: a worker thread in this process
 //!                                                                        |  others: the kernel, another process
 //!               guest RAM: rings and buffers <---------------------------+
@@ -16,7 +16,9 @@
 //!   process moves, which is done in [`packets`]
 //! - [`saved`]: saved state
 //!
-//! A device works only between `Machine::resume` and `Machine::pause`. A pause stops the vCPUs first and then every back end, which
+//! A device works only between `Machine::go` and `Machine::pause`. Before the first of them everything that can fail is made ready
+//! ([`Bus::prepare`]), with each device at a gate that it passes only when the guest runs here ([`Bus::open`]): as long as "not started" is
+//! still a possible answer, no device has touched a ring, a buffer or a packet. A pause stops the vCPUs first and then every back end, which
 //! hands back where it was in its rings; so nothing writes guest memory or an image afterwards. What a back end writes through
 //! vm-memory is in the dirty log by itself; one that writes past it brings its own log.
 //!

@@ -88,6 +88,10 @@ impl Serve for Mover {
         Some(self.tap.as_fd())
     }
 
+    fn opened(&mut self) {
+        lock(&self.packets).begin();
+    }
+
     fn source_is_ready(&mut self) {
         lock(&self.packets).readable = true;
     }

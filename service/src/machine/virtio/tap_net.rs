@@ -106,11 +106,16 @@ impl Backend for TapNet {
         self.card.accept_config(saved)
     }
 
-    fn start(&mut self, start: Start) -> io::Result<()> {
-        let packets = &self.wire()?.packets;
-        lock(packets).begin();
-        let mover = Mover::new(packets, start.features);
-        self.worker = Some(Worker::start(self.name(), start, mover)?);
+    fn prepare(&mut self, start: Start) -> io::Result<()> {
+        let mover = Mover::new(&self.wire()?.packets, start.features);
+        self.worker = Some(Worker::prepare(self.name(), start, mover)?);
+        Ok(())
+    }
+
+    fn open(&mut self) -> io::Result<()> {
+        if let Some(worker) = &self.worker {
+            worker.open();
+        }
         Ok(())
     }
 

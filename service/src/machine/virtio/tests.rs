@@ -1,5 +1,7 @@
 //! Transport, worker and disk with a driver of our own, without a guest. Whatever that driver does must be survived (I5).
 
+mod gate;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_transport::memory::DirtyLog;
 
 use super::*;
+use crate::machine::MachineError;
 use crate::machine::disk::DiskConfig;
 use crate::machine::ram::MachineRam;
 use crate::machine::virtio::saved::TransportV1;

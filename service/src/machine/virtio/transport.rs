@@ -71,8 +71,16 @@ pub struct Transport {
     status: u32,
     config_generation: u32,
     queues: Vec<QueueState>,
-    /// Numbers of the queues that the back end serves; `None` while it does not.
-    serving: Option<Vec<u16>>,
+    serving: Option<Serving>,
+}
+
+/// The back end serves, or waits to be let serve.
+#[derive(Debug)]
+struct Serving {
+    /// Numbers of its queues.
+    queues: Vec<u16>,
+    /// It waits.
+    shut: bool,
 }
 
 impl Transport {
@@ -257,9 +265,7 @@ impl Transport {
         }
         self.status = new;
         if becomes_ready && let Err(error) = self.start() {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, device = self.backend.name(), "does not start");
-            self.interrupt.break_device();
+            self.cannot_work(&error);
         }
     }
 
@@ -297,11 +303,22 @@ impl Transport {
         }
     }
 
-    /// Lets the back end serve, if the driver is ready and nothing is served yet.
+    /// Prepares the back end and lets it serve, if the driver is ready and nothing is served yet.
     ///
     /// # Errors
-    /// When the driver's queues make no sense, or the back end does not start. Nothing is served then.
-    pub fn start(&mut self) -> io::Result<()> {
+    /// As [`prepare`](Self::prepare).
+    fn start(&mut self) -> io::Result<()> {
+        self.prepare()?;
+        self.open();
+        Ok(())
+    }
+
+    /// Makes everything ready to serve that can fail, if the driver is ready and nothing is served yet. Nothing is touched that the guest
+    /// or anybody else can see.
+    ///
+    /// # Errors
+    /// When the driver's queues make no sense, or the back end cannot be had.
+    pub fn prepare(&mut self) -> io::Result<()> {
         if self.serving.is_some() || !self.is_set_up() || self.interrupt.needs_reset() {
             return Ok(());
         }
@@ -317,22 +334,51 @@ impl Transport {
                 kick: kick.clone(),
             });
         }
-        let serving: Vec<_> = queues.iter().map(|queue| queue.index).collect();
-        self.backend.start(Start {
+        let numbers = queues.iter().map(|queue| queue.index).collect();
+        self.backend.prepare(Start {
             ram: self.ram.clone(),
             features: self.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
         })?;
-        for index in &serving {
-            self.kick((*index).into());
-        }
-        self.serving = Some(serving);
-        self.interrupt.raise();
+        self.serving = Some(Serving {
+            queues: numbers,
+            shut: true,
+        });
         Ok(())
     }
 
-    /// Ends that: on return the device writes neither guest memory nor storage.
+    /// Lets the back end serve what it was prepared for; the guest runs here. If it cannot, that is between the device and its driver.
+    /// Does nothing to one that serves, or was not prepared.
+    pub fn open(&mut self) {
+        let Some(serving) = self.serving.as_mut().filter(|serving| serving.shut) else {
+            return;
+        };
+        serving.shut = false;
+        let queues = serving.queues.clone();
+        if let Err(error) = self.backend.open() {
+            self.cannot_work(&error);
+            return;
+        }
+        for index in queues {
+            self.kick(index.into());
+        }
+        self.interrupt.raise();
+    }
+
+    /// Whether the back end was prepared and not let serve.
+    pub fn is_shut(&self) -> bool {
+        self.serving.as_ref().is_some_and(|serving| serving.shut)
+    }
+
+    /// The guest runs, and this device does not serve it: its driver has to reset it.
+    pub fn cannot_work(&self, error: &io::Error) {
+        let error = error as &dyn std::error::Error;
+        tracing::warn!(error, device = self.backend.name(), "does not start");
+        self.interrupt.break_device();
+    }
+
+    /// Ends both: on return the device writes neither guest memory nor storage.
     ///
     /// # Errors
     /// It could not be stopped, and serves as before.
@@ -341,7 +387,7 @@ impl Transport {
             return Ok(());
         };
         let bases = self.backend.stop()?;
-        for index in serving {
+        for index in &serving.queues {
             let base = bases.iter().find(|base| base.index == *index);
             let queue = self.queues.get_mut(usize::from(*index));
             let (Some(base), Some(queue)) = (base, queue) else {

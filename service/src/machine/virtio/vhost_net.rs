@@ -149,15 +149,22 @@ impl Backend for VhostNet {
         self.card.accept_config(saved)
     }
 
-    fn start(&mut self, start: Start) -> io::Result<()> {
+    fn prepare(&mut self, start: Start) -> io::Result<()> {
         let mut device = self.device()?;
         device.set_events(events(&start.queues, &start.interrupt, QUEUES)?);
         // The address and the link are between the driver and us.
-        let started = device
+        let prepared = device
             .set_features(start.features & !F_OF_VMM)
             .and_then(|()| device.set_rings(&rings(&start.queues, QUEUES)))
-            .and_then(|()| device.start());
-        started.map_err(io::Error::other)
+            .and_then(|()| device.prepare());
+        prepared.map_err(io::Error::other)
+    }
+
+    // The kernel looks at the rings when it is given the tap, and not before. It could be given that before the vCPUs run, when a refusal
+    // would still be "not started"; but a ring that it has then is one that it has worked on. What it may refuse is what it was told when it
+    // was prepared, and it did not.
+    fn open(&mut self) -> io::Result<()> {
+        self.device()?.go().map_err(io::Error::other)
     }
 
     fn stop(&mut self) -> io::Result<Vec<QueueBase>> {

@@ -121,11 +121,11 @@ fn lock(device: &Shared) -> MutexGuard<'_, UserDevice> {
 
 fn set_up(device: &mut UserDevice, start: &Start) -> io::Result<()> {
     device.set_events(events(&start.queues, &start.interrupt, 1)?);
-    let started = device
+    let prepared = device
         .set_features(start.features)
         .and_then(|()| device.set_rings(&rings(&start.queues, 1)))
-        .and_then(|()| device.start());
-    started.map_err(io::Error::other)
+        .and_then(|()| device.prepare());
+    prepared.map_err(io::Error::other)
 }
 
 /// One entry per queue of a device that has `count` of them.
@@ -220,7 +220,7 @@ impl Backend for VhostUserBlk {
         ))
     }
 
-    fn start(&mut self, start: Start) -> io::Result<()> {
+    fn prepare(&mut self, start: Start) -> io::Result<()> {
         let shared = Arc::clone(self.device()?);
         {
             let mut device = lock(&shared);
@@ -238,6 +238,16 @@ impl Backend for VhostUserBlk {
             }
         }
         self.watcher = Some(Watcher::start(&shared, start.interrupt)?);
+        Ok(())
+    }
+
+    // A back end that does not take the last word is one that has died, as it may at any time: the watcher has the next one go on.
+    fn open(&mut self) -> io::Result<()> {
+        let mut device = lock(self.device()?);
+        if let Err(error) = device.go() {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, device = device.name(), "a back end does not begin");
+        }
         Ok(())
     }
 

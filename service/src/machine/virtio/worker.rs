@@ -1,7 +1,8 @@
 //! The thread of a device that is served by this process.
 //!
 //! It takes one request at a time from the rings, has it served, and puts it into the used ring before it takes the next or looks whether
-//! it shall stop. So a stopped thread owes nothing. A ring that makes no sense is left alone from then on, and the driver told to reset
+//! it shall stop. So a stopped thread owes nothing. It begins at a gate, which it passes when the guest runs here for certain: until then it
+//! has everything that it needs and touches nothing. A ring that makes no sense is left alone from then on, and the driver told to reset
 //! the device; the thread neither panics nor goes round in it.
 
 use std::io;
@@ -32,6 +33,9 @@ pub trait Serve: Send + 'static {
     /// What else may give it something to do, besides the driver. The thread looks at all queues when it becomes readable or writable.
     fn source(&self) -> Option<BorrowedFd<'_>>;
 
+    /// The gate is open: the guest runs here from now on. Comes once, before anything else.
+    fn opened(&mut self);
+
     /// [`source`](Self::source) has become readable or writable, or is at its end.
     fn source_is_ready(&mut self);
 
@@ -54,7 +58,7 @@ pub enum Step {
     Waiting,
 }
 
-/// A running thread. Dropping it stops it as well, for lack of a better moment.
+/// A thread, before its gate or behind it. Dropping it stops it as well, for lack of a better moment.
 #[derive(Debug)]
 pub struct Worker {
     shared: Arc<Shared>,
@@ -64,7 +68,7 @@ pub struct Worker {
 #[derive(Debug)]
 struct Shared {
     phase: Mutex<Phase>,
-    stopped: Condvar,
+    changed: Condvar,
     /// Copy of `phase != Serving` that is cheap to look at after every request.
     stop: AtomicBool,
     wake: EventFd,
@@ -72,21 +76,23 @@ struct Shared {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Phase {
+    /// The gate is shut.
+    Waiting,
     Serving,
     Stopping,
     Stopped,
 }
 
 impl Worker {
-    /// Starts the thread, called `name`, on the queues of `start`.
+    /// Starts the thread, called `name`, which waits before the queues of `start`.
     ///
     /// # Errors
     /// When the host refuses a thread or a descriptor.
-    pub fn start(name: &str, start: Start, serve: impl Serve) -> io::Result<Self> {
+    pub fn prepare(name: &str, start: Start, serve: impl Serve) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            phase: Mutex::new(Phase::Serving),
-            stopped: Condvar::new(),
-            stop: AtomicBool::new(false),
+            phase: Mutex::new(Phase::Waiting),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         });
         let Start {
@@ -113,7 +119,10 @@ impl Worker {
             .spawn(move || {
                 // Also if it panics, so that nobody waits for it.
                 let _ended = Ended(&of_thread);
-                rings.run(&of_thread, &epoll);
+                if of_thread.pass_gate() {
+                    rings.serve.opened();
+                    rings.run(&of_thread, &epoll);
+                }
                 rings.bases()
             })?;
         Ok(Self {
@@ -122,7 +131,12 @@ impl Worker {
         })
     }
 
-    /// Stops the thread after the request that it serves, and says how far it has come.
+    /// Lets the thread serve. Does nothing to one that does, or that is to end.
+    pub fn open(&self) {
+        self.shared.open();
+    }
+
+    /// Stops the thread after the request that it serves, and says how far it has come: nowhere, if it was not let serve.
     ///
     /// # Errors
     /// When the request does not end within [`STOP_MAX`]; the thread goes on then.
@@ -154,25 +168,55 @@ struct Ended<'a>(&'a Shared);
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         self.0.set(&mut self.0.lock(), Phase::Stopped);
-        self.0.stopped.notify_all();
+        self.0.changed.notify_all();
     }
 }
 
 impl Shared {
+    fn open(&self) {
+        let mut phase = self.lock();
+        if *phase == Phase::Waiting {
+            self.set(&mut phase, Phase::Serving);
+            self.changed.notify_all();
+        }
+    }
+
+    /// For the thread: waits until the gate is opened; false if it has to end instead.
+    fn pass_gate(&self) -> bool {
+        let mut phase = self.lock();
+        loop {
+            match *phase {
+                Phase::Waiting => {
+                    let changed = self.changed.wait(phase);
+                    phase = changed.unwrap_or_else(PoisonError::into_inner);
+                }
+                Phase::Serving => return true,
+                // Whoever stops it hears of the end of the thread.
+                Phase::Stopping | Phase::Stopped => {
+                    self.set(&mut phase, Phase::Stopped);
+                    return false;
+                }
+            }
+        }
+    }
+
     fn stop_within(&self, most: Duration) -> io::Result<()> {
         let mut phase = self.lock();
-        if *phase == Phase::Serving {
+        let before = *phase;
+        if matches!(before, Phase::Waiting | Phase::Serving) {
             self.set(&mut phase, Phase::Stopping);
         }
+        self.changed.notify_all();
         self.wake.write(1)?;
         let (mut phase, _) = self
-            .stopped
+            .changed
             .wait_timeout_while(phase, most, |phase| *phase == Phase::Stopping)
             .unwrap_or_else(PoisonError::into_inner);
         if *phase == Phase::Stopped {
             return Ok(());
         }
-        self.set(&mut phase, Phase::Serving);
+        self.set(&mut phase, before);
+        self.changed.notify_all();
         Err(io::Error::new(
             io::ErrorKind::TimedOut,
             format!("a request has not ended for {most:?}"),

@@ -286,7 +286,7 @@ impl Target {
         self.reply_to_askers(Resolution::Committed);
     }
 
-    /// A job failed. A guest that could not be started has not run a single instruction.
+    /// A job failed. A guest that could not be started has not run a single instruction, and no device has worked for it.
     pub fn handle_job_failed(&mut self, now: Moment, job: TargetJob, code: AbortCode, error: &str) {
         self.end_job(job);
         let error = TargetError::Local(code, error.to_owned());
