@@ -1,8 +1,12 @@
 //! The main job over every transport: the guest goes on where it was, with every page it wrote, and stands still at the source.
 
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::harness::{Accel, Launch, Machine, program, turn};
+use crate::harness::{Accel, Launch, Machine, program, turn, until};
 
 on_both_accelerators!(
     a_running_guest_moves_over_every_transport,
@@ -169,6 +173,32 @@ fn the_operator_may_stop_the_guest_on_its_way(accel: Accel) {
     target.wait_runstate("paused");
     assert_eq!(target.query("x-ram-hash"), before);
     target.query("cont");
+    target.assert_guest_works();
+}
+
+#[test]
+fn a_process_that_stood_still_does_not_blame_the_other() {
+    let machine = Machine::small(Accel::Soft);
+    // The source expects a word each 3 s.
+    let launch = Launch::default().with(&["--x-deadline-scale", "10"]);
+    let (mut source, mut target) = (machine.start_source(launch), machine.target());
+    source.set(json!({ "downtime-limit": 0 }));
+    source.migrate(&target.address());
+    source.wait_status("active");
+    let pid = Pid::from_raw(source.pid().cast_signed()).unwrap();
+    for _ in 0..2 {
+        kill_process(pid, Signal::STOP).unwrap();
+        thread::sleep(Duration::from_secs(4));
+        kill_process(pid, Signal::CONT).unwrap();
+        let before = source.query("query-migrate")["ram"]["dirty-sync-count"].clone();
+        until("rounds go on", || {
+            let info = source.query("query-migrate");
+            assert_eq!(info["status"], "active", "{info}");
+            (info["ram"]["dirty-sync-count"] != before).then_some(())
+        });
+    }
+    source.set(json!({ "downtime-limit": 300 }));
+    assert_eq!(source.wait_migration()["status"], "completed");
     target.assert_guest_works();
 }
 

@@ -83,6 +83,10 @@ use settle::House;
 
 /// How often the data threads' progress is looked at while a migration runs.
 const TICK: Duration = Duration::from_millis(100);
+/// A process that wakes so late has stood still, with its host or alone.
+const STOOD_STILL: Duration = Duration::from_millis(500);
+/// What has come in meanwhile gets so long to be read.
+const CATCH_UP: Duration = Duration::from_millis(50);
 
 type Reply = oneshot::Sender<Result<serde_json::Value, QmpError>>;
 
@@ -156,6 +160,8 @@ struct Engine {
 impl Engine {
     /// Handles events until the process is to end; returns its exit code.
     async fn serve(&mut self, mut queue: mpsc::UnboundedReceiver<Event>) -> ExitCode {
+        // A deadline has passed, and so many events came before that was seen: an answer that is here is not late.
+        let mut earlier = None;
         loop {
             self.perform();
             self.observe();
@@ -167,28 +173,41 @@ impl Engine {
             {
                 return ExitCode::from(ending.code);
             }
-            let wake = TokioInstant::from_std(self.next_wake(now));
-            tokio::select! {
-                event = queue.recv() => match event {
-                    Some(event) => {
-                        let span = self.span_of(&event);
-                        self.handle(event).instrument(span).await;
-                    }
-                    None => return ExitCode::FAILURE,
-                },
-                () = tokio::time::sleep_until(wake) => {
-                    if let Some(outgoing) = &mut self.outgoing {
-                        outgoing.tick();
-                    }
-                    if let Some(incoming) = &mut self.incoming {
-                        incoming.tick();
-                    }
-                    self.go_back_when_late();
-                    self.announce_what_is_due();
-                    self.measure_what_is_due();
-                }
+            if earlier == Some(0) {
+                earlier = None;
+                self.time_has_passed();
+                continue;
             }
+            let wake = self.next_wake(now);
+            let event = tokio::select! {
+                event = queue.recv() => event,
+                () = tokio::time::sleep_until(TokioInstant::from_std(wake)), if earlier.is_none() => {
+                    if wake.elapsed() > STOOD_STILL {
+                        tokio::time::sleep(CATCH_UP).await;
+                    }
+                    earlier = Some(queue.len());
+                    continue;
+                }
+            };
+            let Some(event) = event else {
+                return ExitCode::FAILURE;
+            };
+            earlier = earlier.map(|count: usize| count.saturating_sub(1));
+            let span = self.span_of(&event);
+            self.handle(event).instrument(span).await;
         }
+    }
+
+    fn time_has_passed(&mut self) {
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.tick();
+        }
+        if let Some(incoming) = &mut self.incoming {
+            incoming.tick();
+        }
+        self.go_back_when_late();
+        self.announce_what_is_due();
+        self.measure_what_is_due();
     }
 
     fn next_wake(&self, now: Instant) -> Instant {
