@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vmferry_transport::proto::{MigrationStatus, Outcome, SourceJob};
 
+use super::data_links::end_sender;
 use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::{Record, unresolved};
@@ -21,6 +22,10 @@ impl Engine {
             .as_ref()
             .is_none_or(|outgoing| outgoing.attempt() != attempt)
         {
+            // Its threads are waited for elsewhere.
+            if let SourceEvent::DataConnected(sender) = event {
+                end_sender(sender, None);
+            }
             return;
         }
         match &event {

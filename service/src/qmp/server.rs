@@ -205,7 +205,11 @@ async fn serve(stream: Rc<Stream>, engine: EngineHandle, mut ended: watch::Recei
         hung_up: false,
     };
     let why = client.run(&mut objects, &mut ended).await;
-    tracing::debug!(client = stream.peer(), reason = %why, "QMP client leaves");
+    if matches!(why, Leave::Behind) {
+        tracing::warn!(client = stream.peer(), reason = %why, "a QMP client is hung up on");
+    } else {
+        tracing::debug!(client = stream.peer(), reason = %why, "QMP client leaves");
+    }
     // Without the outbox the writer ends once it has written what is due.
     drop(client);
     if matches!(why, Leave::Behind) {
