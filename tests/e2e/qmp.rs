@@ -121,6 +121,14 @@ impl Qmp {
         }
     }
 
+    /// Waits for such an event as well, and forgets it and everything before it: the next call finds the one after it.
+    pub(crate) fn next_event(&mut self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
+        let event = self.event(&wanted)?;
+        let at = self.events.iter().position(wanted)?;
+        self.events.drain(..=at);
+        Some(event)
+    }
+
     /// The next JSON text; `None` at the end of the stream.
     fn message(&mut self, deadline: Instant) -> Option<Value> {
         loop {
