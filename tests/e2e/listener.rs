@@ -5,10 +5,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -34,10 +36,12 @@ struct Shared {
     holds: AtomicBool,
     /// Whoever tells SETUP does.
     holds_setup: AtomicBool,
+    /// Every connection there was.
+    connections: Mutex<Vec<UnixStream>>,
     over: AtomicBool,
 }
 
-/// A server with one client.
+/// A server with one client: a connection is heard when the one before it has ended.
 pub(crate) struct Listener {
     dir: TempDir,
     shared: Arc<Shared>,
@@ -48,13 +52,24 @@ impl Listener {
         let dir = TempDir::with_prefix("vmferry-notify-").unwrap();
         let socket = UnixListener::bind(dir.path().join("s")).unwrap();
         let shared = Arc::new(Shared::default());
-        let serving = Arc::clone(&shared);
+        let (next, connections) = mpsc::channel();
+        let accepting = Arc::clone(&shared);
         thread::spawn(move || {
             for connection in socket.incoming() {
-                if serving.over.load(Ordering::SeqCst) {
+                if accepting.over.load(Ordering::SeqCst) {
                     return;
                 }
-                serve(&connection.unwrap(), &serving);
+                let connection = connection.unwrap();
+                let copy = connection.try_clone().unwrap();
+                accepting.connections.lock().unwrap().push(copy);
+                // Nobody hears it any more once a connection has failed the test.
+                let _ = next.send(connection);
+            }
+        });
+        let serving = Arc::clone(&shared);
+        thread::spawn(move || {
+            for connection in connections {
+                serve(&connection, &serving);
             }
         });
         Self { dir, shared }
@@ -85,6 +100,13 @@ impl Listener {
     /// The same with the news that a migration begins.
     pub(crate) fn hold_setup(&self, setups: bool) {
         self.shared.holds_setup.store(setups, Ordering::SeqCst);
+    }
+
+    /// How many connections clients have to it. One is made at the first event, kept, and given up when the answer comes late.
+    pub(crate) fn connections(&self) -> usize {
+        let mut connections = self.shared.connections.lock().unwrap();
+        connections.retain(is_open);
+        connections.len()
     }
 
     /// Everything heard so far.
@@ -147,7 +169,8 @@ fn serve(connection: &UnixStream, shared: &Shared) {
         let failed = event == "failed";
         let vetoed = event == "setup" && shared.vetoes.load(Ordering::SeqCst);
         let path = shared.qmp.lock().unwrap().clone();
-        let guest_ran = failed && path.is_some_and(|path| guest_runs(&path));
+        // One that waited too long for the answer has hung up, and may go on.
+        let guest_ran = failed && path.is_some_and(|path| guest_runs(&path)) && is_open(connection);
         let holds = match event.as_str() {
             "failed" => Some(&shared.holds),
             "setup" => Some(&shared.holds_setup),
@@ -170,6 +193,16 @@ fn serve(connection: &UnixStream, shared: &Shared) {
         };
         // The VM may have been killed.
         let _ = answers.write_all(format!("{answer}\n").as_bytes());
+    }
+}
+
+/// Whether the other side has not hung up.
+fn is_open(connection: &UnixStream) -> bool {
+    let mut byte = [0];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match recv(connection, &mut byte, flags) {
+        Ok((_, bytes)) => bytes > 0,
+        Err(error) => error == Errno::AGAIN,
     }
 }
 

@@ -315,7 +315,7 @@ fn precopy_exec_that_ends_late(accel: Accel) {
     let _turn = turn();
     let (machine, folder) = (Machine::small(accel), folder());
     let path = folder.path().join("vm");
-    let (go, hasty) = (folder.path().join("go"), ["--x-deadline-scale", "10"]);
+    let (go, hasty) = (folder.path().join("go"), ["--x-deadline-scale", "20"]);
     let command = |end: &str| {
         format!(
             "exec:cat > '{}'; while ! test -e '{}'; do sleep 0.01; done; {end}",
@@ -327,7 +327,7 @@ fn precopy_exec_that_ends_late(accel: Accel) {
     source.warm_up();
     for (end, status) in [("false", "failed"), ("true", "completed")] {
         source.migrate(&command(end));
-        // A second passes, and the source begins to ask. It is told to nobody before three more.
+        // Two seconds pass, and the source begins to ask. It is told to nobody before six more.
         let unresolved = source
             .qmp
             .event(|event| event["event"] == "x-MIGRATION_UNRESOLVED");

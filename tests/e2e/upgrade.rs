@@ -225,9 +225,9 @@ fn a_new_program_that_cannot_take_over_leaves_the_guest_where_it_is(accel: Accel
     let (_new, _) = At(path).upgrade();
 }
 
-/// A process that waits for the VM, and gives a doubt up soon.
+/// A process that waits for the VM.
 pub(crate) fn waiting(vm: &Vm, machine: &Machine, more: &[&str]) -> Waiting {
-    Waiting::on(&vm.qmp_path(), machine, &[&SOON, more].concat())
+    Waiting::on(&vm.qmp_path(), machine, more)
 }
 
 /// A VM that is handed over up to the moment before anything has left that has one owner.
@@ -329,7 +329,7 @@ fn a_new_process_killed_at_any_moment_never_leaves_a_guest_in_two_places(accel: 
     let mut vm = start();
     let mut went_on = 0;
     for kill in 0..KILLS {
-        let mut waiting = waiting(&vm, &machine, &disk);
+        let mut waiting = waiting(&vm, &machine, &[&SOON, &disk[..]].concat());
         vm.qmp.events.clear();
         vm.execute("migrate", json!({"channels": waiting.channels()}));
         // From before the descriptors leave to after the commit.

@@ -25,7 +25,7 @@ use super::fault::{Fault, Outcome};
 use super::phase::Phase;
 
 /// Deadlines of the VMs here, in percent of the usual ones.
-const SCALE: u32 = 10;
+const SCALE: u32 = 20;
 /// A device that the guest must let go of.
 const PRIMARY: &str = "net0";
 /// What a busy host may add to deadlines.
@@ -539,36 +539,20 @@ impl Deaf {
 }
 
 impl Side {
-    /// What the process holds when it has changed nothing for a while.
+    /// What the process holds when it has changed nothing for a while, without connections to the listener.
     fn settled(&self) -> Holdings {
-        let mut seen = self.holdings();
-        let mut same = 0;
-        while same < 3 {
-            thread::sleep(Duration::from_millis(50));
-            let now = self.holdings();
-            same = if now == seen { same + 1 } else { 0 };
-            seen = now;
-        }
-        seen
+        Holdings::settled(self.vm.pid()).without_sockets(self.listener.connections())
     }
 
     /// It holds what it held before.
     fn assert_same(&self, before: &Holdings) {
-        let mut now = self.holdings();
         let began = Instant::now();
-        while now != *before {
+        loop {
+            let now = self.settled();
+            if now == *before {
+                return;
+            }
             assert!(began.elapsed() < SLACK, "before {before:?}\nnow {now:?}");
-            thread::sleep(Duration::from_millis(50));
-            now = self.holdings();
         }
-    }
-
-    /// Without the connection to the listener, which is made at the first event and kept.
-    fn holdings(&self) -> Holdings {
-        let mut holdings = self.vm.holdings().counted();
-        if !self.listener.heard().is_empty() {
-            *holdings.fds.get_mut("socket").unwrap() -= 1;
-        }
-        holdings
     }
 }

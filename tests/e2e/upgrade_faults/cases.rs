@@ -122,9 +122,9 @@ fn run(accel: Accel, case: Case) -> Seen {
     }
     let disk = |image: &Path| format!("{},id=disk0", image.display());
     let listener = Listener::new();
-    let mut launch = listener.attend(Launch::default().with(&SOON));
+    let mut launch = listener.attend(Launch::default());
     if case == Case::DiskTaken {
-        launch = launch.with(&["--disk", &disk(&ours)]);
+        launch = launch.with(&["--disk", &disk(&ours)]).with(&SOON);
     }
     let mut old = machine.start_source(launch);
     old.warm_up();
@@ -179,7 +179,9 @@ fn run(accel: Accel, case: Case) -> Seen {
             })
             .unwrap();
             third_party.activate().unwrap();
-            let more = ["--disk", &disk(&theirs)];
+            let theirs = disk(&theirs);
+            // It stays for a while, to be asked.
+            let more = [&["--disk", &theirs], &SOON[..]].concat();
             let new = waiting(&old, &machine, &more);
             to_waiting(&mut old, new)
         }

@@ -54,6 +54,16 @@ impl Fault {
         }
     }
 
+    /// Whether a process is left that learns only by the time that passes what became of the other.
+    pub(super) fn waits_for_a_deadline(self, step: Step) -> bool {
+        match self {
+            Self::Frame(Deed::Keep) => true,
+            Self::KillOld => matches!(step, Step::Ready | Step::Commit),
+            Self::KillNew => matches!(step, Step::Commit | Step::Running),
+            Self::Frame(_) => false,
+        }
+    }
+
     /// What is done with the frame. What a process has said dies with it.
     pub(super) fn deed(self, step: Step) -> Deed {
         match (self, step.way()) {
