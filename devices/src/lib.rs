@@ -170,6 +170,7 @@
 //! ```
 
 pub mod announce;
+mod before;
 pub mod device;
 pub mod error;
 pub mod external;
@@ -182,6 +183,7 @@ pub mod vfio;
 pub mod vhost;
 pub mod vmm_writes;
 
+pub use before::Before;
 pub use device::Device;
 pub use error::DeviceError;
 pub use notifier::{Notifier, Notifiers};

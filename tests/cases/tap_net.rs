@@ -10,7 +10,7 @@ use vmferry::machine::heirloom::DeviceFd;
 use vmferry::machine::ram::MachineRam;
 use vmferry::machine::virtio::{Bus, OutsideConfig, QUEUE_NOTIFY, WINDOWS_GPA};
 use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Stage};
-use vmferry_devices::vfio::in_place::Before;
+use vmferry_devices::Before;
 use vmferry_devices::vhost::VhostMemory;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_tests::virtqueue::{Driver, marked};

@@ -22,8 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::reach::{Reach, Way};
 use super::set::VfioSet;
-use crate::DeviceError;
 use crate::notifier::{Notifier, Setup};
+use crate::{Before, DeviceError};
 
 /// Name of the notifier, and of what its errors are about.
 const NAME: &str = "vfio container";
@@ -142,16 +142,6 @@ pub fn blocker(set: &VfioSet, reach: &Reach) -> Option<String> {
             )
         }),
     }
-}
-
-/// Who had the devices before.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Before {
-    /// Another process, which may want them back.
-    #[default]
-    Process,
-    /// Another program in this process, which is gone (cpr-exec). A program that has failed after it took them was there too.
-    Program,
 }
 
 /// The new process: its addresses are behind the mappings from now on. The devices in `set` work on or stay stopped, as they came.

@@ -177,8 +177,8 @@ impl Reach {
         Ok(())
     }
 
-    /// The old process: the guest stays. Also a new program in the same process (cpr-exec), where nobody else is left. Takes the mappings from whoever has them, which is nobody that will use them: the new process has
-    /// failed, or has died.
+    /// The old process: the guest stays. Also a new program in the same process (cpr-exec), where nobody else is left. Takes the mappings
+    /// from whoever has them, which is nobody that will use them: the new process has failed, or has died.
     ///
     /// # Errors
     /// The kernel's answer: devices do not reach all memory.

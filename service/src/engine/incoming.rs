@@ -470,7 +470,7 @@ impl Incoming {
     /// Queues the job that readies the devices for their streams.
     pub(super) fn begin_load(&mut self, jobs: &JobThread) {
         if self.in_place {
-            // They are what they are, and work in another process.
+            // They are what they are, and were or are at work without this program.
             return self.prepare(Sinks::new());
         }
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));

@@ -18,7 +18,7 @@ use vmferry_cpr::table::FdTable;
 use vmferry_cpr::take::TakerDeadlines;
 use vmferry_cpr::takeover::{Arrived, Offered, Ready};
 use vmferry_cpr::{CprError, memfd, shared, spawn};
-use vmferry_devices::vfio::in_place::Before;
+use vmferry_devices::Before;
 use vmferry_transport::memory::GuestRam;
 use vmferry_transport::memory::populate::map_existing;
 use vmferry_transport::units::MigrationId;

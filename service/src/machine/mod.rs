@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex};
 use vmferry_cpr::manifest::FdEntry;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vfio::VfioSet;
-use vmferry_devices::vfio::in_place::Before;
+use vmferry_devices::Before;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};

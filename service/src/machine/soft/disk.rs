@@ -7,7 +7,7 @@ use super::driver::Driver;
 use super::memory::VcpuMemory;
 use super::vcpu::Wrong;
 use crate::machine::virtio::{Bus, QUEUE_NOTIFY};
-use crate::machine::workload::layout::{DISK_GPA, disk, mailbox};
+use crate::machine::workload::layout::{DISK_GPA, NO_INTERRUPT, disk, mailbox};
 use crate::machine::workload::pattern::stamp;
 
 /// The disk behind a window.
@@ -140,7 +140,7 @@ impl<'a> DiskWork<'a> {
         let submitted = self.load(disk::SUBMITTED).wrapping_add(1);
         self.store(disk::SUBMITTED, submitted);
         fence(Ordering::SeqCst);
-        self.store(disk::AVAIL, (submitted & 0xffff) << 16 | disk::NO_INTERRUPT);
+        self.store(disk::AVAIL, (submitted & 0xffff) << 16 | NO_INTERRUPT);
         self.driver.write_register(QUEUE_NOTIFY, 0);
     }
 

@@ -7,7 +7,7 @@ use super::driver::Driver;
 use super::memory::VcpuMemory;
 use super::vcpu::Wrong;
 use crate::machine::virtio::{Bus, QUEUE_NOTIFY};
-use crate::machine::workload::layout::{NET_GPA, net};
+use crate::machine::workload::layout::{NET_GPA, NO_INTERRUPT, net};
 
 /// Bytes of a packet that change when it goes back, rounded up to words.
 const HEADERS_BYTES: usize = 56;
@@ -109,7 +109,7 @@ impl<'a> NetWork<'a> {
         driver.store(net::SENT, sent);
         driver.store(net::HELD, 1);
         fence(Ordering::SeqCst);
-        driver.store(net::FROM_AVAIL, (sent & 0xffff) << 16 | net::NO_INTERRUPT);
+        driver.store(net::FROM_AVAIL, (sent & 0xffff) << 16 | NO_INTERRUPT);
         driver.write_register(QUEUE_NOTIFY, 1);
         true
     }

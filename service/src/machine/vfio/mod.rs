@@ -19,7 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use kvm_ioctls::DeviceFd as KvmDevice;
 use vm_memory::GuestMemoryRegion;
 use vmferry_cpr::manifest::{FdEntry, FdKind};
-use vmferry_devices::vfio::in_place::{self, Before, SharedReach};
+use vmferry_devices::Before;
+use vmferry_devices::vfio::in_place::{self, SharedReach};
 use vmferry_devices::vfio::{
     ContainerFace, FdContainer, FdFace, Mapped, Reach, Reached, Region, VfioDevice, VfioInPlace,
     VfioSet, dirty_logs, regions,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use vmferry_cpr::manifest::{FdEntry, FdKind};
-use vmferry_devices::vfio::in_place::Before;
+use vmferry_devices::Before;
 
 use super::backend::Backend;
 use super::blk::blk_name;

@@ -1,4 +1,4 @@
-//! virtio-net on a tap, whose packets the kernel moves (vhost-net): `--net tap=NAME`.
+//! virtio-net on a tap, whose packets the kernel moves (vhost-net): `--net tap=NAME,vhost=on`, and without that word where there is one.
 
 use std::fs::File;
 use std::io;
@@ -6,8 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmferry_cpr::manifest::FdKind;
+use vmferry_devices::Before;
 use vmferry_devices::announce::Announce;
-use vmferry_devices::vfio::in_place::Before;
 use vmferry_devices::vhost::{
     Queue, VhostDevice, VhostLog, VhostMemory, VhostNotifier, check_features, open_tap,
 };

@@ -20,8 +20,8 @@
 use std::slice;
 
 use super::layout::{
-    DISK_GPA, MAILBOX_GPA, NET_GPA, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA, PROGRAM_GPA,
-    WORKING_SET_GPA, disk, mailbox, net, params, port,
+    DISK_GPA, MAILBOX_GPA, NET_GPA, NO_INTERRUPT, PAGE_BYTES, PAGE_TABLES_GPA, PARAMS_GPA,
+    PROGRAM_GPA, WORKING_SET_GPA, disk, mailbox, net, params, port,
 };
 use super::loader::{CODE64, GDT_POINTER_GPA, STUB_STACK_GPA, TSS, USER_CODE64, USER_DATA};
 use super::pattern;
@@ -466,7 +466,7 @@ vmferry_workload_end:
     DESC_DATA = const disk::DESC_DATA,
     DESC_STATUS = const disk::DESC_STATUS,
     DESC_WRITE = const disk::DESC_WRITE,
-    NO_INTERRUPT = const disk::NO_INTERRUPT,
+    NO_INTERRUPT = const NO_INTERRUPT,
     REQUEST_READ = const disk::REQUEST_READ,
     REQUEST_WRITE = const disk::REQUEST_WRITE,
     NET_WINDOW = const params::NET_WINDOW,

@@ -50,6 +50,9 @@ pub const LOW_RAM_END: u64 = 3 << 30;
 /// Guest-physical address of the first byte of `ram1`.
 pub const HIGH_RAM_GPA: u64 = 4 << 30;
 
+/// Flag of an available ring of a virtqueue: the program polls, and wants no interrupts.
+pub const NO_INTERRUPT: u64 = 1;
+
 /// Byte offsets of the parameters, from [`PARAMS_GPA`].
 pub mod params {
     /// [`MAGIC`] once the parameters are complete.
@@ -198,8 +201,6 @@ pub mod disk {
     pub const DESC_STATUS: u64 = 1 | 2 << 32;
     /// Bit of a descriptor that the device writes.
     pub const DESC_WRITE: u64 = 2 << 32;
-    /// Flag of the available ring: the program polls.
-    pub const NO_INTERRUPT: u64 = 1;
     /// Requests: read, write.
     pub const REQUEST_READ: u64 = 0;
     /// As [`REQUEST_READ`].
@@ -245,13 +246,11 @@ pub mod net {
     /// A descriptor of a buffer behind its address: length, and that the device writes it.
     pub const TO_DESC_REST: u64 = BUFFER_BYTES | 2 << 32;
     /// First word of the available ring but for the index: no interrupts, entries 0 and 1.
-    pub const TO_AVAIL_0: u64 = NO_INTERRUPT | 1 << 48;
+    pub const TO_AVAIL_0: u64 = super::NO_INTERRUPT | 1 << 48;
     /// Its second word.
     pub const TO_AVAIL_1: u64 = 2 | 3 << 16 | 4 << 32 | 5 << 48;
     /// Its third.
     pub const TO_AVAIL_2: u64 = 6 | 7 << 16;
-    /// Flag of the available ring: the program polls.
-    pub const NO_INTERRUPT: u64 = 1;
 
     /// Of a packet behind its header of 12 bytes: what it carries.
     pub const ETHER_TYPE: u64 = 12 + 12;
