@@ -376,6 +376,34 @@ fn a_packet_fills_as_many_chains_as_it_needs_and_waits_for_them_across_a_stop() 
     assert_eq!(packet[12..], frame(8, 100));
 }
 
+/// Goal: a driver that kicks only when it is asked to is heard, though the flag that says so was left by another back end, such as the
+/// kernel's, which had it set when it was stopped.
+#[test]
+fn a_driver_that_the_last_back_end_told_not_to_kick_is_asked_to_do_so() {
+    let (side, network) = Side::fresh();
+    let mut guest = Guest::new(&side);
+    side.set_up(&guest, F_MAC);
+    side.bus.stop().unwrap();
+    let used = [guest.to.ring().used, guest.from.ring().used];
+    for used in used {
+        side.poke(used, 1_u16);
+    }
+    side.bus.start().unwrap();
+    let kick_if_asked = |queue: u32| {
+        if side.peek::<u16>(used[queue as usize]) & 1 == 0 {
+            side.set(QUEUE_NOTIFY, queue);
+        }
+    };
+    network.send(1, 100);
+    side.waits();
+    guest.offer(0, 2048);
+    kick_if_asked(0);
+    until("a packet to the guest", || guest.take(&side));
+    guest.send(&side, 0, 2);
+    kick_if_asked(1);
+    until("a packet from the guest", || network.heard());
+}
+
 #[test]
 fn a_packet_too_long_for_its_chain_is_dropped_and_the_next_one_delivered() {
     let (side, network) = Side::fresh();

@@ -47,6 +47,8 @@ pub struct Ring {
     looked_for: u16,
     /// Entries of the used ring that the driver may not have been told of.
     untold: u16,
+    /// The driver was told to kick, if it listens to a flag.
+    asked: bool,
 }
 
 impl Ring {
@@ -61,6 +63,7 @@ impl Ring {
             broken: false,
             looked_for: state.next_avail,
             untold: 0,
+            asked: false,
         })
     }
 
@@ -116,6 +119,9 @@ impl Ring {
 
     /// Whether the driver is to be interrupted for what it was given back since it was asked last.
     ///
+    /// `virtio_queue` answers the same question (`needs_notification`), but says yes to a driver without event indices that wants no
+    /// interrupts, and counts only what went through its `add_used`, which is one of many in [`give_back`](Self::give_back).
+    ///
     /// # Errors
     /// When the ring is not in RAM.
     pub(super) fn wants_interrupt(&mut self, memory: &RamMemory) -> Result<bool, Broken> {
@@ -142,8 +148,9 @@ impl Ring {
     /// # Errors
     /// When the ring is not in RAM.
     pub(super) fn wants_kick(&mut self, memory: &RamMemory) -> Result<bool, Broken> {
-        // Without the feature it always kicks.
-        if !self.queue.event_idx_enabled() {
+        // Without the feature it always kicks, unless a back end before this one told it not to: the flag is in the guest's memory, and
+        // the kernel's leaves it there when it is stopped.
+        if std::mem::replace(&mut self.asked, true) && !self.queue.event_idx_enabled() {
             return Ok(false);
         }
         // Chains that were put back are there, but not enough of them.
