@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 use vmferry::machine::heirloom::DeviceFd;
 use vmferry::machine::ram::MachineRam;
+use vmferry::machine::virtio::saved::TransportV1;
 use vmferry::machine::virtio::{Bus, OutsideConfig, QUEUE_NOTIFY, WINDOWS_GPA};
 use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Stage};
 use vmferry_devices::Before;
+use vmferry_devices::saved::{decode, encode};
 use vmferry_devices::vhost::VhostMemory;
 use vmferry_devices::vmm_writes::VmmWriteLog;
 use vmferry_tests::virtqueue::{Driver, marked};
@@ -365,15 +367,60 @@ fn a_packet_fills_as_many_chains_as_it_needs_and_waits_for_them_across_a_stop() 
     }
     assert_eq!(packet[10..12], [5, 0], "in five chains");
     assert_eq!(packet[12..], frame(7, 9000));
-    // The sixth is for the next one, if that is as long as this one, it and others.
+    // The sixth is enough for a small one: a driver that gives buffers back in batches may wait for it.
     network.send(8, 100);
-    for slot in 0..5 {
-        guest.offer(slot, 2048);
-    }
-    side.kick();
     let (slot, packet) = until("the next", || guest.take(&side));
     assert_eq!((slot, &packet[10..12]), (5, &[1, 0][..]));
     assert_eq!(packet[12..], frame(8, 100));
+}
+
+#[test]
+fn a_packet_that_was_longer_than_the_room_goes_with_the_guest_to_another_process() {
+    let (side, network) = Side::fresh();
+    let mut guest = Guest::new(&side);
+    side.set_up(&guest, F_MRG_RXBUF);
+    for number in 0..3 {
+        network.send(number, 9000);
+    }
+    guest.offer(0, 2048);
+    side.kick();
+    side.waits();
+    // Twice: the second process only passes it on.
+    let side = side.moved();
+    side.waits();
+    let side = side.moved();
+    for number in 0..3 {
+        for slot in 0..5 {
+            if (number, slot) != (0, 0) {
+                guest.offer(slot, 2048);
+            }
+        }
+        side.kick();
+        let mut packet = Vec::new();
+        for _ in 0..5 {
+            packet.extend(until("a part", || guest.take(&side)).1);
+        }
+        assert_eq!(packet[..HEADER], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0]);
+        assert_eq!(packet[HEADER..], frame(number, 9000));
+    }
+}
+
+#[test]
+fn a_packet_of_saved_state_that_is_none_is_refused() {
+    let (side, _network) = Side::fresh();
+    let guest = Guest::new(&side);
+    side.set_up(&guest, F_MRG_RXBUF);
+    side.bus.stop().unwrap();
+    let saved = side.bus.save().unwrap();
+    let mut state: TransportV1 = decode(&saved[0]).unwrap();
+    assert_eq!(state.undelivered, None);
+    for bytes in [0, 25, 12 + 65535 + 65, 1 << 20] {
+        state.undelivered = Some(vec![0; bytes]);
+        let section = encode("virtio-net/0", &state).unwrap();
+        let error = side.bus.load(&[&section]).unwrap_err().to_string();
+        let said = format!("a packet of {bytes} bytes");
+        assert!(error.contains(&said), "{error}");
+    }
 }
 
 /// Goal: a driver that kicks only when it is asked to is heard, though the flag that says so was left by another back end, such as the
@@ -477,8 +524,6 @@ fn a_driver_with_event_indices_is_told_and_tells_only_what_it_asked_for() {
 
 #[test]
 fn a_state_with_a_feature_that_this_device_lacks_is_refused() {
-    use vmferry::machine::virtio::saved::TransportV1;
-    use vmferry_devices::saved::{decode, encode};
     let (side, _network) = Side::fresh();
     let guest = Guest::new(&side);
     side.set_up(&guest, F_MRG_RXBUF | F_EVENT_IDX | F_MAC);

@@ -4,6 +4,8 @@
 //! - A version is frozen as soon as a build with it has run anywhere: its bytes are committed ([`fixtures`]), and any change is a new
 //!   version. A new field is `Option` with `#[serde(default)]` and says what its absence means, so that the new type reads the older
 //!   versions by itself; where the meaning changes, [`SavedState::upgrade`] says how.
+//! - One kind of field may join a version that exists: an `Option` that is nearly always absent, is not written then, and that a build
+//!   which skips it can do without. A new version would keep every guest from going back to such a build, for nothing.
 //! - A build loads versions n, n-1 and n-2 ([`oldest`]) and saves version n. The hello has both ends of the range, so that a target that is
 //!   too old, or too new, refuses before the guest is stopped.
 //! - Saving and restoring destructure both sides completely, so that a new field does not compile until somebody decides about it.

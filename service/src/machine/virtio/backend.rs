@@ -90,6 +90,15 @@ pub trait Backend: fmt::Debug + Send {
     /// When the state is refused.
     fn load(&mut self, sections: &[&Section]) -> Result<(), DeviceError>;
 
+    /// A packet for the guest, with its header, that was taken from the network and not delivered yet. Only while stopped; changes nothing.
+    fn undelivered(&self) -> Option<Vec<u8>>;
+
+    /// Takes what [`undelivered`](Self::undelivered) gave at the source instead of its own. Only while stopped.
+    ///
+    /// # Errors
+    /// Why that cannot be, for people.
+    fn set_undelivered(&mut self, packet: Option<Vec<u8>>) -> Result<(), String>;
+
     /// A fresh dirty log of what this back end writes to guest memory other than through vm-memory; `None` if it does not.
     ///
     /// # Errors

@@ -170,6 +170,14 @@ impl Backend for Blk {
         Ok(())
     }
 
+    fn undelivered(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn set_undelivered(&mut self, packet: Option<Vec<u8>>) -> Result<(), String> {
+        packet.map_or(Ok(()), |_| Err("a packet for a disk".to_owned()))
+    }
+
     fn dirty_log(&self) -> io::Result<Option<Box<dyn DirtyLog>>> {
         Ok(None)
     }

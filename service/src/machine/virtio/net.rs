@@ -26,8 +26,22 @@ pub(super) const F_OF_VMM: u64 = 1 << 5 | 1 << 16;
 pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
 /// Descriptors may be in tables of their own.
 pub(super) const F_INDIRECT: u64 = 1 << 28;
+/// Before each packet.
+pub(super) const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
+/// The longest that a tap can have, header included, with some room.
+pub(super) const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65535 + 64;
+/// An Ethernet header: less is no frame.
+pub(super) const FRAME_BYTES_MIN: usize = 14;
 /// Link is up.
 const STATUS_UP: [u8; 2] = 1_u16.to_le_bytes();
+
+/// Whether `packet` of saved state may be one, header included; why not.
+pub(super) fn check_packet(packet: &[u8]) -> Result<(), String> {
+    if (HEADER_BYTES + FRAME_BYTES_MIN..=PACKET_BYTES_MAX).contains(&packet.len()) {
+        return Ok(());
+    }
+    Err(format!("a packet of {} bytes", packet.len()))
+}
 
 /// A network interface, without what moves its packets.
 #[derive(Debug)]
@@ -54,7 +68,7 @@ impl Card {
     }
 
     /// Announces the guest through `tap` from now on, if it did through none.
-    pub(super) fn attach(&self, tap: File) {
+    pub(super) fn attach(&self, tap: Arc<File>) {
         let _ = self.announcer.tap.set(tap);
     }
 
@@ -120,7 +134,7 @@ fn mac_of(id: &str) -> [u8; 6] {
 #[derive(Debug)]
 struct TapAnnouncer {
     name: String,
-    tap: OnceLock<File>,
+    tap: OnceLock<Arc<File>>,
     mac: Mutex<[u8; 6]>,
 }
 
@@ -156,7 +170,7 @@ impl Announce for TapAnnouncer {
     }
 
     fn announce(&self) {
-        let Some(mut tap) = self.tap.get() else {
+        let Some(mut tap) = self.tap.get().map(|tap| &**tap) else {
             return;
         };
         if let Err(error) = tap.write_all(&announcement(self.mac())) {

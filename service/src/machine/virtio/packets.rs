@@ -1,10 +1,9 @@
 //! The worker's part of a virtio-net on a tap: moves packets between the tap and the rings.
 //!
-//! A packet waits in the tap until the driver has room for it: what was not read is there for whoever serves the guest next, in this
-//! process or another. The length of a packet is known only when it has been read. One that turns out to be longer than the room is kept
-//! and goes first, also after a stop and a start. Longer than what is usual are packets of networks with large frames only, and of those the
-//! thread learns how long they are: it waits for room for the longest so far. So nothing is kept across a move, but for the first large one
-//! that meets a short ring at that moment; the network lost that one, as it may any.
+//! A packet waits in the tap until the driver has room for one of the usual length: what was not read is there for whoever serves the guest
+//! next, in this process or another. How long a packet is, is known only when it has been read. One that turns out to be longer than the room
+//! is kept and goes first, also after a stop and a start, and in saved state to whoever serves the guest next. The thread does not wait for
+//! more than the usual: a driver that gives buffers back in batches may itself wait for the thread to use what is there.
 //!
 //! Offloads are off on the tap and not offered to the driver, so that every header is empty.
 
@@ -14,24 +13,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{Bytes, GuestAddress};
-use vmferry_devices::vhost::NET_HEADER_BYTES;
 
-use super::net::F_MRG_RXBUF;
+use super::net::{F_MRG_RXBUF, FRAME_BYTES_MIN, HEADER_BYTES, PACKET_BYTES_MAX};
 use super::ring::{Broken, Chain, Ring};
 use super::worker::{Serve, Step};
 use crate::machine::ram::RamMemory;
 
 /// Number of the queue to the guest; the other one is from it.
 const TO_GUEST: u16 = 0;
-const HEADER_BYTES: usize = NET_HEADER_BYTES as usize;
 /// Where the header says how many chains the packet fills.
 const CHAINS_AT: std::ops::Range<usize> = 10..12;
 /// Header, and a frame with the Ethernet header and a VLAN tag.
 const USUAL_BYTES: usize = HEADER_BYTES + 1518;
-/// The same for the longest that a tap can have, with some room.
-const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65535 + 64;
-/// An Ethernet header: less is no frame.
-const FRAME_BYTES_MIN: usize = 14;
 /// Most buffers of a chain.
 const BUFFERS_MAX: usize = 1024;
 /// Most packets that are read away before the first start: many times what a tap keeps.
@@ -39,7 +32,7 @@ const STALE_MAX: usize = 10_000;
 /// Failures of the host that are logged.
 const LOGGED_MAX: u32 = 10;
 
-/// What is on its way, and what is known of the network. Only one thread works with it at a time.
+/// What is on its way. Only one thread works with it at a time.
 #[derive(Debug)]
 pub(super) struct Packets {
     tap: Arc<File>,
@@ -49,8 +42,6 @@ pub(super) struct Packets {
     outgoing: Vec<u8>,
     /// Length of the packet that was read and waits for room.
     kept: Option<usize>,
-    /// Longest packet so far, or the usual length.
-    longest: usize,
     /// The tap may have packets.
     readable: bool,
     /// What it has is from before the guest was here.
@@ -101,7 +92,7 @@ impl Serve for Mover {
         if ring.index() != TO_GUEST {
             packets.collect(ring, memory)
         } else if self.features & F_MRG_RXBUF != 0 {
-            let wanted = packets.kept.unwrap_or(packets.longest);
+            let wanted = packets.kept.unwrap_or(USUAL_BYTES);
             packets.deliver(ring, memory, wanted)
         } else {
             // Whatever it holds.
@@ -126,7 +117,6 @@ impl Packets {
             bounce: vec![0; PACKET_BYTES_MAX],
             outgoing: Vec::new(),
             kept: None,
-            longest: USUAL_BYTES,
             // Nobody knows what has happened before.
             readable: true,
             stale,
@@ -137,13 +127,29 @@ impl Packets {
     /// Another driver comes: it gets nothing that was for the last one.
     pub(super) fn forget(&mut self) {
         self.kept = None;
-        self.longest = USUAL_BYTES;
+    }
+
+    /// The packet that is kept, header included.
+    pub(super) fn kept(&self) -> Option<Vec<u8>> {
+        let len = self.kept?;
+        self.bounce.get(..len).map(<[u8]>::to_vec)
+    }
+
+    /// Keeps this one instead, which is no longer than a packet may be.
+    pub(super) fn keep(&mut self, packet: Option<&[u8]>) {
+        self.kept = packet.and_then(|packet| {
+            let room = self.bounce.get_mut(..packet.len())?;
+            room.copy_from_slice(packet);
+            Some(packet.len())
+        });
     }
 
     /// The guest runs from now on. Somebody else may have read from the tap meanwhile, or left something there.
     pub(super) fn begin(&mut self) {
         if std::mem::take(&mut self.stale) {
-            let read = |_: &usize| (&*self.tap).read(&mut self.bounce).is_ok();
+            // The rest of each is dropped. The one that is kept came with the guest.
+            let mut start = [0; HEADER_BYTES];
+            let read = |_: &usize| (&*self.tap).read(&mut start).is_ok();
             let count = (0..STALE_MAX).take_while(read).count();
             tracing::debug!(count, "packets from before the guest was here");
         }
@@ -184,7 +190,6 @@ impl Packets {
             self.kept = (!never).then_some(len);
             return Ok(Step::Done);
         }
-        self.longest = self.longest.max(len);
         let used = self.write(&rooms, len, memory)?;
         self.kept = None;
         ring.put_back(taken - count_of(&used));

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use vmferry_devices::saved::SavedState;
 
-/// Registers and queues of a device, schema `virtio-mmio`, version 1, frozen.
+/// Registers and queues of a device, schema `virtio-mmio`, version 1, frozen but for [`undelivered`](Self::undelivered).
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct TransportV1 {
     /// Which window it stands behind, counted from 0.
@@ -29,6 +29,10 @@ pub struct TransportV1 {
     pub config: Vec<u8>,
     /// All queues.
     pub queues: Vec<QueueV1>,
+    /// A packet for the guest, with its header, that a network interface had taken and not delivered. Absent if there is none, as nearly
+    /// always, and in what builds have saved that had no such field; those skip it, and the network has lost that packet.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "serde_bytes")]
+    pub undelivered: Option<Vec<u8>>,
 }
 
 impl SavedState for TransportV1 {
@@ -87,7 +91,42 @@ mod tests {
             config_generation: 4,
             config: vec![5; 60],
             queues: vec![queue],
+            undelivered: None,
         };
         fixtures::check(&folder, &[transport]).unwrap();
+    }
+
+    #[test]
+    fn a_packet_that_was_not_delivered_goes_along_and_builds_without_that_field_skip_it() {
+        use vmferry_devices::saved::{decode, encode};
+
+        /// What matters of the type before the field came.
+        #[derive(Deserialize, Serialize)]
+        struct Before {
+            slot: u32,
+            queues: Vec<QueueV1>,
+        }
+        impl SavedState for Before {
+            const SCHEMA: &'static str = TransportV1::SCHEMA;
+            const VERSION: u32 = TransportV1::VERSION;
+        }
+        let path = "../tests/fixtures/state/virtio-mmio/v1.cbor";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+        let mut section = encode(
+            "net",
+            &Before {
+                slot: 0,
+                queues: Vec::new(),
+            },
+        )
+        .unwrap();
+        section.bytes = std::fs::read(path).unwrap().into();
+        let mut saved: TransportV1 = decode(&section).unwrap();
+        assert_eq!(saved.undelivered, None);
+        saved.undelivered = Some(vec![7; 9000]);
+        let section = encode("net", &saved).unwrap();
+        assert_eq!(decode::<TransportV1>(&section).unwrap(), saved);
+        let before: Before = decode(&section).unwrap();
+        assert_eq!((before.slot, before.queues.len()), (1, 1));
     }
 }

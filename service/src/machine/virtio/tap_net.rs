@@ -14,7 +14,9 @@ use vmferry_transport::memory::DirtyLog;
 use vmferry_transport::wire::{DeviceSchema, Section};
 
 use super::backend::{Backend, QueueBase, Start};
-use super::net::{Card, F_INDIRECT, F_MRG_RXBUF, F_OF_VMM, QUEUE_SIZE, QUEUES, TAP, TYPE_NET};
+use super::net::{
+    Card, F_INDIRECT, F_MRG_RXBUF, F_OF_VMM, QUEUE_SIZE, QUEUES, TAP, TYPE_NET, check_packet,
+};
 use super::outside::{NetConfig, host};
 use super::packets::{Mover, Packets, lock};
 use super::ring::F_EVENT_IDX;
@@ -50,8 +52,7 @@ impl TapNet {
             host(op, source)
         };
         let tap = open_tap(&config.tap).map_err(failed)?;
-        let copy = tap.try_clone().map_err(failed)?;
-        this.adopt(tap, copy, true);
+        this.adopt(tap, true);
         Ok(this)
     }
 
@@ -64,11 +65,11 @@ impl TapNet {
         }
     }
 
-    /// `copy` is of the same tap.
-    fn adopt(&mut self, tap: File, copy: File, stale: bool) {
+    /// What the tap has so far is `stale` if the guest was not behind it.
+    fn adopt(&mut self, tap: File, stale: bool) {
         let tap = Arc::new(tap);
         let packets = Arc::new(Mutex::new(Packets::new(Arc::clone(&tap), stale)));
-        self.card.attach(copy);
+        self.card.attach(Arc::clone(&tap));
         self.wire = Some(Wire { tap, packets });
     }
 
@@ -146,6 +147,22 @@ impl Backend for TapNet {
         Ok(())
     }
 
+    fn undelivered(&self) -> Option<Vec<u8>> {
+        self.wire
+            .as_ref()
+            .and_then(|wire| lock(&wire.packets).kept())
+    }
+
+    fn set_undelivered(&mut self, packet: Option<Vec<u8>>) -> Result<(), String> {
+        packet.as_deref().map_or(Ok(()), check_packet)?;
+        match &self.wire {
+            Some(wire) => lock(&wire.packets).keep(packet.as_deref()),
+            None if packet.is_none() => {}
+            None => return Err("a packet, and its tap has not come".to_owned()),
+        }
+        Ok(())
+    }
+
     fn dirty_log(&self) -> io::Result<Option<Box<dyn DirtyLog>>> {
         Ok(None)
     }
@@ -168,12 +185,7 @@ impl Backend for TapNet {
             return Ok(());
         }
         let tap = File::from(claim(fds, self.name(), TAP, FdKind::Tap)?);
-        let copy = tap.try_clone().map_err(|source| DeviceError::Kernel {
-            device: self.name().to_owned(),
-            op: "copying a descriptor".to_owned(),
-            source,
-        })?;
-        self.adopt(tap, copy, false);
+        self.adopt(tap, false);
         Ok(())
     }
 }

@@ -561,6 +561,7 @@ impl Device for Transport {
                 config_generation: self.config_generation,
                 config: self.backend.config(),
                 queues,
+                undelivered: self.backend.undelivered(),
             },
         )
     }
@@ -584,6 +585,7 @@ impl Device for Transport {
             config_generation,
             config: _,
             queues,
+            undelivered,
         } = saved;
         let in_use = status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK;
         let queues = (0..)
@@ -591,6 +593,7 @@ impl Device for Transport {
             .map(|(index, queue)| self.loaded_queue(index, queue, in_use))
             .collect::<Result<Vec<_>, _>>()
             .map_err(bad)?;
+        self.backend.set_undelivered(undelivered).map_err(bad)?;
         self.queues = queues;
         self.device_features_sel = device_features_sel;
         self.driver_features_sel = driver_features_sel;

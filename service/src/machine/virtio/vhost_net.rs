@@ -1,4 +1,5 @@
-//! virtio-net on a tap, whose packets the kernel moves (vhost-net): `--net tap=NAME,vhost=on`, and without that word where there is one.
+//! virtio-net on a tap, whose packets the kernel moves (vhost-net): `--net tap=NAME,vhost=on`, and without that word where there is a
+//! vhost-net.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +18,9 @@ use vmferry_transport::wire::{DeviceSchema, Section};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::{Backend, QueueBase, Start};
-use super::net::{Card, F_INDIRECT, F_MRG_RXBUF, F_OF_VMM, QUEUE_SIZE, QUEUES, TAP, TYPE_NET};
+use super::net::{
+    Card, F_INDIRECT, F_MRG_RXBUF, F_OF_VMM, QUEUE_SIZE, QUEUES, TAP, TYPE_NET, check_packet,
+};
 use super::outside::{NetConfig, host};
 use super::ring::F_EVENT_IDX;
 use super::vhost_user::{bases, events, rings};
@@ -53,6 +56,8 @@ pub struct VhostNet {
     memory: VhostMemory,
     features: u64,
     before: Before,
+    /// What came with the guest: the kernel takes no packet but from the tap. Part of what was loaded until the guest has run.
+    undelivered: Option<Vec<u8>>,
 }
 
 impl VhostNet {
@@ -87,6 +92,7 @@ impl VhostNet {
             device: Arc::default(),
             features,
             before,
+            undelivered: None,
         })
     }
 
@@ -106,7 +112,7 @@ impl VhostNet {
         let device = VhostDevice::net(self.name(), vhost, tap, self.memory.clone(), queues)?;
         let ours = F_MRG_RXBUF | F_INDIRECT | F_EVENT_IDX;
         let features = device.offered() & ours | F_OF_VMM;
-        self.card.attach(copy);
+        self.card.attach(Arc::new(copy));
         // It is empty: this is called once.
         let _ = self.device.set(Arc::new(Mutex::new(device)));
         Ok(features)
@@ -173,10 +179,16 @@ impl Backend for VhostNet {
         };
         let mut device = lock(device);
         device.stop().map_err(io::Error::other)?;
-        Ok(bases(device.queues()))
+        let bases = bases(device.queues());
+        drop(device);
+        // The guest has run without it.
+        self.undelivered = None;
+        Ok(bases)
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.undelivered = None;
+    }
 
     fn schemas(&self) -> Vec<DeviceSchema> {
         Vec::new()
@@ -187,6 +199,22 @@ impl Backend for VhostNet {
     }
 
     fn load(&mut self, _: &[&Section]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn undelivered(&self) -> Option<Vec<u8>> {
+        self.undelivered.clone()
+    }
+
+    fn set_undelivered(&mut self, packet: Option<Vec<u8>>) -> Result<(), String> {
+        packet.as_deref().map_or(Ok(()), check_packet)?;
+        if packet.is_some() {
+            tracing::info!(
+                device = self.name(),
+                "a packet that came with the guest is lost: vhost-net takes none"
+            );
+        }
+        self.undelivered = packet;
         Ok(())
     }
 

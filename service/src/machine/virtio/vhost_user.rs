@@ -285,6 +285,14 @@ impl Backend for VhostUserBlk {
             .try_for_each(|section| device.restore(section))
     }
 
+    fn undelivered(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn set_undelivered(&mut self, packet: Option<Vec<u8>>) -> Result<(), String> {
+        packet.map_or(Ok(()), |_| Err("a packet for a disk".to_owned()))
+    }
+
     fn dirty_log(&self) -> io::Result<Option<Box<dyn DirtyLog>>> {
         let devices = vec![Arc::clone(self.device()?) as _];
         Ok(Some(Box::new(VhostLog::new(self.memory.clone(), devices))))
