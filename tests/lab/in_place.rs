@@ -20,8 +20,8 @@ use vmferry::machine::heirloom::DeviceFd;
 use vmferry::machine::ram::MachineRam;
 use vmferry::machine::virtio::OutsideConfig;
 use vmferry_cpr::manifest::{FdEntry, FdKind, FileId, Stage};
-use vmferry_devices::notifier::{Mode, Notifier, Setup};
 use vmferry_devices::Before;
+use vmferry_devices::notifier::{Mode, Notifier, Setup};
 use vmferry_devices::vhost::{VhostMemory, VhostNotifier};
 use vmferry_transport::units::MigrationId;
 

@@ -23,9 +23,9 @@ use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use vmferry_cpr::manifest::FdEntry;
+use vmferry_devices::Before;
 use vmferry_devices::announce::Announce;
 use vmferry_devices::vfio::VfioSet;
-use vmferry_devices::Before;
 use vmferry_devices::{DeviceError, Notifier};
 use vmferry_transport::memory::{DirtyLog, GuestRam};
 use vmferry_transport::wire::{DeviceSchema, Section};

@@ -8,6 +8,9 @@ use super::state::{Setup, State};
 use crate::units::Moment;
 use crate::wire::frame::SourceFrame;
 
+/// Before a round that may have nothing to send, in microseconds.
+const REST_US: u64 = 10_000;
+
 impl<P: fmt::Debug> Source<P> {
     /// When [`handle_timeout`](Self::handle_timeout) must be called at the latest.
     #[must_use]
@@ -19,10 +22,16 @@ impl<P: fmt::Debug> Source<P> {
         let silence = self
             .listens()
             .then(|| self.heard_at.plus_micros(self.config.deadlines.stall_us));
-        [deadline, self.unplug_deadline(), keepalive, silence]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            deadline,
+            self.unplug_deadline(),
+            self.rest_ends(),
+            keepalive,
+            silence,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Time has passed. Call at [`poll_timeout`](Self::poll_timeout) or later.
@@ -31,6 +40,9 @@ impl<P: fmt::Debug> Source<P> {
             && now >= at
         {
             self.expire(now, what);
+        }
+        if self.rest_ends().is_some_and(|at| now >= at) {
+            self.send_round(now);
         }
         if let State::Preparing {
             setup: Setup::Waiting { device, since },
@@ -100,6 +112,10 @@ impl<P: fmt::Debug> Source<P> {
             } => Some(since.plus_micros(self.config.deadlines.unplug_us)),
             _ => None,
         }
+    }
+
+    fn rest_ends(&self) -> Option<Moment> {
+        matches!(self.state, State::Resting).then(|| self.moved_at.plus_micros(REST_US))
     }
 
     fn expire(&mut self, now: Moment, what: &'static str) {

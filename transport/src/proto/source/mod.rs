@@ -18,7 +18,9 @@
 //!   the dirty log starts.
 //! - **Sending**: a round is on its way; it ends when the target has placed it, so that nothing is left in socket buffers when the
 //!   guest stops.
-//! - **Syncing**: the dirty logs are fetched; then another round or the switchover.
+//! - **Syncing**: the dirty logs are fetched; then another round or the switchover. Where there is nothing to send and the guest cannot be
+//!   stopped yet, because the downtime limit is too short even for that or the target has not acknowledged, *Resting* comes before the
+//!   next round: nobody gains from thousands of empty ones in a second.
 //! - **LastRound**: pages and device state leave side by side; the guest is stopped.
 //! - **AwaitReady**: the target holds everything. If the link dies here the guest goes on at the source.
 //! - **AwaitRunning**: COMMIT was sent. If the link dies here nobody but the target knows who owns the guest: the source stays stopped
@@ -380,7 +382,11 @@ impl<P: fmt::Debug> Source<P> {
                     }
                     Decision::SwitchOver | Decision::AnotherRound => {
                         self.throttle(now, dirty);
-                        self.send_round(now);
+                        if dirty.0 == 0 && self.round_was_empty() && !self.devices_begin {
+                            self.enter(now, State::Resting);
+                        } else {
+                            self.send_round(now);
+                        }
                     }
                 }
             }
@@ -587,6 +593,9 @@ impl<P: fmt::Debug> Source<P> {
             }
             (_, TargetFrame::SwitchoverAck) if self.config.switchover_ack && !self.acked => {
                 self.acked = true;
+                if matches!(self.state, State::Resting) {
+                    self.send_round(now);
+                }
             }
             (State::Sending { placed, .. }, TargetFrame::RoundPlaced(round))
                 if round == self.stats.round && !*placed =>

@@ -33,6 +33,7 @@ pub(super) enum State<P> {
         placed: bool,
     },
     Syncing,
+    Resting,
     Stopping,
     /// The guest is stopped, and the operator has the say.
     PreSwitchover {
@@ -84,6 +85,7 @@ impl<P> State<P> {
             Self::Preparing { .. } => "preparing",
             Self::Sending { .. } => "sending a round",
             Self::Syncing => "fetching the dirty log",
+            Self::Resting => "waiting for something to send",
             Self::Stopping => "stopping the guest",
             Self::PreSwitchover { .. } => "waiting for the operator to go on",
             Self::Releasing { .. } => "telling the notifiers",

@@ -11,6 +11,9 @@ use crate::units::{Moment, PageCount, RoundId};
 use crate::wire::frame::{Ready, SourceFrame, StateEnd};
 use crate::wire::hello::{DataHello, Hello, HelloReply, VersionRange};
 
+/// No connection ends a round with more than this.
+const ROUND_END_BYTES_MAX: u64 = 128;
+
 impl<P: fmt::Debug> Source<P> {
     /// What this attempt begins with, for whoever wants to judge it before.
     pub fn hello(&self) -> Hello {
@@ -153,6 +156,17 @@ impl<P: fmt::Debug> Source<P> {
             SourceJob::Round,
             SourceAction::SendRound { round, last: false },
         );
+    }
+
+    /// The last round had nothing to carry, of devices neither.
+    pub(super) fn round_was_empty(&self) -> bool {
+        let RoundSent {
+            data,
+            zero,
+            wire_bytes,
+        } = self.round_sent;
+        let ends = u64::from(self.config.data_connections) * ROUND_END_BYTES_MAX;
+        data.0 == 0 && zero.0 == 0 && wire_bytes <= ends
     }
 
     pub(super) fn end_round_when_placed(&mut self, now: Moment) {

@@ -151,8 +151,9 @@ fn the_guest_is_not_stopped_before_the_targets_devices_are_ready() {
     };
     let mut source = source_at(config.clone(), At::Syncing);
     source.handle_synced(NOW, PageCount(0), 1);
-    assert!(asks_for(&actions(&mut source), "SendRound"));
+    assert!(!asks_for(&actions(&mut source), "StopGuest"));
     source.handle_frame(NOW, TargetFrame::SwitchoverAck);
+    assert!(asks_for(&actions(&mut source), "SendRound"), "at once");
     source.handle_round_sent(NOW, RoundSent::default());
     source.handle_frame(NOW, TargetFrame::RoundPlaced(RoundId(1)));
     source.handle_synced(NOW, PageCount(0), 1);
@@ -161,6 +162,54 @@ fn the_guest_is_not_stopped_before_the_targets_devices_are_ready() {
     source.handle_frame(NOW, TargetFrame::SwitchoverAck);
     source.handle_frame(NOW, TargetFrame::SwitchoverAck);
     assert_eq!(source.status(), MigrationStatus::Failing, "said twice");
+}
+
+#[test]
+fn rounds_with_nothing_to_send_leave_time_between_them() {
+    let mut source = source_at(config(), At::Syncing);
+    let tuning = SourceTuning {
+        downtime_limit_us: 0,
+        switchover_bytes_per_sec: None,
+        auto_converge: None,
+    };
+    source.set_tuning(tuning);
+    source.handle_synced(NOW, PageCount(0), 1);
+    assert!(!asks_for(&actions(&mut source), "SendRound"));
+    source.handle_timeout(NOW);
+    assert!(!asks_for(&actions(&mut source), "SendRound"));
+    let soon = source.poll_timeout().unwrap();
+    assert!(soon > NOW && soon < NOW.plus_micros(100_000));
+    source.handle_timeout(soon);
+    assert!(asks_for(&actions(&mut source), "SendRound"));
+    // Something to send does not wait, after an empty round neither, nor does a guest that may be stopped.
+    let end_round = |source: &mut Source<Proof>, round| {
+        source.handle_round_sent(soon, RoundSent::default());
+        source.handle_frame(soon, TargetFrame::RoundPlaced(RoundId(round)));
+    };
+    end_round(&mut source, 1);
+    source.handle_synced(soon, PageCount(1), 1);
+    assert!(asks_for(&actions(&mut source), "SendRound"));
+    source.set_tuning(SourceTuning {
+        downtime_limit_us: 1_000_000,
+        ..tuning
+    });
+    end_round(&mut source, 2);
+    source.handle_synced(soon, PageCount(0), 1);
+    assert!(asks_for(&actions(&mut source), "StopGuest"));
+}
+
+#[test]
+fn an_attempt_that_has_nothing_to_send_can_be_cancelled() {
+    let mut source = source_at(config(), At::Syncing);
+    source.set_tuning(SourceTuning {
+        downtime_limit_us: 0,
+        switchover_bytes_per_sec: None,
+        auto_converge: None,
+    });
+    source.handle_synced(NOW, PageCount(0), 1);
+    source.handle_cancel(NOW).unwrap();
+    let (resumed, end) = clean_up(&mut source);
+    assert!(!resumed && end.contains("stopped: None"), "{end}");
 }
 
 /// Rounds of one second each in which the guest dirties all that was sent.
