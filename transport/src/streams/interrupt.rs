@@ -28,6 +28,12 @@ impl Interrupt {
         )?)))
     }
 
+    /// How many hold it: threads that are still there.
+    #[cfg(test)]
+    pub(super) fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
     pub(super) fn raise(&self) {
         // Fails only when the counter is full, which is as good.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());

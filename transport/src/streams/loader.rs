@@ -1,8 +1,8 @@
 //! The source's half of the protocol, for a target whose guest comes from an archive.
 //!
 //! One thread reads the archive and speaks; a second listens to the target, and shows that this side lives while the first waits for
-//! bytes. COMMIT is said when the archive has been read to its end mark and was found good from first to last byte, and the target
-//! is ready.
+//! bytes. The end of device state, with which the target begins to load it into its machine, is said when the archive has been read to its
+//! end mark and was found good from first to last byte: until then another one can be tried. COMMIT follows when the target is ready.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -152,7 +152,7 @@ impl Load {
         }
     }
 
-    /// Passes on everything up to the end mark, and looks that nothing follows it.
+    /// Passes on everything up to the end mark, and looks that nothing follows it. The last word is kept until then.
     fn replay(
         &mut self,
         target: &Peer,
@@ -166,12 +166,8 @@ impl Load {
                     self.pass(target, data.as_deref_mut(), payload_bytes)?;
                 }
                 Some(ArchiveItem::RoundEnd(_)) => self.pass(target, data.as_deref_mut(), 0)?,
-                Some(ArchiveItem::Control(frame)) => {
-                    if let SourceFrame::StateEnd(end) = &frame {
-                        self.end = Some(*end);
-                    }
-                    target.say(&frame)?;
-                }
+                Some(ArchiveItem::Control(SourceFrame::StateEnd(end))) => self.end = Some(end),
+                Some(ArchiveItem::Control(frame)) => target.say(&frame)?,
                 Some(ArchiveItem::Hello(_)) => unreachable!("the reader takes one hello"),
             }
         }
@@ -181,7 +177,9 @@ impl Load {
             Ok(_) => return Err(self.reader.goes_on().into()),
             Err(error) => return Err(StreamFault::Read(error)),
         }
-        self.inlet.finish()
+        self.inlet.finish()?;
+        let end = self.end.expect("the reader takes no end without it");
+        target.say(&SourceFrame::StateEnd(end))
     }
 
     /// Reads the next piece; an item if it completes one.
@@ -276,6 +274,7 @@ fn open(target: &Peer, hello: Hello, connect: &Connect) -> Result<Option<UnixStr
 struct Peer {
     control: UnixStream,
     frames: mpsc::Receiver<TargetFrame>,
+    listener: Option<JoinHandle<()>>,
 }
 
 impl Peer {
@@ -285,12 +284,16 @@ impl Peer {
         interrupt: Interrupt,
     ) -> Result<Self, StreamFault> {
         let (heard, frames) = mpsc::channel();
-        let listener = control.try_clone().map_err(StreamFault::Open)?;
-        thread::Builder::new()
+        let copy = control.try_clone().map_err(StreamFault::Open)?;
+        let listener = thread::Builder::new()
             .name("load-control".to_owned())
-            .spawn(move || listen(&listener, keepalive, &interrupt, &heard))
+            .spawn(move || listen(&copy, keepalive, &interrupt, &heard))
             .map_err(StreamFault::Open)?;
-        Ok(Self { control, frames })
+        Ok(Self {
+            control,
+            frames,
+            listener: Some(listener),
+        })
     }
 
     fn say(&self, frame: &SourceFrame) -> Result<(), StreamFault> {
@@ -325,6 +328,11 @@ impl Drop for Peer {
     fn drop(&mut self) {
         // Ends the thread that listens. Fails only if it is closed already.
         let _ = self.control.shutdown(Shutdown::Both);
+        if let Some(listener) = self.listener.take()
+            && listener.join().is_err()
+        {
+            tracing::error!("the thread that listens to a load has panicked");
+        }
     }
 }
 
@@ -362,4 +370,25 @@ fn listen(
 
 pub(super) fn unexpected(frame: &TargetFrame) -> StreamFault {
     StreamFault::Refused(format!("unexpected answer of the target: {frame:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_thread_that_listens_to_a_target_is_gone_with_the_connection() {
+        let (control, target) = socket_pair().unwrap();
+        let full = control.try_clone().unwrap();
+        let interrupt = Interrupt::new().unwrap();
+        // Nobody reads its signs of life, so that it is in the middle of one.
+        let keepalive = Duration::from_micros(1);
+        let peer = Peer::start(control, keepalive, interrupt.clone()).unwrap();
+        let never = Interrupt::new().unwrap();
+        let moment = Some(Duration::from_millis(1));
+        while never.wait(full.as_fd(), PollFlags::OUT, moment).unwrap() == Waited::Ready {}
+        drop(peer);
+        assert_eq!(interrupt.holders(), 1);
+        drop(target);
+    }
 }
