@@ -186,26 +186,35 @@ fn precopy_file_that_is_broken(accel: Accel) {
     let last = changed.len() - 1;
     changed[last] ^= 1;
     with(&changed, "corrupt");
-    // A process that shall not end says what is wrong, and takes another archive, unless it was so late that device state has come.
-    let mut changed = good.clone();
-    changed[cut] ^= 1;
-    fs::write(&path, &changed).unwrap();
+    // A process that shall not end says what is wrong, and takes another archive, however late that was found.
     let mut target = machine.target_at("defer");
-    let arguments = json!({ "uri": address, "exit-on-error": false });
-    target.execute("migrate-incoming", arguments);
-    let info = target.wait_migration();
-    assert_eq!(info["status"], "failed", "{info}");
-    let reason = info["error-desc"].as_str().unwrap();
-    assert!(reason.contains("corrupt"), "{reason}");
+    let take = |target: &mut Vm| {
+        until("memory is empty again", || {
+            let arguments = json!({ "uri": address, "exit-on-error": false });
+            match target.qmp.execute("migrate-incoming", arguments) {
+                Ok(_) => Some(()),
+                Err(Failure::Refused(reason)) if reason.contains("still being emptied") => None,
+                Err(failure) => panic!("{failure:?}"),
+            }
+        });
+    };
+    let mut before = String::new();
+    for at in [cut, last, good.len()] {
+        let mut changed = good.clone();
+        changed.push(0);
+        changed.truncate(good.len().max(at + 1));
+        changed[at] ^= 1;
+        fs::write(&path, &changed).unwrap();
+        take(&mut target);
+        before = until("it has failed", || {
+            let info = target.query("query-migrate");
+            let reason = info["error-desc"].as_str()?;
+            (info["status"] == "failed" && reason != before).then(|| reason.to_owned())
+        });
+        assert!(before.contains("corrupt"), "{before}");
+    }
     fs::write(&path, &good).unwrap();
-    until("memory is empty again", || {
-        let again = json!({ "uri": address });
-        match target.qmp.execute("migrate-incoming", again) {
-            Ok(_) => Some(()),
-            Err(Failure::Refused(reason)) if reason.contains("still being emptied") => None,
-            Err(failure) => panic!("{failure:?}"),
-        }
-    });
+    take(&mut target);
     until("it is loaded", || {
         (target.status() == "completed").then_some(())
     });
