@@ -17,6 +17,7 @@ use vmferry_transport::units::MigrationId;
 use super::event::{Event, OriginId, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
+use super::jobs::PANICKED;
 use super::origin::{Origin, OriginError};
 use super::outgoing::chain;
 use super::settle::Succession;
@@ -158,6 +159,7 @@ impl Engine {
                 }
                 TargetEvent::StartedWith(Err(chain(&source)))
             }
+            TargetEvent::StartLost => return self.start_lost(),
             other => other,
         };
         if let Some(incoming) = &mut self.incoming {
@@ -244,7 +246,12 @@ impl Engine {
                     Some(_) if !self.house.in_place => Mode::CprReboot,
                     _ => self.house.mode(),
                 };
-                self.jobs.run(move || {
+                let report = self.events.clone();
+                let instead = move || {
+                    // The engine ends only with the process.
+                    let _ = report.send(Event::Target(TargetEvent::Notified));
+                };
+                self.jobs.run_owing(instead, move || {
                     notifiers.incoming_failed(mode, migration);
                     // The engine ends only with the process.
                     let _ = events.send(Event::Target(TargetEvent::Notified));
@@ -259,7 +266,13 @@ impl Engine {
         if let (Some(id), Some(memory)) = (self.kept.take(), self.memory.clone()) {
             // Once it has run, its memory is not that of the archive any more.
             let events = self.events.clone();
-            self.jobs.run(move || {
+            let report = self.events.clone();
+            let instead = move || {
+                let failed = TargetEvent::Unmarked(run, id, Err(PANICKED.to_owned()));
+                // The engine ends only with the process.
+                let _ = report.send(Event::Target(failed));
+            };
+            self.jobs.run_owing(instead, move || {
                 let unmarked = TargetEvent::Unmarked(run, id, memory.forget());
                 // The engine ends only with the process.
                 let _ = events.send(Event::Target(unmarked));

@@ -9,7 +9,8 @@ use super::event::{Event, SourceEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::info::{Record, unresolved};
 use super::outgoing::{Outgoing, OutgoingAction, chain};
-use super::ownership::{start_guest, take_back};
+use super::jobs::PANICKED;
+use super::ownership::{resumed_perhaps, start_guest, stop_again, take_back};
 use super::{Engine, passthrough};
 use crate::qmp::QmpEvent;
 use crate::qmp::schema::RunState;
@@ -77,7 +78,13 @@ impl Engine {
             OutgoingAction::ResumeGuest(stopped) => {
                 let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
                 let (attempt, disks) = (self.attempts, Arc::clone(&self.disks));
-                self.jobs.run(move || {
+                let (ours, report) = (Arc::clone(&machine), events.clone());
+                let instead = move || {
+                    let resumed = SourceEvent::Resumed(resumed_perhaps(ours.as_ref()));
+                    // The engine ends only with the process.
+                    let _ = report.send(Event::Source(attempt, resumed));
+                };
+                self.jobs.run_owing(instead, move || {
                     let result = start_guest(machine.as_ref(), &disks, stopped);
                     // The engine ends only with the process.
                     let _ = events.send(Event::Source(attempt, SourceEvent::Resumed(result)));
@@ -120,7 +127,16 @@ impl Engine {
         let attempt = self.attempts;
         // In place the devices stay: who must make them let go is told SETUP.
         let stay = self.outgoing.as_ref().is_some_and(Outgoing::is_in_place);
-        self.jobs.run(move || {
+        let (ours, report) = (Arc::clone(&machine), events.clone());
+        let instead = move || {
+            let event = match stop_again(ours.as_ref()) {
+                Ok(stopped) => SourceEvent::Stopped(stopped, Err(PANICKED.to_owned())),
+                Err(_) => SourceEvent::JobFailed(SourceJob::StopGuest, PANICKED.to_owned()),
+            };
+            // The engine ends only with the process.
+            let _ = report.send(Event::Source(attempt, event));
+        };
+        self.jobs.run_owing(instead, move || {
             let pause = || machine.pause().map(StoppedGuest::new);
             let event = match stopped.map_or_else(pause, Ok) {
                 Ok(stopped) => {

@@ -15,6 +15,7 @@ use super::Engine;
 use super::clock::Clock;
 use super::commands::Answer;
 use super::event::Event;
+use super::jobs::PANICKED;
 use super::outgoing::chain;
 use crate::machine::Machine;
 use crate::qmp::schema::{DirtyRateInfo, DirtyRateStatus, RunState};
@@ -125,7 +126,7 @@ impl Engine {
             until: None,
         };
         let (machine, events, clock) = (Arc::clone(&self.machine), self.events.clone(), self.clock);
-        self.jobs.run(move || {
+        self.jobs.run_owing(self.lost(number), move || {
             let news = match begin(machine.as_ref(), samples, clock) {
                 Ok(begun) => {
                     probe.put(begun);
@@ -137,6 +138,16 @@ impl Engine {
             let _ = events.send(Event::Measured(news));
         });
         Ok(json!({}))
+    }
+
+    /// What to say of a job that has panicked.
+    fn lost(&self, number: u64) -> impl FnOnce() + Send + 'static {
+        let events = self.events.clone();
+        move || {
+            let failed = Measured::Failed(number, PANICKED.to_owned());
+            // The engine ends only with the process.
+            let _ = events.send(Event::Measured(failed));
+        }
     }
 
     /// Something happened to a measurement; news of one that was given up are dropped.
@@ -173,7 +184,7 @@ impl Engine {
         rate.until = None;
         let (number, probe) = (rate.number, rate.probe.clone());
         let (machine, events, clock) = (Arc::clone(&self.machine), self.events.clone(), self.clock);
-        self.jobs.run(move || {
+        self.jobs.run_owing(self.lost(number), move || {
             let Some(probe) = probe.take() else {
                 return;
             };

@@ -136,6 +136,8 @@ pub(super) enum TargetEvent {
     /// The same for starting the guest; the time is in microseconds.
     Started(Result<u64, ResumeError>),
     StartedWith(Result<u64, String>),
+    /// The job that was to start the guest has panicked. Nobody knows whether it did.
+    StartLost,
     /// Notifiers were told INCOMING_FAILED.
     Notified,
     LinksClosed,

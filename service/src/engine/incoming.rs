@@ -28,7 +28,7 @@ use super::acceptor::Acceptor;
 use super::clock::{Clock, micros};
 use super::event::{Arrivals, Event, Events, OriginId, TargetEvent};
 use super::guest::StoppedGuest;
-use super::jobs::{JobThread, off_thread};
+use super::jobs::{JobThread, PANICKED, off_thread};
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::origin::{Origin, StandIn};
 use super::outgoing::{YANKED, chain};
@@ -237,7 +237,8 @@ impl Incoming {
             return;
         }
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        jobs.run(move || {
+        let failed = self.lost(|| TargetEvent::Emptied(Err(std::io::Error::other(PANICKED))));
+        jobs.run_owing(failed, move || {
             let emptied = populate::empty(machine.ram());
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::Emptied(emptied)));
@@ -317,6 +318,7 @@ impl Incoming {
             TargetEvent::Data(_) => {}
             TargetEvent::Loaded(..)
             | TargetEvent::Started(_)
+            | TargetEvent::StartLost
             | TargetEvent::Unmarked(..)
             | TargetEvent::Inherited(_) => {
                 unreachable!("the engine takes what is its own out first")
@@ -474,7 +476,8 @@ impl Incoming {
             return self.prepare(Sinks::new());
         }
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        jobs.run(move || {
+        let failed = self.lost(|| TargetEvent::LoadBegun(Err(panicked())));
+        jobs.run_owing(failed, move || {
             let begun = passthrough::begin_load(machine.as_ref());
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::LoadBegun(begun)));
@@ -580,6 +583,18 @@ impl Incoming {
             .handle_job_failed(now, job, AbortCode::Internal, error);
     }
 
+    /// What to say of a job that has panicked.
+    fn lost(
+        &self,
+        event: impl FnOnce() -> TargetEvent + Send + 'static,
+    ) -> impl FnOnce() + Send + 'static {
+        let events = self.events.clone();
+        move || {
+            // The engine ends only with the process.
+            let _ = events.send(Event::Target(event()));
+        }
+    }
+
     /// Queues the job that loads the state; the proof comes back with the result.
     pub(super) fn load(
         &mut self,
@@ -591,7 +606,9 @@ impl Incoming {
     ) {
         self.touched = true;
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        jobs.run(move || {
+        // Without the proof: half of a guest must not even be stopped anew, which may fail and let it run.
+        let failed = self.lost(|| TargetEvent::LoadedInto(Err(panicked())));
+        jobs.run_owing(failed, move || {
             let proof = stopped.lend();
             let loaded = machine
                 .take_over(&proof, fds)
@@ -605,7 +622,7 @@ impl Incoming {
     /// Queues the job that takes the disks and lets the guest run.
     pub(super) fn start_guest(&self, jobs: &JobThread, disks: Arc<Disks>, stopped: StoppedGuest) {
         let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        jobs.run(move || {
+        jobs.run_owing(self.lost(|| TargetEvent::StartLost), move || {
             let began = Instant::now();
             let started = start_arrived_guest(machine.as_ref(), &disks, stopped)
                 .map(|()| micros(began.elapsed()));
@@ -657,6 +674,14 @@ fn load(
         populated_bytes,
         verification,
     })
+}
+
+fn panicked() -> vmferry_devices::DeviceError {
+    vmferry_devices::DeviceError::Panicked {
+        device: "machine".to_owned(),
+        during: "a job".to_owned(),
+        text: PANICKED.to_owned(),
+    }
 }
 
 fn data_error(connection: usize, error: &DataError) -> TargetError {

@@ -1,5 +1,6 @@
 //! A thread for what blocks: stopping vCPUs, dirty logs, saving and loading state, hashing. Jobs run one after the other, in the order
-//! they were given; each tells the engine its result as an event.
+//! they were given; each tells the engine its result as an event. One that panics costs what it was about, and not the guest: the next
+//! ones are done, and what it owed the engine is paid by whoever was named for that.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -7,8 +8,18 @@ use std::sync::mpsc;
 use std::thread;
 
 use super::event::{Event, Events};
+use crate::machine::MachineError;
 
 type Job = Box<dyn FnOnce() + Send>;
+
+/// Why a job has failed that panicked.
+pub(super) const PANICKED: &str =
+    "a part of this program panicked, and has said more on standard error";
+
+/// The same, as an error of the machine.
+pub(super) fn panicked() -> MachineError {
+    MachineError::Config(PANICKED.to_owned())
+}
 
 /// Runs blocking `work` on a thread of its own: for what may take long or for ever, and would hold up other jobs.
 ///
@@ -38,15 +49,14 @@ pub(super) struct JobThread {
 }
 
 impl JobThread {
-    /// A job that panics ends the thread, and the engine hears of it.
+    /// Jobs that panic tell `events` so.
     pub(super) fn start(events: Events) -> io::Result<Self> {
         let (jobs, todo) = mpsc::channel::<Job>();
         let work = move || {
             for job in todo {
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                if catch_unwind(AssertUnwindSafe(job)).is_err() {
                     // The engine ends only with the process.
                     let _ = events.send(Event::JobPanicked);
-                    resume_unwind(panic);
                 }
             }
         };
@@ -54,16 +64,26 @@ impl JobThread {
         Ok(Self { jobs })
     }
 
-    /// Queues a job.
-    ///
-    /// # Panics
-    /// If the thread has died, which only a panicking job can cause; the panic was printed.
+    /// Queues a job that nobody waits for.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
         // What a job logs belongs to the migration that it is done for.
         let span = tracing::Span::current();
-        self.jobs
-            .send(Box::new(move || span.in_scope(job)))
-            .expect("a job has panicked");
+        // The thread ends after this handle.
+        let _ = self.jobs.send(Box::new(move || span.in_scope(job)));
+    }
+
+    /// Queues a job that somebody waits for. If it panics, `instead` is done: it tells those what they wait for.
+    pub(super) fn run_owing(
+        &self,
+        instead: impl FnOnce() + Send + 'static,
+        job: impl FnOnce() + Send + 'static,
+    ) {
+        self.run(move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                instead();
+                resume_unwind(panic);
+            }
+        });
     }
 }
 
@@ -72,11 +92,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_engine_hears_of_a_job_that_has_panicked() {
+    fn after_a_job_that_has_panicked_the_engine_hears_of_it_and_the_next_is_done() {
         let (events, mut queue) = tokio::sync::mpsc::unbounded_channel();
-        let jobs = JobThread::start(events).unwrap();
+        let jobs = JobThread::start(events.clone()).unwrap();
         jobs.run(|| panic!("on purpose"));
+        jobs.run(move || events.send(Event::Terminate).unwrap());
         assert!(matches!(queue.blocking_recv(), Some(Event::JobPanicked)));
-        assert!(queue.blocking_recv().is_none(), "the thread works on");
+        assert!(matches!(queue.blocking_recv(), Some(Event::Terminate)));
+    }
+
+    #[test]
+    fn what_a_job_that_panicked_owes_is_paid_once_and_a_good_one_pays_itself() {
+        let (events, mut queue) = tokio::sync::mpsc::unbounded_channel();
+        let jobs = JobThread::start(events.clone()).unwrap();
+        let pay = |id: &str| {
+            let (events, id) = (events.clone(), id.to_owned());
+            move || events.send(Event::Unplugging(id)).unwrap()
+        };
+        jobs.run_owing(pay("instead"), || panic!("on purpose"));
+        jobs.run_owing(pay("twice"), pay("itself"));
+        jobs.run(pay("end"));
+        let mut heard = Vec::new();
+        while heard.last().is_none_or(|last| last != "end") {
+            match queue.blocking_recv() {
+                Some(Event::Unplugging(id)) => heard.push(id),
+                Some(Event::JobPanicked) => heard.push("panicked".to_owned()),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(heard, ["instead", "panicked", "itself", "end"]);
     }
 }

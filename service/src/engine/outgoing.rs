@@ -27,7 +27,7 @@ use super::clock::{Clock, micros};
 use super::data_links::{dial, end_sender};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
-use super::jobs::{JobThread, off_thread};
+use super::jobs::{JobThread, PANICKED, off_thread};
 use super::keep::Keep;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
@@ -419,7 +419,7 @@ impl Outgoing {
                 SourceAction::NotifySetup => {
                     let (report, notifiers) = (self.reporter(), self.notifiers.clone());
                     let (mode, migration) = (self.mode, self.core.migration_id());
-                    jobs.run(move || {
+                    jobs.run_owing(self.lost(SourceJob::NotifySetup), move || {
                         let (told, outcome) = SetupTold::tell(notifiers, mode, migration);
                         report(SourceEvent::SetupTold(told, outcome));
                     });
@@ -459,6 +459,12 @@ impl Outgoing {
             }
         }
         None
+    }
+
+    /// What to say of a job that has panicked.
+    fn lost(&self, job: SourceJob) -> impl FnOnce() + Send + 'static {
+        let report = self.reporter();
+        move || report(SourceEvent::JobFailed(job, PANICKED.to_owned()))
     }
 
     fn reporter(&self) -> impl Fn(SourceEvent) + Clone + Send + Sync + 'static {
@@ -552,7 +558,9 @@ impl Outgoing {
     fn notify(&mut self, jobs: &JobThread, job: SourceJob, tell: fn(SetupTold)) {
         self.unplugging = false;
         let (report, told) = (self.reporter(), self.told.take());
-        jobs.run(move || {
+        let instead = self.reporter();
+        let instead = move || instead(SourceEvent::Notified(job));
+        jobs.run_owing(instead, move || {
             if let Some(told) = told {
                 tell(told);
             }
@@ -562,7 +570,7 @@ impl Outgoing {
 
     fn start_log(&self, jobs: &JobThread) {
         let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
-        jobs.run(move || {
+        jobs.run_owing(self.lost(SourceJob::StartLog), move || {
             report(match arm(machine.as_ref()) {
                 Ok((log, work, found, devices)) => {
                     SourceEvent::LogStarted(log, work, found, devices)
@@ -579,7 +587,7 @@ impl Outgoing {
         let machine = Arc::clone(&self.machine);
         // A device that is stopped has nothing left to be predicted.
         let stopped = self.lent.is_some();
-        jobs.run(move || {
+        jobs.run_owing(self.lost(SourceJob::Sync), move || {
             let fetched = match log {
                 Some(armed) => fetch(armed, dirty, machine.as_ref(), stopped),
                 None => Err("the dirty log is not running".to_owned()),
@@ -597,7 +605,7 @@ impl Outgoing {
         let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
         let (lent, disks) = (self.lent.take(), Arc::clone(&self.disks));
         let stays = matches!(self.in_place, Some(InPlace::Program(_)));
-        jobs.run(move || {
+        jobs.run_owing(self.lost(SourceJob::SaveState), move || {
             let Some(proof) = lent else {
                 return report(SourceEvent::JobFailed(
                     SourceJob::SaveState,
@@ -670,7 +678,9 @@ impl Outgoing {
 
     fn stop_log(&mut self, jobs: &JobThread) {
         let (report, log) = (self.reporter(), self.log.take());
-        jobs.run(move || {
+        let instead = self.reporter();
+        let instead = move || instead(SourceEvent::LogStopped);
+        jobs.run_owing(instead, move || {
             if let Some(log) = log {
                 stop_armed(log);
             }

@@ -5,6 +5,7 @@ use crate::machine::disk::Disks;
 use crate::machine::{Machine, MachineError, ResumeError};
 
 use super::guest::StoppedGuest;
+use super::jobs::panicked;
 use super::passthrough;
 
 /// Activates the disks and, only if that worked, lets the devices work and the vCPUs run. The one way to start a guest: at the start of the
@@ -59,6 +60,32 @@ pub(super) fn stop_guest(machine: &dyn Machine) -> Result<StoppedGuest, StopErro
     });
     let source = MachineError::Device(error);
     Err(StopError { source, stopped })
+}
+
+/// After a job has panicked that had the proof: whatever the guest did, it is stopped then, and there is a new one. Blocks.
+///
+/// # Errors
+/// The guest runs, or cannot be used any more.
+pub(super) fn stop_again(machine: &dyn Machine) -> Result<StoppedGuest, MachineError> {
+    machine.pause().map(StoppedGuest::new).inspect_err(|error| {
+        let error = error as &dyn std::error::Error;
+        tracing::error!(error, "the guest cannot be stopped after a job has panicked");
+    })
+}
+
+/// The same after a job that was to resume the guest of this process: an error with the proof, unless the guest runs and cannot be stopped.
+/// Blocks.
+///
+/// # Errors
+/// The guest is stopped, because a job has panicked.
+pub(super) fn resumed_perhaps(machine: &dyn Machine) -> Result<(), ResumeError> {
+    match stop_again(machine) {
+        Ok(stopped) => Err(ResumeError {
+            proof: stopped.into_proof(),
+            source: panicked(),
+        }),
+        Err(_) => Ok(()),
+    }
 }
 
 /// The guest could not be stopped.

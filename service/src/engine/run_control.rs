@@ -9,7 +9,8 @@ use super::event::Event;
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::Incoming;
 use super::outgoing::chain;
-use super::ownership::{StopError, start_guest, stop_guest};
+use super::jobs::panicked;
+use super::ownership::{StopError, resumed_perhaps, start_guest, stop_again, stop_guest};
 use super::{Engine, Reply};
 use crate::machine::ResumeError;
 use crate::qmp::schema::RunState;
@@ -28,7 +29,16 @@ impl Engine {
         match std::mem::replace(&mut self.guest, Guest::Away) {
             Guest::Running => {
                 let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-                self.jobs.run(move || {
+                let (ours, report) = (Arc::clone(&machine), events.clone());
+                let instead = move || {
+                    let failed = StopError {
+                        source: panicked(),
+                        stopped: stop_again(ours.as_ref()).ok(),
+                    };
+                    // The engine ends only with the process.
+                    let _ = report.send(Event::Stopped(Err(failed)));
+                };
+                self.jobs.run_owing(instead, move || {
                     // The engine ends only with the process.
                     let _ = events.send(Event::Stopped(stop_guest(machine.as_ref())));
                 });
@@ -58,7 +68,7 @@ impl Engine {
                 "the guest was handed over to the target; letting it run here too would make two of it",
             ),
             RunState::Shutdown => Some("the guest has ended"),
-            RunState::InternalError => Some("a vCPU cannot go on; see the log"),
+            RunState::InternalError => Some("the guest cannot go on; see the log"),
             _ => None,
         };
         if let Some(refusal) = refusal {
@@ -80,7 +90,12 @@ impl Engine {
         if let Guest::Stopped(stopped) = std::mem::replace(&mut self.guest, Guest::Away) {
             let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
             let disks = Arc::clone(&self.disks);
-            self.jobs.run(move || {
+            let (ours, report) = (Arc::clone(&machine), events.clone());
+            let instead = move || {
+                // The engine ends only with the process.
+                let _ = report.send(Event::Resumed(resumed_perhaps(ours.as_ref())));
+            };
+            self.jobs.run_owing(instead, move || {
                 let started = start_guest(machine.as_ref(), &disks, stopped);
                 // The engine ends only with the process.
                 let _ = events.send(Event::Resumed(started));

@@ -13,10 +13,11 @@ use super::Engine;
 use super::hand_over::{Heirlooms, METRICS, QMP};
 use super::info::Record;
 use super::inherit::Inherited;
+use super::jobs::PANICKED;
 use crate::config::{Incoming, RunConfig};
 use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
-use crate::qmp::schema::BlackoutInfo;
+use crate::qmp::schema::{BlackoutInfo, RunState};
 use crate::qmp::{EngineHandle, QmpServer};
 use crate::succession::account::{Times, clear_up, now_us};
 use crate::succession::{Account, WayBack};
@@ -175,18 +176,8 @@ impl Engine {
             return;
         }
         self.end_succession();
-        let Inherited { qmp, metrics, .. } = self.house.inherited.take().unwrap_or_default();
-        if let (Some(socket), Some(handle)) = (qmp, self.house.handle.take()) {
-            let listener = Address::unix(&self.house.qmp)
-                .map_err(|error| error.to_string())
-                .and_then(|address| {
-                    Listener::inherit(socket, &address).map_err(|error| error.to_string())
-                });
-            match listener {
-                Ok(listener) => self.house.server = Some(QmpServer::start(listener, handle)),
-                Err(error) => tracing::error!(error, "QMP cannot be served"),
-            }
-        }
+        self.serve_clients();
+        let Inherited { metrics, .. } = self.house.inherited.take().unwrap_or_default();
         if let Some(address) = self.house.metrics.clone()
             && let Err(error) = self
                 .observer
@@ -198,6 +189,26 @@ impl Engine {
             "took the guest over, QMP at {}",
             self.house.qmp.display()
         ));
+    }
+
+    /// Clients find us where they found who was here before. Does nothing the second time.
+    fn serve_clients(&mut self) {
+        let inherited = self.house.inherited.as_mut();
+        let Some(socket) = inherited.and_then(|inherited| inherited.qmp.take()) else {
+            return;
+        };
+        let Some(handle) = self.house.handle.take() else {
+            return;
+        };
+        let listener = Address::unix(&self.house.qmp)
+            .map_err(|error| error.to_string())
+            .and_then(|address| {
+                Listener::inherit(socket, &address).map_err(|error| error.to_string())
+            });
+        match listener {
+            Ok(listener) => self.house.server = Some(QmpServer::start(listener, handle)),
+            Err(error) => tracing::error!(error, "QMP cannot be served"),
+        }
     }
 
     /// COMMIT has come to a program that is to go on after an exec, and the guest has not run here yet. If this is the old program
@@ -245,12 +256,21 @@ impl Engine {
         become_the_old_program(succession.and_then(Succession::take_way_back), why);
     }
 
-    /// A job has panicked, and with it the news that it owed. Nobody knows what it has done: if the guest has come by an exec and was not
-    /// let go yet, the old program has it again.
+    /// A job has panicked. Nobody knows what it has done: if the guest has come by an exec and was not let go yet, the old program has it
+    /// again.
     pub(super) fn job_panicked(&self) {
-        let why = "a job has panicked";
-        tracing::error!("{why}");
-        self.go_back_before_the_start(why);
+        tracing::error!("a job has failed: {PANICKED}");
+        self.go_back_before_the_start(PANICKED);
+    }
+
+    /// The guest is this process's, and nobody knows whether it runs: it may have done all, part or nothing of that. It is left as it is,
+    /// for the operator. A source that asks gets no answer, and is in doubt.
+    pub(super) fn start_lost(&mut self) {
+        tracing::error!("it is not known whether the guest runs, and nobody else may start it");
+        self.set_runstate(RunState::InternalError);
+        if self.house.succession.is_some() {
+            self.serve_clients();
+        }
     }
 
     /// A program that has come by an exec answers nobody before it has the guest, so nobody else can end its waiting (I6).
