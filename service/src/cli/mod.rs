@@ -103,7 +103,7 @@ struct QmpArgs {
 
 /// The whole program: the arguments of this process, logging, and errors as one line.
 pub fn main() -> ExitCode {
-    let mut inheritance = match succession::take() {
+    let inheritance = match succession::take() {
         Ok(inheritance) => inheritance,
         Err(error) => {
             output::message(&format!(
@@ -112,26 +112,14 @@ pub fn main() -> ExitCode {
             return exit::Exit::Failed.code();
         }
     };
-    if let Some(inheritance) = &mut inheritance {
-        // A guest stands. The machine is built while its command line is read.
-        crate::engine::begin_machine(inheritance);
-    }
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => match inheritance {
-            None => error.exit(),
-            Some(inheritance) => {
-                // Usage and advice are for whoever is at a terminal.
-                let why = error.to_string();
-                let why = why.lines().next().unwrap_or_default();
-                let error = succession::refuse(inheritance, why);
-                output::message(&format!("{error:#}"));
-                return exit::Exit::Failed.code();
-            }
-        },
+    let ended = match inheritance {
+        None => Cli::parse().run(None),
+        Some(inheritance) => {
+            let way_back = inheritance.way_back.clone();
+            way_back.guard(|| go_on(inheritance))
+        }
     };
-    cli.log.start(style::Colours::of_stderr().on());
-    match cli.execute(inheritance) {
+    match ended {
         Ok(code) => code,
         Err(error) => {
             let text = format!("{error:#}");
@@ -145,7 +133,24 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// A guest stands, which the program before has left.
+fn go_on(mut inheritance: Inheritance) -> anyhow::Result<ExitCode> {
+    // The machine is built while its command line is read.
+    crate::engine::begin_machine(&mut inheritance);
+    let cli = Cli::try_parse().map_err(|error| {
+        // Usage and advice are for whoever is at a terminal.
+        let why = error.to_string();
+        anyhow::Error::msg(why.lines().next().unwrap_or_default().to_owned())
+    })?;
+    cli.run(Some(inheritance))
+}
+
 impl Cli {
+    fn run(self, inheritance: Option<Inheritance>) -> anyhow::Result<ExitCode> {
+        self.log.start(style::Colours::of_stderr().on());
+        self.execute(inheritance)
+    }
+
     /// Does what was asked for; with what the program before has left, if this process was one.
     ///
     /// # Errors
@@ -153,9 +158,7 @@ impl Cli {
     pub fn execute(self, inheritance: Option<Inheritance>) -> anyhow::Result<ExitCode> {
         let exit = match self.command {
             Command::Run(args) => return args.execute(inheritance),
-            _ if let Some(inheritance) = inheritance => {
-                return Err(succession::refuse(inheritance, "this is no `vmferry run`"));
-            }
+            _ if inheritance.is_some() => anyhow::bail!("this is no `vmferry run`"),
             Command::Demo(args) => return args.execute(),
             Command::WorkloadImage(args) => return args.execute(),
             Command::Report(args) => return args.execute(),

@@ -23,7 +23,7 @@ use crate::machine::virtio::{BlkConfig, NetConfig, OutsideConfig};
 use crate::machine::workload::WorkloadConfig;
 use crate::machine::{MachineConfig, SerialSink};
 use crate::observe::metrics;
-use crate::succession::{self, Inheritance, ask};
+use crate::succession::{Inheritance, ask};
 
 /// Working set unless another one is asked for; a quarter of small memories.
 const WORKING_SET_DEFAULT: u64 = 64 << 20;
@@ -281,10 +281,8 @@ impl RunArgs {
             return crate::engine::run(self.config()?);
         };
         let leg = inheritance.letter.leg;
-        match tie().and_then(|()| self.config_after_exec(leg)) {
-            Ok(config) => crate::engine::run_after_exec(config, inheritance),
-            Err(error) => Err(succession::refuse(inheritance, &format!("{error:#}"))),
-        }
+        tie()?;
+        crate::engine::run_after_exec(self.config_after_exec(leg)?, inheritance)
     }
 
     /// For a guest that is here already: that the program before has left, or would leave.

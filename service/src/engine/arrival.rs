@@ -184,7 +184,7 @@ impl Engine {
     }
 
     /// The guest is here and is not to run.
-    fn arrived_stopped(&mut self) {
+    pub(super) fn arrived_stopped(&mut self) {
         if let Some(incoming) = &mut self.incoming {
             let now = self.clock.now();
             incoming.core_mut().handle_guest_started(now, 0);
@@ -348,116 +348,5 @@ pub(super) fn qmp_status(status: TargetStatus) -> MigrationStatus {
         TargetStatus::Completed => MigrationStatus::Completed,
         TargetStatus::Failing => MigrationStatus::Failing,
         TargetStatus::Failed => MigrationStatus::Failed,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::io;
-    use std::sync::Mutex;
-
-    use tokio::sync::mpsc;
-    use vmferry_devices::vfio::face::{Iova, PrecopyInfo};
-    use vmferry_devices::vfio::{DeviceState, Support, VfioDevice, VfioFace, VfioSet};
-
-    use super::*;
-    use crate::config::Incoming as IncomingConfig;
-    use crate::engine::rehearsal::tests::config;
-    use crate::machine::disk::Disks;
-    use crate::machine::{self, Given};
-    use crate::observe::Observer;
-    use crate::qmp::EngineHandle;
-
-    /// The state of a device that does as it is told.
-    struct Tame(Arc<Mutex<DeviceState>>);
-
-    impl VfioFace for Tame {
-        fn support(&self) -> io::Result<Option<Support>> {
-            Ok(Some(Support::from_flags(u64::MAX)))
-        }
-
-        fn state(&self) -> io::Result<DeviceState> {
-            Ok(*self.0.lock().unwrap())
-        }
-
-        fn set_state(&self, state: DeviceState) -> io::Result<Option<File>> {
-            *self.0.lock().unwrap() = state;
-            Ok(None)
-        }
-
-        fn stop_copy_bytes(&self) -> io::Result<Option<u64>> {
-            unreachable!("nothing moves")
-        }
-
-        fn enable_reinit(&self) -> io::Result<bool> {
-            unreachable!("nothing moves")
-        }
-
-        fn precopy_info(&self, _: &File) -> io::Result<PrecopyInfo> {
-            unreachable!("nothing moves")
-        }
-
-        fn reset(&self) -> io::Result<()> {
-            unreachable!("nothing fails")
-        }
-
-        fn logs_dma(&self) -> io::Result<bool> {
-            unreachable!("nothing moves")
-        }
-
-        fn start_dma_logging(&self, _: u64, _: &[Iova]) -> io::Result<u64> {
-            unreachable!("nothing moves")
-        }
-
-        fn stop_dma_logging(&self) -> io::Result<()> {
-            unreachable!("nothing moves")
-        }
-
-        fn report_dma(&self, _: Iova, _: u64, _: &mut [u64]) -> io::Result<()> {
-            unreachable!("nothing moves")
-        }
-    }
-
-    /// The state of the device of a guest that arrives to stay stopped.
-    async fn state_after_arrival(incoming: IncomingConfig) -> DeviceState {
-        let config = crate::config::RunConfig {
-            incoming: Some(incoming),
-            paused: true,
-            ..config(&[])
-        };
-        let machine = machine::build(
-            &config.machine,
-            None::<Given>,
-            Vec::new(),
-            config.accel,
-            Arc::new(|_| {}),
-        )
-        .unwrap();
-        let state = Arc::new(Mutex::new(DeviceState::Running));
-        let device = VfioDevice::new("vfio/0", Tame(Arc::clone(&state)));
-        *machine.vfio().lock().unwrap() = VfioSet::new(vec![device]);
-        let observer = Observer::start(&config.observe, &machine).unwrap();
-        let disks = Arc::new(Disks::open(&[]).unwrap());
-        let (events, _queue) = mpsc::unbounded_channel();
-        let (_handle, inbox) = EngineHandle::channel();
-        let mut engine =
-            Engine::new(&config, machine, disks, observer, events, inbox.events).unwrap();
-        engine.arrived_stopped();
-        // Jobs are done one after the other.
-        let (done, is_done) = std::sync::mpsc::channel();
-        engine.jobs.run(move || done.send(()).unwrap());
-        is_done.recv().unwrap();
-        *state.lock().unwrap()
-    }
-
-    #[test]
-    fn devices_of_a_guest_that_arrives_stopped_in_place_stop_too() {
-        use vmferry_transport::control::runtime::run;
-        let state = run(state_after_arrival(IncomingConfig::Exec)).unwrap();
-        assert_eq!(state, DeviceState::Stop);
-        // Elsewhere they were never let work, and are left as they are.
-        let state = run(state_after_arrival(IncomingConfig::Defer)).unwrap();
-        assert_eq!(state, DeviceState::Running);
     }
 }

@@ -1,8 +1,8 @@
 //! How an engine comes to be: a new VM, one that arrives, one that is taken over in place, and that of the program before.
 
-use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::{broadcast, mpsc};
@@ -20,7 +20,7 @@ use super::incoming::Incoming;
 use super::inherit::{Left, Legacy};
 use super::jobs::JobThread;
 use super::keep::NamedMemory;
-use super::settle::{House, WayBackKeeper};
+use super::settle::House;
 use super::{Engine, listeners, passthrough, rehearsal};
 use crate::config::{Incoming as IncomingConfig, RunConfig};
 use crate::fds::FdStore;
@@ -33,6 +33,11 @@ use crate::qmp::schema::RunState;
 use crate::qmp::{EngineHandle, QmpEvent};
 use crate::succession::Inheritance;
 use crate::succession::account::now_us;
+use crate::succession::keeper::signals_to_end;
+
+/// How long after its deadline, in microseconds, a program serves clients that has come by an exec, has no guest yet and has not been
+/// able to go back.
+const MUTE_MAX_US: u64 = 1_000_000;
 
 /// Runs a VM until it ends: the whole life of a `vmferry run`.
 ///
@@ -42,24 +47,16 @@ pub fn run(config: RunConfig) -> anyhow::Result<ExitCode> {
     runtime::run(run_engine(config, None)).context("cannot start the control thread")?
 }
 
-/// The same for a program that goes on with the VM of the program before. If it cannot, the process becomes that one again.
+/// The same for a program that goes on with the VM of the program before. If it is late, the process becomes that one again.
 ///
 /// # Errors
-/// As [`run`], and there was no way back.
-pub fn run_after_exec(config: RunConfig, mut inheritance: Inheritance) -> anyhow::Result<ExitCode> {
-    let way_back = WayBackKeeper::new(inheritance.way_back.take());
-    let keeper = way_back.clone();
-    let run = || {
-        let engine = run_engine(config, Some((inheritance, keeper)));
-        runtime::run(engine).context("cannot start the control thread")?
-    };
-    // A mistake of the new program must not cost the guest.
-    let ended = std::panic::catch_unwind(AssertUnwindSafe(run));
-    let ended = ended.unwrap_or_else(|_| Err(anyhow::anyhow!("the new program panicked")));
-    match (ended, way_back.take()) {
-        (Err(error), Some(way_back)) => Err(way_back.go(&format!("{error:#}"))),
-        (ended, _) => ended,
-    }
+/// As [`run`]; the way back is still there, unless the guest may have run.
+pub fn run_after_exec(config: RunConfig, inheritance: Inheritance) -> anyhow::Result<ExitCode> {
+    let within = Duration::from_micros(config.deadlines.ready_us);
+    let watched = inheritance.way_back.watch(within);
+    watched.context("no thread to watch the time with")?;
+    let engine = run_engine(config, Some(inheritance));
+    runtime::run(engine).context("cannot start the control thread")?
 }
 
 /// Whether this program, started so, would go on with the VM of a program that asks. The machine is built, as far as nobody else can
@@ -71,15 +68,10 @@ pub fn would_go_on(config: &RunConfig, letter: &Letter, hello: &Hello) -> anyhow
     rehearsal::would_go_on(config, letter, hello)
 }
 
-async fn run_engine(
-    config: RunConfig,
-    left: Option<(Inheritance, WayBackKeeper)>,
-) -> anyhow::Result<ExitCode> {
+async fn run_engine(config: RunConfig, left: Option<Inheritance>) -> anyhow::Result<ExitCode> {
     let (events, queue) = mpsc::unbounded_channel();
     let mut legacy = match (left, &config.incoming_cpr) {
-        (Some((inheritance, way_back)), _) => {
-            Some(Legacy::of_letter(inheritance, way_back, &config.machine)?)
-        }
+        (Some(inheritance), _) => Some(Legacy::of_letter(inheritance, &config.machine)?),
         (None, Some(origin)) => Some(Legacy::receive(origin, &config.machine)?),
         (None, None) => None,
     };
@@ -108,13 +100,8 @@ fn forward_requests(mut requests: mpsc::Receiver<crate::qmp::EngineRequest>, eve
 }
 
 fn watch_signals(events: Events) -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    for kind in [
-        SignalKind::terminate(),
-        SignalKind::interrupt(),
-        SignalKind::hangup(),
-    ] {
-        let mut signals = signal(kind).context("cannot watch for signals")?;
+    for kind in signals_to_end() {
+        let mut signals = tokio::signal::unix::signal(kind).context("cannot watch for signals")?;
         let events = events.clone();
         runtime::spawn(async move {
             while signals.recv().await.is_some() {
@@ -274,7 +261,8 @@ impl Engine {
                     mut succession,
                 } = left;
                 succession.times.built_us = now_us();
-                succession.due = Some(self.clock.now().plus_micros(self.deadlines.ready_us));
+                let patience_us = self.deadlines.ready_us.saturating_add(MUTE_MAX_US);
+                succession.due = Some(self.clock.now().plus_micros(patience_us));
                 self.house.inherit(inherited);
                 self.house.succession = Some(succession);
                 return self.load_archive(archive, id);

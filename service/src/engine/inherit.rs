@@ -25,7 +25,7 @@ use vmferry_transport::units::MigrationId;
 
 use super::event::{Event, Events, OriginId, TargetEvent};
 use super::hand_over::{METRICS, PROCESS, QMP, RAM, STDERR, STDOUT};
-use super::settle::{Succession, WayBackKeeper};
+use super::settle::Succession;
 use super::software;
 use crate::config::CprOrigin;
 use crate::machine::heirloom::DeviceFd;
@@ -118,7 +118,6 @@ impl Legacy {
     /// It is not a VM like `machine`, or something is missing. The way back is still there.
     pub(super) fn of_letter(
         inheritance: Inheritance,
-        way_back: WayBackKeeper,
         machine: &MachineConfig,
     ) -> anyhow::Result<Self> {
         let Inheritance {
@@ -126,9 +125,14 @@ impl Legacy {
             account,
             mut table,
             began_us,
-            way_back: _,
+            way_back,
             head_start,
         } = inheritance;
+        let head_start = head_start.unwrap_or_else(|error| {
+            let error = format!("{error:#}");
+            tracing::debug!(error, "nothing of the machine was begun early");
+            None
+        });
         let (blocks, devices) = judge(&letter.manifest, machine).map_err(anyhow::Error::msg)?;
         let ram = claim_ram(blocks, &mut table)?;
         let early = claim_devices(&mut table, Stage::Prepare)?;
@@ -289,10 +293,8 @@ pub fn begin_machine(inheritance: &mut Inheritance) {
         }
         Ok(HeadStart::begin(shape, ram)?)
     };
-    match begin(inheritance) {
-        Ok(begun) => inheritance.head_start = Some(begun),
-        Err(error) => tracing::debug!(%error, "the machine is built later"),
-    }
+    // The log, which is to tell of an error, has not begun.
+    inheritance.head_start = begin(inheritance).map(Some);
 }
 
 /// What of a stage is neither RAM nor the process's own.

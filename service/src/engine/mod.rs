@@ -41,6 +41,8 @@ mod run_control;
 mod settings;
 mod settle;
 mod successor;
+#[cfg(test)]
+mod tests;
 mod yank;
 
 use std::process::ExitCode;
@@ -205,7 +207,7 @@ impl Engine {
         if let Some(incoming) = &mut self.incoming {
             incoming.tick();
         }
-        self.go_back_when_late();
+        self.answer_when_late();
         self.announce_what_is_due();
         self.measure_what_is_due();
     }
@@ -294,6 +296,7 @@ impl Engine {
             return;
         }
         self.emit(QmpEvent::shutdown(reason));
+        self.house.stay();
         self.ending = Some(Ending { code, at: None });
         let now = self.clock.now();
         if let Some(outgoing) = &mut self.outgoing

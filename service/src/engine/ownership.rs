@@ -69,7 +69,10 @@ pub(super) fn stop_guest(machine: &dyn Machine) -> Result<StoppedGuest, StopErro
 pub(super) fn stop_again(machine: &dyn Machine) -> Result<StoppedGuest, MachineError> {
     machine.pause().map(StoppedGuest::new).inspect_err(|error| {
         let error = error as &dyn std::error::Error;
-        tracing::error!(error, "the guest cannot be stopped after a job has panicked");
+        tracing::error!(
+            error,
+            "the guest cannot be stopped after a job has panicked"
+        );
     })
 }
 

@@ -2,7 +2,6 @@
 //! metrics stay the same sockets at the same paths, so clients that connect meanwhile wait for a moment and are lost by nobody.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use vmferry_cpr::manifest::FdKind;
 use vmferry_devices::notifier::Mode;
@@ -20,7 +19,7 @@ use crate::observe::logging;
 use crate::qmp::schema::{BlackoutInfo, RunState};
 use crate::qmp::{EngineHandle, QmpServer};
 use crate::succession::account::{Times, clear_up, now_us};
-use crate::succession::{Account, WayBack};
+use crate::succession::{Account, WayBack, WayBackKeeper};
 
 /// The process's own sockets, and those that it is about to get.
 #[derive(Debug)]
@@ -46,7 +45,7 @@ pub(super) struct Succession {
     pub(super) returned: Option<String>,
     /// Until the guest may run.
     pub(super) way_back: WayBackKeeper,
-    /// When the guest must be about to run.
+    /// When clients are served though the guest does not run.
     pub(super) due: Option<Moment>,
     /// From then on. Not in the keeper: a program that fails now without knowing whether the guest runs must not have the old one load
     /// its state over memory that the guest has changed.
@@ -56,8 +55,7 @@ pub(super) struct Succession {
 impl Succession {
     /// The guest is about to run. Only the answer that it does not leads back from here.
     fn about_to_run(&mut self) {
-        self.held = self.way_back.take();
-        self.due = None;
+        self.held = self.way_back.let_go();
     }
 
     /// The whole blackout, from the old program's stop on; `None` until the guest is here.
@@ -68,21 +66,6 @@ impl Succession {
     /// The guest is known not to run here.
     fn take_way_back(&mut self) -> Option<WayBack> {
         self.held.take().or_else(|| self.way_back.take())
-    }
-}
-
-/// The one way back while it is certain that the guest does not run, for whoever finds first that it is needed.
-#[derive(Clone, Debug, Default)]
-pub(super) struct WayBackKeeper(Arc<Mutex<Option<WayBack>>>);
-
-impl WayBackKeeper {
-    pub(super) fn new(way_back: Option<WayBack>) -> Self {
-        Self(Arc::new(Mutex::new(way_back)))
-    }
-
-    /// Takes it: to use it, or to give it up.
-    pub(super) fn take(&self) -> Option<WayBack> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -124,6 +107,14 @@ impl House {
 
     pub(super) fn inherit(&mut self, inherited: Inherited) {
         self.inherited = Some(inherited);
+    }
+
+    /// The process was told to end. Who was does not begin again as another program.
+    pub(super) fn stay(&mut self) {
+        if let Some(succession) = &mut self.succession {
+            drop(succession.way_back.let_go());
+            succession.held = None;
+        }
     }
 }
 
@@ -230,7 +221,7 @@ impl Engine {
             return;
         };
         succession.times.running_us = now_us();
-        succession.held = None;
+        (succession.held, succession.due) = (None, None);
         clear_up(succession.account.clears_up);
         match succession.returned.clone() {
             None => self.tell_after_exec(true),
@@ -273,16 +264,15 @@ impl Engine {
         }
     }
 
-    /// A program that has come by an exec answers nobody before it has the guest, so nobody else can end its waiting (I6).
-    pub(super) fn go_back_when_late(&mut self) {
+    /// A program that has come by an exec answers nobody before it has the guest. One that should have it, and could not go back, does: it is
+    /// the operator who can end its waiting (I6).
+    pub(super) fn answer_when_late(&mut self) {
         let now = self.clock.now();
         let succession = self.house.succession.as_mut();
         if let Some(late) = succession.filter(|late| late.due.is_some_and(|due| now >= due)) {
             late.due = None;
-            let within_s = self.deadlines.ready_us / 1_000_000;
-            self.go_back_before_the_start(&format!(
-                "the state of the guest was not loaded within {within_s} s"
-            ));
+            tracing::error!("the guest does not run yet; clients are served to be told so");
+            self.serve_clients();
         }
     }
 

@@ -2,10 +2,11 @@
 
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, kill_process, waitid, waitpid};
 use rustix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::call::GUEST_RUNS;
 use crate::machine::kvm::Shape;
+use crate::observe::logging;
 use crate::qmp::schema::BlackoutInfo;
 
 /// The old program's account. Unknown members are of later versions, missing ones are 0.
@@ -24,7 +25,14 @@ pub struct Account {
     pub guest_stall_us: Option<u64>,
     /// What of the machine the next program can begin at once, if it is one on KVM. It need not be true: whoever builds the machine looks
     /// whether it fits.
+    #[serde(deserialize_with = "if_known")]
     pub machine: Option<Shape>,
+}
+
+/// A shape of another version is none. It must not cost the rest.
+fn if_known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Shape>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).unwrap_or_default())
 }
 
 impl Account {
@@ -36,7 +44,10 @@ impl Account {
     /// Out of a letter. One that cannot be read costs figures, and must not cost the guest: it is empty then.
     pub fn decode(bytes: &[u8]) -> Self {
         serde_json::from_slice(bytes).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the account of the old program cannot be read");
+            // The log has not begun.
+            logging::announce(format_args!(
+                "the account of the old program cannot be read: {error}"
+            ));
             Self::default()
         })
     }
@@ -145,6 +156,9 @@ mod tests {
     fn an_account_of_another_version_is_read_as_far_as_it_goes() {
         let account = Account::decode(br#"{"began-us": 3, "later": []}"#);
         assert_eq!(account.began_us, 3);
+        let of_another_shape = Account::decode(br#"{"clears-up": 5, "machine": {"vcpus": 1}}"#);
+        assert_eq!(of_another_shape.clears_up, 5);
+        assert_eq!(of_another_shape.machine, None);
         assert_eq!(Account::decode(b""), Account::default());
         let of_another_type = Account::decode(br#"{"began-us": "x"}"#);
         assert_eq!(of_another_type, Account::default());

@@ -16,6 +16,7 @@
 pub mod account;
 pub mod ask;
 mod call;
+pub(crate) mod keeper;
 mod way_back;
 
 use std::ffi::{CString, OsStr, OsString};
@@ -34,6 +35,7 @@ use crate::machine::kvm::HeadStart;
 use crate::observe::logging;
 
 pub use account::Account;
+pub use keeper::WayBackKeeper;
 pub use way_back::WayBack;
 
 /// The environment variable that names the number of the letter's memfd. In no environment but that of an exec.
@@ -80,9 +82,9 @@ pub struct Inheritance {
     /// When this program began, in microseconds of the monotonic clock.
     pub began_us: u64,
     /// How to become the old program again; nothing on the way back.
-    pub way_back: Option<WayBack>,
-    /// The machine, as far as it was begun.
-    pub head_start: Option<HeadStart>,
+    pub way_back: WayBackKeeper,
+    /// The machine, as far as it was begun, or why it was not.
+    pub head_start: anyhow::Result<Option<HeadStart>>,
 }
 
 /// Takes what the program before has left, if there was one: to be called first of all, while this process has one thread. The variable
@@ -127,8 +129,8 @@ pub fn take() -> anyhow::Result<Option<Inheritance>> {
         account,
         table,
         began_us,
-        way_back,
-        head_start: None,
+        way_back: WayBackKeeper::new(way_back),
+        head_start: Ok(None),
     }))
 }
 
@@ -251,14 +253,6 @@ pub fn own_program() -> io::Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags, open};
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     Ok(open("/proc/self/exe", flags, Mode::empty())?)
-}
-
-/// This program does not go on with what was left: the process becomes the old one again. Returns only if it cannot.
-pub fn refuse(inheritance: Inheritance, why: &str) -> anyhow::Error {
-    match inheritance.way_back {
-        Some(way_back) => way_back.go(why),
-        None => anyhow::Error::msg(why.to_owned()),
-    }
 }
 
 #[cfg(test)]

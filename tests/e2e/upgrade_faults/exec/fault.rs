@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
@@ -51,6 +52,18 @@ pub(super) fn happens(scene: &mut Scene, step: Step, fault: Fault) {
         }
     }
 }
+
+/// Closes what the stand-in has replaced, which no program knows of, and becomes what it should be.
+const TIDY: &str = r#"#!/bin/bash
+for path in /proc/$$/fd/*; do
+    number=${path##*/}
+    case $(readlink "$path") in
+        *vmferry-letter*) [ "$number" = "$VMFERRY_CPR_EXEC" ] || exec {number}>&- ;;
+        *vmferry-state*) exec {number}>&- ;;
+    esac
+done
+exec PROGRAM "$@"
+"#;
 
 /// What it should be.
 fn itself() -> Deed {
@@ -222,6 +235,7 @@ fn become_it(scene: &mut Scene, step: Step, fault: Fault, arrived: Arrived) {
     let deed = match (step, fault) {
         (Step::Letter, Fault::Kill | Fault::Term) => return end(scene, fault),
         (_, Fault::Kill | Fault::Term) => return half_way(scene, step, fault, arrived),
+        (Step::Load, Fault::Silent) => return late(scene, arrived),
 
         (Step::Letter, Fault::Missing) => tampering(Tamper::WithoutVariable),
         (Step::Letter, Fault::Other) => tampering(Tamper::LetterOfAnother),
@@ -263,13 +277,45 @@ fn become_it(scene: &mut Scene, step: Step, fault: Fault, arrived: Arrived) {
     arrived.go(&deed);
 }
 
-/// Ends the new program when it has built its machine, loaded half of the state, or all of it.
-fn half_way(scene: &mut Scene, step: Step, fault: Fault, arrived: Arrived) {
+/// A pipe with a name.
+fn pipe(scene: &Scene) -> (PathBuf, File) {
     let path = scene.stand_in.beside("pipe");
     mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     // To read too, so that it has a reader.
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let pipe = File::from(rustix::fs::open(&path, flags, Mode::empty()).unwrap());
+    let pipe = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
+    (path, pipe.into())
+}
+
+/// The new program gets no state until it has given up.
+fn late(scene: &mut Scene, arrived: Arrived) {
+    // In percent; the old program has more time for the same.
+    const HURRY: [&str; 2] = ["--x-deadline-scale", "5"];
+    let (path, pipe) = pipe(scene);
+    let tidy = scene.stand_in.beside("tidy");
+    script(
+        &tidy,
+        &TIDY.replace("PROGRAM", program_path().to_str().unwrap()),
+    );
+    arrived.go(&Deed {
+        tamper: Tamper::ArchivePiped(path),
+        program: Some(tidy),
+        ..words_and(scene, &HURRY)
+    });
+    for (what, wanted) in [("come", true), ("gone", false)] {
+        until(format!("the new program has {what}"), || {
+            // Nothing in the middle of an exec.
+            let words = fs::read_to_string(format!("/proc/{}/cmdline", scene.vm.pid())).unwrap();
+            let is_new = words.split('\0').any(|word| word == HURRY[0]);
+            (!words.is_empty() && is_new == wanted).then_some(())
+        });
+    }
+    (&pipe).write_all(&scene.stand_in.archive()).unwrap();
+}
+
+/// Ends the new program when it has built its machine, loaded half of the state, or all of it.
+fn half_way(scene: &mut Scene, step: Step, fault: Fault, arrived: Arrived) {
+    let (path, pipe) = pipe(scene);
     arrived.go(&tampering(Tamper::ArchivePiped(path)));
     let archive = scene.stand_in.archive();
     let until_end = archive.len() - HEADER_BYTES - END_BYTES;

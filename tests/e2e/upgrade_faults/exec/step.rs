@@ -182,6 +182,7 @@ impl Fault {
             (Step::Build, Self::Other) => (Returns, "disk1"),
             (Step::Build, Self::Refuses) => (Returns, "bytes of memory"),
 
+            (Step::Load, Self::Silent) => (Returns, "was not loaded within"),
             (Step::Load, Self::Changed) => (Lost, "checksum"),
             (Step::Load, Self::Cut) => (Lost, "it ends here"),
             (Step::Load, Self::Refuses) => (Returns, "vcpu"),
