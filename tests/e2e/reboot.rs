@@ -21,6 +21,7 @@ on_both_accelerators!(
     memory_and_archive_that_do_not_belong_together_are_refused,
     a_save_that_fails_leaves_the_guest_running_and_its_memory_unmarked,
     memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards,
+    a_process_whose_archive_was_broken_at_its_end_takes_the_whole_one,
     a_guest_that_cannot_have_its_disk_is_loaded_a_second_time,
     a_process_killed_while_it_saves_leaves_a_whole_guest_or_none,
     huge_pages_that_are_not_there_are_missed_by_name,
@@ -297,6 +298,30 @@ fn memory_in_a_file_goes_along_with_an_upgrade_and_is_saved_afterwards(accel: Ac
     });
     drop(ram);
     place.load("vm").assert_guest_works();
+}
+
+fn a_process_whose_archive_was_broken_at_its_end_takes_the_whole_one(accel: Accel) {
+    let _turn = turn();
+    let place = Place::new(accel);
+    place.save(place.source(), "vm");
+    let good = fs::read(place.path("vm")).unwrap();
+    let mut broken = good.clone();
+    broken[good.len() - 1] ^= 1;
+    fs::write(place.path("vm"), broken).unwrap();
+    let mut vm = place.machine.start_target("defer", place.launch());
+    let arguments = json!({ "uri": place.archive("vm"), "exit-on-error": false });
+    vm.execute("migrate-incoming", arguments.clone());
+    let info = vm.wait_migration();
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(reason.contains("corrupt"), "{info}");
+    assert!(place.is_marked(), "the guest is lost");
+    fs::write(place.path("vm"), good).unwrap();
+    vm.execute("migrate-incoming", arguments);
+    until("it is loaded", || {
+        (vm.status() == "completed").then_some(())
+    });
+    assert!(!place.is_marked());
+    vm.assert_guest_works();
 }
 
 fn a_guest_that_cannot_have_its_disk_is_loaded_a_second_time(accel: Accel) {

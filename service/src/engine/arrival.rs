@@ -45,9 +45,12 @@ impl Engine {
         let config = self.target_config(in_place);
         let (machine, events) = (self.machine.clone(), self.events.clone());
         let origin = Origin::open(address, first, &mut self.fds, &self.deadlines, &events).await?;
-        self.incoming = Some(Incoming::start(
-            address, origin, first, config, machine, self.clock, events,
-        ));
+        let clock = self.clock;
+        let mut incoming = Incoming::start(address, origin, first, config, machine, clock, events);
+        if in_place.is_none() && self.kept.is_some() {
+            incoming.memory_is_in_file();
+        }
+        self.incoming = Some(incoming);
         Ok(first)
     }
 

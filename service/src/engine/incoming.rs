@@ -85,6 +85,8 @@ pub(super) struct Incoming {
     emptied: bool,
     /// Guest memory is shared with the source: it must never be emptied, and nothing else can come into it.
     in_place: bool,
+    /// That memory waits in a file, for whichever process loads its archive.
+    in_file: bool,
 }
 
 /// A connection that has said its first frame.
@@ -137,6 +139,11 @@ impl Incoming {
         this
     }
 
+    /// The guest's memory is in this process's file already, and stays there if its archive cannot be loaded: another try is welcome.
+    pub(super) fn memory_is_in_file(&mut self) {
+        self.in_file = true;
+    }
+
     /// One to which nobody can connect.
     fn new(
         address: Address,
@@ -166,6 +173,7 @@ impl Incoming {
             touched: false,
             emptied: false,
             in_place,
+            in_file: false,
         }
     }
 
@@ -215,7 +223,7 @@ impl Incoming {
 
     /// Why there can be no other incoming migration in this process now; `None` if there can.
     pub(super) fn why_not_again(&self) -> Option<&'static str> {
-        if self.in_place {
+        if self.in_place && !self.in_file {
             Some("this process was started to take over one guest in place; use a new process")
         } else if self.core.status() != TargetStatus::Failed {
             Some("this VM listens for an incoming migration already")
@@ -223,7 +231,7 @@ impl Incoming {
             Some(
                 "device state of the failed migration is in this machine already; use a new process",
             )
-        } else if !self.emptied {
+        } else if !self.emptied && !self.in_place {
             Some("the memory that the failed migration filled is still being emptied; try again")
         } else {
             None
