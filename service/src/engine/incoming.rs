@@ -1,6 +1,7 @@
 //! Drives the target core: listens, takes connections in, receives into guest memory, loads state, starts the guest.
 
 mod again;
+mod jobs;
 mod replay;
 
 use std::collections::HashMap;
@@ -8,7 +9,6 @@ use std::error::Error;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use tokio::task::JoinHandle;
 use vmferry_transport::control::{Address, Stream, runtime};
@@ -16,29 +16,23 @@ use vmferry_transport::data::{
     Backend, BackendChoice, DataError, DataReceiver, ReceiverConfig, ReceiverEvent,
     ReceiverProgress,
 };
-use vmferry_transport::memory::{hash, populate};
 use vmferry_transport::proto::{
-    Connection, Loaded, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
+    Connection, Target, TargetAction, TargetConfig, TargetError, TargetJob, TargetStatus,
 };
 use vmferry_transport::streams::Replay;
 use vmferry_transport::units::{MigrationId, Moment};
 use vmferry_transport::wire::Section;
-use vmferry_transport::wire::frame::{AbortCode, SourceFrame, TargetFrame, Verification};
+use vmferry_transport::wire::frame::{AbortCode, SourceFrame, TargetFrame};
 
 use super::acceptor::Acceptor;
-use super::clock::{Clock, micros};
+use super::clock::Clock;
 use super::event::{Arrivals, Event, Events, OriginId, TargetEvent};
-use super::guest::StoppedGuest;
-use super::jobs::{JobThread, PANICKED, off_thread};
+use super::jobs::off_thread;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::origin::{Origin, StandIn};
 use super::outgoing::{YANKED, chain};
-use super::ownership::start_arrived_guest;
-use super::passthrough::{self, Sinks};
-use crate::machine::disk::Disks;
-use crate::machine::heirloom::DeviceFd;
-use crate::machine::read_back::state_differences;
-use crate::machine::{Machine, VcpusStopped};
+use super::passthrough::Sinks;
+use crate::machine::Machine;
 
 /// What the engine must do for the incoming migration, because it concerns more than the links.
 #[derive(Debug)]
@@ -441,21 +435,6 @@ impl Incoming {
         }
     }
 
-    /// Queues the job that readies the devices for their streams.
-    pub(super) fn begin_load(&mut self, jobs: &JobThread) {
-        if self.in_place {
-            // They are what they are, and were or are at work without this program.
-            return self.prepare(Sinks::new());
-        }
-        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        let failed = self.lost(|| TargetEvent::LoadBegun(Err(panicked())));
-        jobs.run_owing(failed, move || {
-            let begun = passthrough::begin_load(machine.as_ref());
-            // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::LoadBegun(begun)));
-        });
-    }
-
     fn prepare(&mut self, devices: Sinks) {
         if self.core.is_failing() {
             // The links have gone or go; all that is left to do is to end the job.
@@ -554,105 +533,11 @@ impl Incoming {
         self.core
             .handle_job_failed(now, job, AbortCode::Internal, error);
     }
-
-    /// What to say of a job that has panicked.
-    fn lost(
-        &self,
-        event: impl FnOnce() -> TargetEvent + Send + 'static,
-    ) -> impl FnOnce() + Send + 'static {
-        let events = self.events.clone();
-        move || {
-            // The engine ends only with the process.
-            let _ = events.send(Event::Target(event()));
-        }
-    }
-
-    /// Queues the job that loads the state; the proof comes back with the result.
-    pub(super) fn load(
-        &mut self,
-        jobs: &JobThread,
-        stopped: StoppedGuest,
-        fds: Vec<DeviceFd>,
-        sections: Vec<Section>,
-        verify: bool,
-    ) {
-        self.touched = true;
-        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        // Without the proof: half of a guest must not even be stopped anew, which may fail and let it run.
-        let failed = self.lost(|| TargetEvent::LoadedInto(Err(panicked())));
-        jobs.run_owing(failed, move || {
-            let proof = stopped.lend();
-            let loaded = machine
-                .take_over(&proof, fds)
-                .and_then(|()| load(machine.as_ref(), &proof, &sections, verify));
-            drop(proof);
-            // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::Loaded(stopped, loaded)));
-        });
-    }
-
-    /// Queues the job that takes the disks and lets the guest run.
-    pub(super) fn start_guest(&self, jobs: &JobThread, disks: Arc<Disks>, stopped: StoppedGuest) {
-        let (events, machine) = (self.events.clone(), Arc::clone(&self.machine));
-        jobs.run_owing(self.lost(|| TargetEvent::StartLost), move || {
-            let began = Instant::now();
-            let started = start_arrived_guest(machine.as_ref(), &disks, stopped)
-                .map(|()| micros(began.elapsed()));
-            // The engine ends only with the process.
-            let _ = events.send(Event::Target(TargetEvent::Started(started)));
-        });
-    }
 }
 
 impl Drop for Incoming {
     fn drop(&mut self) {
         self.stop_listening();
-    }
-}
-
-fn load(
-    machine: &dyn Machine,
-    stopped: &VcpusStopped,
-    sections: &[Section],
-    verify: bool,
-) -> Result<Loaded, vmferry_devices::DeviceError> {
-    let host = |op: &str, source| vmferry_devices::DeviceError::Kernel {
-        device: "ram".to_owned(),
-        op: op.to_owned(),
-        source,
-    };
-    let began = Instant::now();
-    // First: what a device refuses must not have changed anything else.
-    passthrough::finish_load(machine)?;
-    machine.load(stopped, sections)?;
-    let load_us = micros(began.elapsed());
-    let verification = if verify {
-        let began = Instant::now();
-        let hash =
-            hash::ram_hash(machine.ram()).map_err(|error| host("hashing guest memory", error))?;
-        let differences = state_differences(machine, stopped, sections)?;
-        Some(Verification {
-            ram_hash: hash.hash,
-            state_differences: differences.join("; "),
-            took_us: micros(began.elapsed()),
-        })
-    } else {
-        None
-    };
-    let populated_bytes = populate::populated_bytes(machine.ram())
-        .map_err(|error| host("looking up populated memory", error))?;
-    Ok(Loaded {
-        load_us,
-        populated_bytes,
-        verification,
-    })
-}
-
-fn panicked() -> vmferry_devices::DeviceError {
-    vmferry_devices::DeviceError::Panicked {
-        device: "machine".to_owned(),
-        during: "a job".to_owned(),
-        text: PANICKED.to_owned(),
     }
 }
 

@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
 
 use vmferry_devices::notifier::{Mode, Notifiers};
 use vmferry_transport::control::{Stream, runtime};
@@ -11,9 +10,9 @@ use vmferry_transport::data::{
     Backend, BackendChoice, BandwidthLimit, DataError, DataSender, RoundWork, SenderConfig,
     SenderEvent, SenderProgress, ZeroCopy,
 };
-use vmferry_transport::memory::{DirtyMap, hash};
+use vmferry_transport::memory::DirtyMap;
 use vmferry_transport::proto::{
-    MigrationStatus, Outcome, RoundSent, SavedState, Source, SourceAction, SourceConfig, SourceJob,
+    MigrationStatus, Outcome, RoundSent, Source, SourceAction, SourceConfig, SourceJob,
     SourceTuning,
 };
 use vmferry_transport::units::{Moment, PageCount};
@@ -21,13 +20,14 @@ use vmferry_transport::wire::frame::{FrameBuffer, TargetFrame};
 use vmferry_transport::wire::hello::DataHello;
 
 mod in_place;
+mod jobs;
 
-use super::armed_log::{ArmedLog, arm, fetch, stop_armed};
-use super::clock::{Clock, micros};
+use super::armed_log::ArmedLog;
+use super::clock::Clock;
 use super::data_links::{dial, end_sender};
 use super::event::{Arrivals, Event, Events, SourceEvent};
 use super::guest::StoppedGuest;
-use super::jobs::{JobThread, PANICKED, off_thread};
+use super::jobs::{JobThread, off_thread};
 use super::keep::Keep;
 use super::link::{ControlLink, LAST_WORD, LinkEvent};
 use super::notify::SetupTold;
@@ -461,12 +461,6 @@ impl Outgoing {
         None
     }
 
-    /// What to say of a job that has panicked.
-    fn lost(&self, job: SourceJob) -> impl FnOnce() + Send + 'static {
-        let report = self.reporter();
-        move || report(SourceEvent::JobFailed(job, PANICKED.to_owned()))
-    }
-
     fn reporter(&self) -> impl Fn(SourceEvent) + Clone + Send + Sync + 'static {
         let (events, attempt) = (self.events.clone(), self.attempt);
         move |event| {
@@ -555,89 +549,6 @@ impl Outgoing {
         });
     }
 
-    fn notify(&mut self, jobs: &JobThread, job: SourceJob, tell: fn(SetupTold)) {
-        self.unplugging = false;
-        let (report, told) = (self.reporter(), self.told.take());
-        let instead = self.reporter();
-        let instead = move || instead(SourceEvent::Notified(job));
-        jobs.run_owing(instead, move || {
-            if let Some(told) = told {
-                tell(told);
-            }
-            report(SourceEvent::Notified(job));
-        });
-    }
-
-    fn start_log(&self, jobs: &JobThread) {
-        let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
-        jobs.run_owing(self.lost(SourceJob::StartLog), move || {
-            report(match arm(machine.as_ref()) {
-                Ok((log, work, found, devices)) => {
-                    SourceEvent::LogStarted(log, work, found, devices)
-                }
-                Err(error) => SourceEvent::JobFailed(SourceJob::StartLog, error),
-            });
-        });
-    }
-
-    fn sync(&mut self, jobs: &JobThread) {
-        let report = self.reporter();
-        let empty = DirtyMap::default();
-        let (log, dirty) = (self.log.take(), std::mem::replace(&mut self.dirty, empty));
-        let machine = Arc::clone(&self.machine);
-        // A device that is stopped has nothing left to be predicted.
-        let stopped = self.lent.is_some();
-        jobs.run_owing(self.lost(SourceJob::Sync), move || {
-            let fetched = match log {
-                Some(armed) => fetch(armed, dirty, machine.as_ref(), stopped),
-                None => Err("the dirty log is not running".to_owned()),
-            };
-            report(match fetched {
-                Ok((armed, dirty, took_us, sizes)) => {
-                    SourceEvent::Synced(armed, dirty, took_us, sizes)
-                }
-                Err(error) => SourceEvent::JobFailed(SourceJob::Sync, error),
-            });
-        });
-    }
-
-    fn save(&mut self, jobs: &JobThread, hash_ram: bool) {
-        let (report, machine) = (self.reporter(), Arc::clone(&self.machine));
-        let (lent, disks) = (self.lent.take(), Arc::clone(&self.disks));
-        let stays = matches!(self.in_place, Some(InPlace::Program(_)));
-        jobs.run_owing(self.lost(SourceJob::SaveState), move || {
-            let Some(proof) = lent else {
-                return report(SourceEvent::JobFailed(
-                    SourceJob::SaveState,
-                    "the guest is not stopped".into(),
-                ));
-            };
-            // The target may activate them once it has the state.
-            let given_back = match stays {
-                true => disks.pass_on(),
-                false => disks.inactivate(),
-            };
-            if let Err(error) = given_back {
-                drop(proof);
-                return report(SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)));
-            }
-            let saved = machine.save(&proof);
-            drop(proof);
-            let began = Instant::now();
-            let ram_hash = hash_ram.then(|| hash::ram_hash(machine.ram()));
-            let hash_us = if hash_ram { micros(began.elapsed()) } else { 0 };
-            report(match (saved, ram_hash.transpose()) {
-                (Ok(sections), Ok(hash)) => SourceEvent::Saved(SavedState {
-                    sections,
-                    ram_hash: hash.map(|hash| hash.hash),
-                    hash_us,
-                }),
-                (Err(error), _) => SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)),
-                (_, Err(error)) => SourceEvent::JobFailed(SourceJob::SaveState, chain(&error)),
-            });
-        });
-    }
-
     /// Data threads are joined on a thread of their own: the control thread never waits for them.
     fn close_links(&mut self) {
         self.closing = true;
@@ -673,18 +584,6 @@ impl Outgoing {
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;
             report(SourceEvent::LinksClosed);
-        });
-    }
-
-    fn stop_log(&mut self, jobs: &JobThread) {
-        let (report, log) = (self.reporter(), self.log.take());
-        let instead = self.reporter();
-        let instead = move || instead(SourceEvent::LogStopped);
-        jobs.run_owing(instead, move || {
-            if let Some(log) = log {
-                stop_armed(log);
-            }
-            report(SourceEvent::LogStopped);
         });
     }
 }
