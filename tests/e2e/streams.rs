@@ -171,7 +171,7 @@ fn precopy_file_that_is_broken(accel: Accel) {
         &good[..cut],
         &format!("cannot load {address}: at byte {cut}: incomplete"),
     );
-    with(&good[..good.len() - 1], "incomplete");
+    with(&good[..good.len() - 1], "the guest may run elsewhere");
     with(&[], "at byte 0: incomplete");
     let mut longer = good.clone();
     longer.push(0);

@@ -18,7 +18,7 @@ use super::event::{Event, OriginId, TargetEvent};
 use super::guest::{Guest, StoppedGuest};
 use super::incoming::{Incoming, IncomingAction};
 use super::jobs::PANICKED;
-use super::origin::{Origin, OriginError};
+use super::origin::{Origin, OriginError, of_a_cut};
 use super::outgoing::chain;
 use super::settle::Succession;
 use super::{Ending, Engine, block_infos, passthrough, software};
@@ -28,6 +28,9 @@ use crate::qmp::{QmpError, QmpEvent};
 
 /// What the machine of an incoming migration is until the migration starts it.
 const NOT_STOPPED: &str = "the machine is being stopped or started by somebody else";
+
+/// What it means that the state is cut that a program has left before an exec.
+const NOBODY_ELSE: &str = "no other process has the guest";
 
 /// Exit code of a process whose incoming migration has failed.
 const INCOMING_FAILED_CODE: u8 = 1;
@@ -69,13 +72,16 @@ impl Engine {
         self.incoming = Some(match envelope::unseal(name, &archive, max) {
             Ok(bytes) => {
                 let replay = Replay::new(&bytes);
-                let replay = replay.map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
+                let replay = replay.map_err(|error| {
+                    anyhow::anyhow!("{name}: {error}{}", of_a_cut(&error, NOBODY_ELSE))
+                })?;
                 Incoming::replay(address, replay, first, config, machine, clock, events)
             }
             // Whoever wrapped the new program has passed it on in something else, such as a pipe.
             Err(CprError::Descriptor { .. }) => {
                 let inlet = Inlet::of_file(name, archive, 0)?;
-                let origin = Origin::archive(inlet, first, &self.deadlines, &self.events)?;
+                let origin =
+                    Origin::archive(inlet, first, &self.deadlines, &self.events, NOBODY_ELSE)?;
                 Incoming::start(&address, origin, first, config, machine, clock, events)
             }
             Err(error) => return Err(error.into()),

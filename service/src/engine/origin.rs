@@ -5,7 +5,10 @@ use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 use vmferry_transport::control::{Address, ListenError, Listener};
 use vmferry_transport::limits::Deadlines;
-use vmferry_transport::streams::{ArchiveLoader, FdKind, Inlet, Mux, StreamError, fd_kind};
+use vmferry_transport::streams::{
+    ArchiveLoader, FdKind, Inlet, Mux, StreamError, StreamFault, fd_kind,
+};
+use vmferry_transport::wire::archive::{ArchiveError, ArchiveFault};
 
 use super::event::{Event, Events, OriginId, TargetEvent};
 use super::jobs::off_thread;
@@ -100,10 +103,16 @@ impl Origin {
             }
             _ => return Ok(Self::Network(Listener::bind(address).await?)),
         };
-        Ok(Self::archive(inlet, id, deadlines, events)?)
+        Ok(Self::archive(
+            inlet,
+            id,
+            deadlines,
+            events,
+            "the guest may run elsewhere",
+        )?)
     }
 
-    /// Begins to read an archive.
+    /// Begins to read an archive. `cut` says what it means if it ends before its end.
     ///
     /// # Errors
     /// The process is out of threads.
@@ -112,11 +121,12 @@ impl Origin {
         id: OriginId,
         deadlines: &Deadlines,
         events: &Events,
+        cut: &'static str,
     ) -> Result<Self, StreamError> {
         let (connect, connections) = connections();
         let events = events.clone();
         let failed = move |error: StreamError| {
-            let text = format!("cannot load {error}");
+            let text = format!("cannot load {error}{}", of_a_cut(&error.reason, cut));
             // The engine ends only with the process.
             let _ = events.send(Event::Target(TargetEvent::SourceFailed(id, text)));
         };
@@ -147,6 +157,17 @@ impl Origin {
         );
         let mux = mux.map_err(|error| OriginError::Local(address.clone(), error.to_string()))?;
         Ok(Self::StandIn(StandIn::Mux(mux), connections))
+    }
+}
+
+/// What is added to an error of an archive that ends before its end: what that means.
+pub(super) fn of_a_cut(error: &StreamFault, cut: &str) -> String {
+    match error {
+        StreamFault::Archive(ArchiveError {
+            fault: ArchiveFault::Incomplete,
+            ..
+        }) => format!("; {cut}"),
+        _ => String::new(),
     }
 }
 

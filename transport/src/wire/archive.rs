@@ -114,9 +114,7 @@ pub enum ArchiveFault {
         expected: u64,
     },
     /// It ends before its END: the save failed, was cancelled, or is still under way; or the file was cut.
-    #[error(
-        "incomplete: it ends here; the save was interrupted, or not all of it is here, and the guest may run elsewhere"
-    )]
+    #[error("incomplete: it ends here; the save was interrupted, or not all of it is here")]
     Incomplete,
     /// Something follows END.
     #[error("corrupt: bytes follow the end of the archive")]

@@ -184,7 +184,7 @@ impl Fault {
 
             (Step::Load, Self::Silent) => (Returns, "was not loaded within"),
             (Step::Load, Self::Changed) => (Lost, "checksum"),
-            (Step::Load, Self::Cut) => (Lost, "it ends here"),
+            (Step::Load, Self::Cut) => (Lost, "no other process has the guest"),
             (Step::Load, Self::Refuses) => (Returns, "vcpu"),
 
             (Step::Start, Self::Other) => (Returns, "another process holds the lock"),
