@@ -1,6 +1,7 @@
 //! The network interface of the built-in machine, with a driver that has no guest: it sets the device up through its registers, moves to
 //! another machine on another tap, and is found there.
 
+use vm_memory::{Bytes, GuestAddress};
 use vmferry::machine::ram::MachineRam;
 use vmferry::machine::virtio::{Bus, OutsideConfig, QUEUE_NOTIFY, WINDOWS_GPA};
 use vmferry_devices::vhost::{Ring, VhostMemory};
@@ -23,6 +24,8 @@ const STATUS: u64 = 0x70;
 const RING_REGISTERS: u64 = 0x80;
 const CONFIG: u64 = 0x100;
 const NEEDS_RESET: u32 = 64;
+/// Flag of a used ring.
+const NO_NOTIFY: u16 = 1;
 
 /// A machine's memory and its only device.
 struct Side {
@@ -97,9 +100,14 @@ impl Side {
         assert_eq!(self.get(STATUS) & NEEDS_RESET, 0, "it works");
     }
 
-    fn kick(&self) {
-        for queue in 0..2 {
-            self.set(QUEUE_NOTIFY, queue);
+    /// As Linux does: not if a back end has said that it looks by itself, which the kernel's may leave behind.
+    fn kick(&self, guest: &Guest) {
+        for (queue, ring) in [(0, guest.to.ring()), (1, guest.from.ring())] {
+            let flags = GuestAddress(ring.used);
+            let flags: u16 = self.memory.memory().read_obj(flags).unwrap();
+            if flags & NO_NOTIFY == 0 {
+                self.set(QUEUE_NOTIFY, queue);
+            }
         }
     }
 
@@ -116,7 +124,7 @@ impl Side {
         });
         guest.offer(slot);
         guest.send(0, &net.packet(subnet, number));
-        self.kick();
+        self.kick(guest);
         until("a packet from the guest", || {
             net.host_hears().map(|heard| assert_eq!(heard, number))
         });
