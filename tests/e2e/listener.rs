@@ -38,6 +38,8 @@ struct Shared {
     holds_setup: AtomicBool,
     /// Every connection there was.
     connections: Mutex<Vec<UnixStream>>,
+    /// Looks at something whenever it is told of a failure.
+    looks: Mutex<Option<Box<dyn Fn() + Send>>>,
     over: AtomicBool,
 }
 
@@ -97,7 +99,12 @@ impl Listener {
         self.shared.holds.store(failures, Ordering::SeqCst);
     }
 
-    /// The same with the news that a migration begins.
+    /// Looks at something with every news of a failure, before the guest may run again.
+    pub(crate) fn on_failure(&self, look: impl Fn() + Send + 'static) {
+        *self.shared.looks.lock().unwrap() = Some(Box::new(look));
+    }
+
+    /// As [`hold`](Self::hold), with the news that a migration begins.
     pub(crate) fn hold_setup(&self, setups: bool) {
         self.shared.holds_setup.store(setups, Ordering::SeqCst);
     }
@@ -168,6 +175,9 @@ fn serve(connection: &UnixStream, shared: &Shared) {
         let event = text("event");
         let failed = event == "failed";
         let vetoed = event == "setup" && shared.vetoes.load(Ordering::SeqCst);
+        if failed && let Some(look) = &*shared.looks.lock().unwrap() {
+            look();
+        }
         let path = shared.qmp.lock().unwrap().clone();
         // One that waited too long for the answer has hung up, and may go on.
         let guest_ran = failed && path.is_some_and(|path| guest_runs(&path)) && is_open(connection);

@@ -5,6 +5,7 @@ mod cases;
 mod cell;
 mod exec;
 mod fault;
+mod gates;
 mod link;
 mod step;
 

@@ -119,13 +119,11 @@ fn lock(device: &Shared) -> MutexGuard<'_, UserDevice> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn set_up(device: &mut UserDevice, start: &Start) -> io::Result<()> {
-    device.set_events(events(&start.queues, &start.interrupt, 1)?);
-    let prepared = device
+fn set_up(device: &mut UserDevice, start: &Start) -> Result<(), DeviceError> {
+    device
         .set_features(start.features)
         .and_then(|()| device.set_rings(&rings(&start.queues, 1)))
-        .and_then(|()| device.prepare());
-    prepared.map_err(io::Error::other)
+        .and_then(|()| device.prepare())
 }
 
 /// One entry per queue of a device that has `count` of them.
@@ -224,6 +222,8 @@ impl Backend for VhostUserBlk {
         let shared = Arc::clone(self.device()?);
         {
             let mut device = lock(&shared);
+            // No other connection helps if there is no descriptor.
+            device.set_events(events(&start.queues, &start.interrupt, 1)?);
             if !device.is_alive() {
                 // It went while the guest stood; the next one may be there.
                 device.reconnect(Lost::Refuse).map_err(io::Error::other)?;
@@ -234,7 +234,7 @@ impl Backend for VhostUserBlk {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, device = device.name(), "connecting again");
                 device.reconnect(Lost::Refuse).map_err(io::Error::other)?;
-                set_up(&mut device, &start)?;
+                set_up(&mut device, &start).map_err(io::Error::other)?;
             }
         }
         self.watcher = Some(Watcher::start(&shared, start.interrupt)?);
