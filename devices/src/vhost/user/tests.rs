@@ -17,8 +17,9 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion};
 use vmferry_transport::units::PAGE_SIZE;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
+use super::session::is_lost;
 use super::*;
-use crate::vhost::Region;
+use crate::vhost::{Logs, Region};
 
 const RING: Ring = Ring {
     size: 64,
