@@ -65,7 +65,7 @@ pub(super) enum Event {
     Resumed(Result<(), ResumeError>),
     /// A measurement of the dirty rate has got on.
     Measured(Measured),
-    /// A job has panicked; what it owed will not come.
+    /// A job has panicked. Whoever waits for what it owed has been told.
     JobPanicked,
     /// The process was asked to end by a signal.
     Terminate,

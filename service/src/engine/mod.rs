@@ -78,7 +78,7 @@ use guest::Guest;
 use incoming::Incoming;
 use info::Record;
 pub use inherit::begin_machine;
-use jobs::JobThread;
+use jobs::{JobThread, PANICKED};
 use keep::NamedMemory;
 use outgoing::Outgoing;
 use settle::House;
@@ -251,7 +251,8 @@ impl Engine {
             Event::Stopped(result) => self.stopped(result),
             Event::Resumed(result) => self.resumed(result),
             Event::Measured(news) => self.measured(news),
-            Event::JobPanicked => self.job_panicked(),
+            // Whoever waits for it has been told.
+            Event::JobPanicked => tracing::error!("a job has failed: {PANICKED}"),
             Event::Terminate => self.end(0, ShutdownReason::HostSignal),
         }
     }

@@ -12,7 +12,6 @@ use super::Engine;
 use super::hand_over::{Heirlooms, METRICS, QMP};
 use super::info::Record;
 use super::inherit::Inherited;
-use super::jobs::PANICKED;
 use crate::config::{Incoming, RunConfig};
 use crate::machine::heirloom::DeviceFd;
 use crate::observe::logging;
@@ -244,14 +243,10 @@ impl Engine {
     /// which returns only if it cannot.
     pub(super) fn go_back(&mut self, why: &str) {
         let succession = self.house.succession.as_mut();
-        become_the_old_program(succession.and_then(Succession::take_way_back), why);
-    }
-
-    /// A job has panicked. Nobody knows what it has done: if the guest has come by an exec and was not let go yet, the old program has it
-    /// again.
-    pub(super) fn job_panicked(&self) {
-        tracing::error!("a job has failed: {PANICKED}");
-        self.go_back_before_the_start(PANICKED);
+        if let Some(way_back) = succession.and_then(Succession::take_way_back) {
+            let error = way_back.go(why);
+            tracing::error!(error = format!("{error:#}"), "no way back");
+        }
     }
 
     /// The guest is this process's, and nobody knows whether it runs: it may have done all, part or nothing of that. It is left as it is,
@@ -274,21 +269,6 @@ impl Engine {
             tracing::error!("the guest does not run yet; clients are served to be told so");
             self.serve_clients();
         }
-    }
-
-    fn go_back_before_the_start(&self, why: &str) {
-        let succession = self.house.succession.as_ref();
-        become_the_old_program(
-            succession.and_then(|succession| succession.way_back.take()),
-            why,
-        );
-    }
-}
-
-fn become_the_old_program(way_back: Option<WayBack>, why: &str) {
-    if let Some(way_back) = way_back {
-        let error = way_back.go(why);
-        tracing::error!(error = format!("{error:#}"), "no way back");
     }
 }
 
