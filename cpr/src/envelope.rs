@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use memfd::{FileSeal, MemfdOptions};
+use memfd::{FileSeal, Memfd, MemfdOptions};
 use rustix::fs::SealFlags;
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 
@@ -24,12 +24,22 @@ pub const NAME: &str = "vmferry-letter";
 /// # Errors
 /// [`CprError::Host`] when the kernel refuses.
 pub fn seal(name: &str, bytes: &[u8]) -> Result<File, CprError> {
-    let failed = |error: memfd::Error| CprError::Host {
+    fill(empty(name)?, name, bytes)
+}
+
+fn making(name: &str) -> impl Fn(memfd::Error) -> CprError {
+    move |error| CprError::Host {
         op: format!("making memfd {name:?}"),
         source: std::io::Error::other(error),
-    };
+    }
+}
+
+fn empty(name: &str) -> Result<Memfd, CprError> {
     let options = MemfdOptions::new().close_on_exec(true).allow_sealing(true);
-    let memfd = options.create(name).map_err(failed)?;
+    options.create(name).map_err(making(name))
+}
+
+fn fill(memfd: Memfd, name: &str, bytes: &[u8]) -> Result<File, CprError> {
     std::io::Write::write_all(&mut memfd.as_file(), bytes)
         .map_err(|error| CprError::host(format!("filling memfd {name:?}"), error))?;
     let seals = [
@@ -38,7 +48,7 @@ pub fn seal(name: &str, bytes: &[u8]) -> Result<File, CprError> {
         FileSeal::SealWrite,
         FileSeal::SealSeal,
     ];
-    memfd.add_seals(&seals).map_err(failed)?;
+    memfd.add_seals(&seals).map_err(making(name))?;
     // Whoever reads it begins at the beginning.
     let file = memfd.into_file();
     std::io::Seek::rewind(&mut &file)
@@ -46,15 +56,37 @@ pub fn seal(name: &str, bytes: &[u8]) -> Result<File, CprError> {
     Ok(file)
 }
 
+/// What a letter will be put into, for who must not find later that there is no descriptor to be had.
+#[derive(Debug)]
+pub struct Envelope(Memfd);
+
+impl Envelope {
+    /// An empty one, close-on-exec.
+    ///
+    /// # Errors
+    /// [`CprError::Host`] when the kernel refuses.
+    pub fn new() -> Result<Self, CprError> {
+        empty(NAME).map(Self)
+    }
+
+    /// Puts a letter in and seals it.
+    ///
+    /// # Errors
+    /// [`CprError::Request`] for a letter that breaks a rule, [`CprError::Host`] when the kernel refuses.
+    pub fn seal(self, letter: &Letter) -> Result<File, CprError> {
+        let bytes = letter
+            .encode()
+            .map_err(|error| CprError::Request(error.to_string()))?;
+        fill(self.0, NAME, &bytes)
+    }
+}
+
 /// Seals a letter.
 ///
 /// # Errors
-/// [`CprError::Request`] for a letter that breaks a rule, [`CprError::Host`] when the kernel refuses.
+/// As [`Envelope::new`] and [`Envelope::seal`].
 pub fn seal_letter(letter: &Letter) -> Result<File, CprError> {
-    let bytes = letter
-        .encode()
-        .map_err(|error| CprError::Request(error.to_string()))?;
-    seal(NAME, &bytes)
+    Envelope::new()?.seal(letter)
 }
 
 /// Reads what is in a sealed memfd of at most `max` bytes.

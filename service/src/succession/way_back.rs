@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 
 use anyhow::Context;
-use vmferry_cpr::envelope::{self, Open};
+use vmferry_cpr::envelope::{Envelope, Open};
 use vmferry_cpr::letter::{Leg, Letter, REASON_BYTES_MAX};
 use vmferry_cpr::manifest::FdKind;
 use vmferry_cpr::table::FdTable;
@@ -20,6 +20,8 @@ pub struct WayBack {
     fds: Vec<OwnedFd>,
     program: OwnedFd,
     words: Vec<OsString>,
+    /// For its letter: who goes back may do so because there are no descriptors left.
+    envelope: Envelope,
 }
 
 impl WayBack {
@@ -39,6 +41,7 @@ impl WayBack {
             fds,
             program,
             words: words.collect(),
+            envelope: Envelope::new()?,
         })
     }
 
@@ -61,6 +64,7 @@ impl WayBack {
             fds: Vec::new(),
             program,
             words: Vec::new(),
+            envelope: Envelope::new().unwrap(),
         }
     }
 
@@ -75,21 +79,28 @@ impl WayBack {
         }
     }
 
-    fn become_it(&self, why: &str) -> anyhow::Result<std::convert::Infallible> {
-        let numbers = self.fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned());
+    fn become_it(self, why: &str) -> anyhow::Result<std::convert::Infallible> {
+        let Self {
+            letter,
+            fds,
+            program,
+            words,
+            envelope,
+        } = self;
+        let numbers = fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned());
         let letter = Letter {
             leg: Leg::Back,
             numbers: numbers.collect(),
             reason: cut(why, REASON_BYTES_MAX),
-            ..self.letter.clone()
+            ..letter
         };
-        let memfd = envelope::seal_letter(&letter)?;
+        let memfd = envelope.seal(&letter)?;
         let number = memfd.as_raw_fd().cast_unsigned();
         let environment = environment(number)?;
-        let words = c_strings(&self.words)?;
-        let all = self.fds.iter().map(AsFd::as_fd).chain([memfd.as_fd()]);
+        let words = c_strings(&words)?;
+        let all = fds.iter().map(AsFd::as_fd).chain([memfd.as_fd()]);
         let _open = Open::through_exec(all)?;
-        Err(call::execute_open(self.program.as_fd(), &words, &environment).into())
+        Err(call::execute_open(program.as_fd(), &words, &environment).into())
     }
 }
 

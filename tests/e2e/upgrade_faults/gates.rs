@@ -337,7 +337,12 @@ fn a_program_whose_second_device_cannot_work_has_done_nothing_for_the_first(acce
                 return;
             }
             Came::Back(_) => scene.assert_works(),
-            Came::Lost => scene.echo.may_lose(),
+            Came::Lost => {
+                // It could not even keep what leads back.
+                let said = scene.vm.said();
+                assert!(said.contains("no way back is kept"), "{said}");
+                scene.echo.may_lose();
+            }
             Came::Well => unreachable!("looked for another one"),
         }
         scene.echo.end();
