@@ -40,7 +40,12 @@ impl Qmp {
             next_id: 0,
             events: Vec::new(),
         };
-        let greeting = qmp.message(Instant::now() + PATIENCE)?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut greeting = qmp.message(deadline)?;
+        // A QEMU that is about to begin says this to whoever connects just then.
+        while greeting["event"].is_string() {
+            greeting = qmp.message(deadline)?;
+        }
         assert!(greeting["QMP"]["version"].is_object(), "{greeting}");
         qmp.execute("qmp_capabilities", json!({})).ok()?;
         Some(qmp)

@@ -135,6 +135,8 @@ impl QmpClient {
         let deadline = Instant::now() + GREETING_DEADLINE;
         let greeting = loop {
             match client.message(deadline.saturating_duration_since(Instant::now()))? {
+                // A QEMU that is about to begin says this to whoever connects just then.
+                Some(message) if message["event"].is_string() => {}
                 Some(message) => break message,
                 None if Instant::now() < deadline => {}
                 None => return Err(client.silent()),
@@ -432,6 +434,15 @@ mod tests {
         assert_eq!(client.version().qemu.major, 10);
         let status: crate::qmp::schema::StatusInfo = client.query("query-status").unwrap();
         assert!(status.running);
+    }
+
+    #[test]
+    fn an_event_may_come_before_the_greeting() {
+        let (client, _dir) = client_of(&[
+            "{\"event\": \"RESUME\"}\r\n{\"QMP\": {\"version\": {\"qemu\": {\"major\": 10, \"minor\": 0, \"micro\": 2}, \"package\": \"\"}, \"capabilities\": []}}\r\n",
+            "{\"return\": {}, \"id\": 0}\r\n",
+        ]);
+        assert_eq!(client.unwrap().version().qemu.major, 10);
     }
 
     #[test]
