@@ -191,6 +191,17 @@ impl Machine {
         }
     }
 
+    /// One for tables of faults, which make hundreds of them.
+    pub(crate) fn tiny(accel: Accel) -> Self {
+        Self {
+            mem: "16M",
+            working_set: "512K",
+            dirty_rate: "2000",
+            fill: "2M",
+            ..Self::small(accel)
+        }
+    }
+
     /// A VM with a running guest that has filled its memory.
     pub(crate) fn source(&self) -> Vm {
         let mut vm = self.start_source(Launch::default());

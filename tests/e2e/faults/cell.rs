@@ -41,16 +41,6 @@ pub(super) struct Side {
 
 pub(super) type Seen = grid::Seen<Outcome>;
 
-fn machine(accel: Accel) -> Machine {
-    Machine {
-        mem: "16M",
-        working_set: "512K",
-        dirty_rate: "2000",
-        fill: "2M",
-        ..Machine::small(accel)
-    }
-}
-
 impl Side {
     /// With a guest.
     pub(super) fn source(accel: Accel, phase: Phase) -> Self {
@@ -59,7 +49,7 @@ impl Side {
                 Phase::WaitUnplug => launch.with(&["--x-failover-primary", PRIMARY]),
                 _ => launch,
             };
-            machine(accel).start_source(launch)
+            Machine::tiny(accel).start_source(launch)
         });
         side.vm.warm_up();
         side
@@ -67,7 +57,7 @@ impl Side {
 
     /// That waits for one.
     fn target(accel: Accel) -> Self {
-        Self::start(|launch| machine(accel).start_target("tcp:127.0.0.1:0", launch))
+        Self::start(|launch| Machine::tiny(accel).start_target("tcp:127.0.0.1:0", launch))
     }
 
     fn start(start: impl FnOnce(Launch) -> Vm) -> Self {

@@ -17,16 +17,14 @@ use super::step::Step;
 pub(super) type Seen = grid::Seen<Outcome>;
 
 pub(super) fn machine(accel: Accel, fault: Fault) -> Machine {
+    let tiny = Machine::tiny(accel);
     Machine {
         // Two blocks of RAM, where they are to change places.
         mem: match fault {
             Fault::Frame(Deed::SwapFds) => "4G",
-            _ => "16M",
+            _ => tiny.mem,
         },
-        working_set: "512K",
-        dirty_rate: "2000",
-        fill: "2M",
-        ..Machine::small(accel)
+        ..tiny
     }
 }
 

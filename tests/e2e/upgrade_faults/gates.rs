@@ -31,7 +31,7 @@ on_both_accelerators!(
     a_program_whose_second_device_cannot_work_has_done_nothing_for_the_first,
 );
 
-/// As [`machine`] says it.
+/// Of [`Machine::tiny`].
 const MEM_BYTES: u64 = 16 << 20;
 /// Descriptors that are more than enough for whatever is opened while the guest is stopped.
 const ROOM_MAX: usize = 16;
@@ -43,16 +43,6 @@ const SCENES: usize = 8;
 const LOOKS: u32 = 30;
 /// What is said of the second device, if the first one was ready.
 const SECOND: &str = "let virtio-net/0 work failed: Too many open files";
-
-fn machine(accel: Accel) -> Machine {
-    Machine {
-        mem: "16M",
-        working_set: "512K",
-        dirty_rate: "2000",
-        fill: "2M",
-        ..Machine::small(accel)
-    }
-}
 
 /// A VM whose guest writes and checks a disk, and answers packets.
 struct Scene {
@@ -148,7 +138,7 @@ impl Scene {
         let options = Launch::default().with(&SOON);
         let options = options.with(&["--blk", &disk, "--workload-disk"]);
         let options = bridge.launch(options, 0);
-        let machine = machine(accel);
+        let machine = Machine::tiny(accel);
         let mut vm = machine.start_source(listener.attend(options.clone()));
         vm.warm_up();
         let memory = Memory::of(vm.pid());

@@ -56,16 +56,6 @@ enum Left {
     Nothing(std::process::ExitStatus),
 }
 
-pub(super) fn machine(accel: Accel) -> Machine {
-    Machine {
-        mem: "16M",
-        working_set: "512K",
-        dirty_rate: "2000",
-        fill: "2M",
-        ..Machine::small(accel)
-    }
-}
-
 /// Runs one cell. `next` is how the upgrade after it is made: `exec` or `transfer`.
 pub(super) fn run(accel: Accel, step: Step, fault: Fault, next: &str) -> Seen {
     let mut scene = Scene::new(accel, step, fault);
@@ -122,7 +112,7 @@ impl Scene {
             line.path(),
             "--workload-serial",
         ]);
-        let mut vm = machine(accel).start_source(launch);
+        let mut vm = Machine::tiny(accel).start_source(launch);
         vm.warm_up();
         let before = held(vm.pid());
         vm.qmp.events.clear();
