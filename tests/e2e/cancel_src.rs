@@ -161,7 +161,7 @@ impl Case {
         assert!(self.is_passing() || source.vm.status() == self.status);
         source.vm.query("migrate_cancel");
         let seen = !self.is_passing() || source.vm.status() == self.status;
-        source.listener.hold(false);
+        source.listener.let_go();
         if self.status == "none" {
             assert_eq!(source.vm.status(), "none");
         } else {
@@ -288,7 +288,7 @@ fn cancel_src_after_device(accel: Accel) {
 fn cancel_src_after_cancelling(accel: Accel) {
     Case::new("cancelling", "cancelled", |scene| {
         scene.stay_active();
-        scene.source.listener.hold(true);
+        scene.source.listener.hold("failed");
         scene.source.vm.query("migrate_cancel");
         scene.source.vm.wait_status("cancelling");
     })
@@ -307,7 +307,7 @@ fn cancel_src_after_cancelled(accel: Accel) {
 fn cancel_src_after_failing(accel: Accel) {
     Case::new("failing", "failed", |scene| {
         scene.stay_active();
-        scene.source.listener.hold(true);
+        scene.source.listener.hold("failed");
         scene.target.vm.kill();
         scene.source.vm.wait_status("failing");
     })

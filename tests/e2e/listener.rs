@@ -32,10 +32,8 @@ struct Shared {
     /// Where the VM can be asked; unknown before it has started.
     qmp: Mutex<Option<PathBuf>>,
     vetoes: AtomicBool,
-    /// Whoever tells of a failure waits for its answer.
-    holds: AtomicBool,
-    /// Whoever tells SETUP does.
-    holds_setup: AtomicBool,
+    /// Whoever tells of this event waits for its answer.
+    holds: Mutex<Option<&'static str>>,
     /// Every connection there was.
     connections: Mutex<Vec<UnixStream>>,
     /// Looks at something whenever it is told of a failure.
@@ -93,20 +91,20 @@ impl Listener {
         self.shared.vetoes.store(all, Ordering::SeqCst);
     }
 
-    /// Takes its time with the news of a failure, which keeps a migration `failing` or `cancelling`, until told otherwise. The program does
-    /// not wait for ever: for two seconds.
-    pub(crate) fn hold(&self, failures: bool) {
-        self.shared.holds.store(failures, Ordering::SeqCst);
+    /// Takes its time with the news of an event until told otherwise; that of a failure keeps a migration `failing` or `cancelling`. The
+    /// program does not wait for ever: for two seconds.
+    pub(crate) fn hold(&self, event: &'static str) {
+        *self.shared.holds.lock().unwrap() = Some(event);
+    }
+
+    /// Answers whoever waits.
+    pub(crate) fn let_go(&self) {
+        *self.shared.holds.lock().unwrap() = None;
     }
 
     /// Looks at something with every news of a failure, before the guest may run again.
     pub(crate) fn on_failure(&self, look: impl Fn() + Send + 'static) {
         *self.shared.looks.lock().unwrap() = Some(Box::new(look));
-    }
-
-    /// As [`hold`](Self::hold), with the news that a migration begins.
-    pub(crate) fn hold_setup(&self, setups: bool) {
-        self.shared.holds_setup.store(setups, Ordering::SeqCst);
     }
 
     /// How many connections clients have to it. One is made at the first event, kept, and given up when the answer comes late.
@@ -181,19 +179,13 @@ fn serve(connection: &UnixStream, shared: &Shared) {
         let path = shared.qmp.lock().unwrap().clone();
         // One that waited too long for the answer has hung up, and may go on.
         let guest_ran = failed && path.is_some_and(|path| guest_runs(&path)) && is_open(connection);
-        let holds = match event.as_str() {
-            "failed" => Some(&shared.holds),
-            "setup" => Some(&shared.holds_setup),
-            _ => None,
-        };
+        let holds = || *shared.holds.lock().unwrap() == Some(event.as_str());
         shared.heard.lock().unwrap().push(Heard {
-            event,
+            event: event.clone(),
             migration: text("migration"),
             guest_ran,
         });
-        while holds.is_some_and(|holds| holds.load(Ordering::SeqCst))
-            && !shared.over.load(Ordering::SeqCst)
-        {
+        while holds() && !shared.over.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(2));
         }
         let answer = if vetoed {

@@ -15,8 +15,10 @@ use vmferry::machine::disk::{Disk, DiskConfig, DiskError};
 use vmferry_transport::wire::frame::TargetFrame;
 
 use crate::harness::{Accel, Launch, Machine, Vm, turn, until};
+use crate::listener::Listener;
 use crate::proxy::{Passing, Proxy, Verdict};
 use crate::qmp::Qmp;
+use crate::upgrade::At;
 
 on_both_accelerators!(
     a_shared_image_belongs_to_the_source_then_to_nobody_then_to_the_target,
@@ -25,6 +27,8 @@ on_both_accelerators!(
     an_operators_pause_does_not_lose_the_image_to_a_failed_migration,
     a_guest_that_arrives_paused_takes_its_image_only_when_it_starts,
     a_veto_half_way_fails_the_migration_and_everybody_told_hears_it,
+    a_source_that_is_told_to_end_at_once_ends_when_everybody_knows_that_it_is_done,
+    a_program_after_an_exec_that_is_told_to_end_at_once_ends_when_everybody_knows,
     failed_is_told_before_the_guest_runs_again,
     a_target_hands_back_what_it_took_over_before_the_source_hears_of_the_failure,
     a_migration_waits_until_the_guest_has_let_go_of_its_card,
@@ -340,6 +344,49 @@ fn a_veto_half_way_fails_the_migration_and_everybody_told_hears_it(accel: Accel)
             None => assert_eq!(server.heard.recv().unwrap(), "done"),
         }
     }
+}
+
+/// Two servers of a VM; the first does not answer DONE, so that the second is still to hear it when the VM is told to end, and hears it
+/// when the VM does not wait for the first any more.
+struct Slow([Listener; 2]);
+
+impl Slow {
+    fn new() -> Self {
+        let servers = [Listener::new(), Listener::new()];
+        servers[0].hold("done");
+        Self(servers)
+    }
+
+    fn attend(&self) -> Launch {
+        let [first, second] = &self.0;
+        second.attend(first.attend(Launch::default()))
+    }
+
+    fn assert_told_before(&self, vm: &mut Vm) {
+        vm.query("quit");
+        let [first, second] = &self.0;
+        assert_eq!(vm.wait_exit().code(), Some(0), "{}", vm.said());
+        first.assert_order("the first");
+        second.assert_order("the second");
+    }
+}
+
+fn a_source_that_is_told_to_end_at_once_ends_when_everybody_knows_that_it_is_done(accel: Accel) {
+    let _turn = turn();
+    let (machine, servers) = (Machine::small(accel), Slow::new());
+    let mut source = source_with(&machine, servers.attend());
+    source.move_to(&mut machine.target());
+    servers.assert_told_before(&mut source);
+}
+
+fn a_program_after_an_exec_that_is_told_to_end_at_once_ends_when_everybody_knows(accel: Accel) {
+    let _turn = turn();
+    let (machine, servers) = (Machine::small(accel), Slow::new());
+    let mut vm = source_with(&machine, servers.attend());
+    let at = At(vm.qmp_path());
+    at.upgrade_by("exec");
+    vm.qmp = until("the new program answers", || Qmp::connect(&at.0));
+    servers.assert_told_before(&mut vm);
 }
 
 /// State of the VM at `path`, and what its guest has written.

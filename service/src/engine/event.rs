@@ -65,6 +65,8 @@ pub(super) enum Event {
     Resumed(Result<(), ResumeError>),
     /// A measurement of the dirty rate has got on.
     Measured(Measured),
+    /// Those outside know how an exec has ended.
+    ToldAfterExec,
     /// A job has panicked. Whoever waits for what it owed has been told.
     JobPanicked,
     /// The process was asked to end by a signal.

@@ -151,6 +151,7 @@ impl Legacy {
             way_back,
             due: None,
             held: None,
+            tells: false,
         };
         Ok(Self {
             given: Given {

@@ -172,6 +172,7 @@ impl Engine {
                 && ending.at.is_none_or(|at| now >= at)
                 && self.outgoing.is_none()
                 && !self.incoming_fails()
+                && !self.house.tells()
             {
                 return ExitCode::from(ending.code);
             }
@@ -251,6 +252,7 @@ impl Engine {
             Event::Stopped(result) => self.stopped(result),
             Event::Resumed(result) => self.resumed(result),
             Event::Measured(news) => self.measured(news),
+            Event::ToldAfterExec => self.house.told(),
             // Whoever waits for it has been told.
             Event::JobPanicked => tracing::error!("a job has failed: {PANICKED}"),
             Event::Terminate => self.end(0, ShutdownReason::HostSignal),
@@ -294,16 +296,19 @@ impl Engine {
             // Asked twice: somebody is in a hurry, or a migration does not end.
             self.outgoing = None;
             self.incoming = None;
+            self.house.told();
             return;
         }
         self.emit(QmpEvent::shutdown(reason));
         self.house.stay();
         self.ending = Some(Ending { code, at: None });
         let now = self.clock.now();
+        // One that is over is waited for: who was told that it began is still to hear how it ended.
         if let Some(outgoing) = &mut self.outgoing
             && outgoing.core_mut().handle_cancel(now).is_err()
+            && outgoing.core().in_doubt()
         {
-            // Handed over, or in doubt: this side is stopped, and stays so whether the process lives or not.
+            // This side is stopped, and stays so whether the process lives or not.
             self.outgoing = None;
         }
         if let Some(incoming) = &mut self.incoming {

@@ -9,6 +9,7 @@ use vmferry_transport::control::{Address, Listener};
 use vmferry_transport::units::{MigrationId, Moment};
 
 use super::Engine;
+use super::event::{Event, Events};
 use super::hand_over::{Heirlooms, METRICS, QMP};
 use super::info::Record;
 use super::inherit::Inherited;
@@ -49,6 +50,8 @@ pub(super) struct Succession {
     /// From then on. Not in the keeper: a program that fails now without knowing whether the guest runs must not have the old one load
     /// its state over memory that the guest has changed.
     pub(super) held: Option<WayBack>,
+    /// Those outside are being told how it has ended.
+    pub(super) tells: bool,
 }
 
 impl Succession {
@@ -113,6 +116,19 @@ impl House {
         if let Some(succession) = &mut self.succession {
             drop(succession.way_back.let_go());
             succession.held = None;
+        }
+    }
+
+    /// Those outside are still to hear how an exec has ended.
+    pub(super) fn tells(&self) -> bool {
+        let succession = self.succession.as_ref();
+        succession.is_some_and(|succession| succession.tells)
+    }
+
+    /// They have heard it, or nobody waits until they have.
+    pub(super) fn told(&mut self) {
+        if let Some(succession) = &mut self.succession {
+            succession.tells = false;
         }
     }
 }
@@ -231,12 +247,23 @@ impl Engine {
         }
     }
 
-    fn tell_after_exec(&self, done: bool) {
-        let Some(succession) = &self.house.succession else {
+    /// The process does not end before they have heard it.
+    fn tell_after_exec(&mut self, done: bool) {
+        let Some(succession) = &mut self.house.succession else {
             return;
         };
+        succession.tells = true;
         let (notifiers, id) = (self.notifiers.clone(), succession.id);
-        self.jobs.run(move || notifiers.after_exec(id, done));
+        let (events, instead) = (self.events.clone(), self.events.clone());
+        // The engine ends only with the process.
+        let told = |events: Events| {
+            let _ = events.send(Event::ToldAfterExec);
+        };
+        let instead = move || told(instead);
+        self.jobs.run_owing(instead, move || {
+            notifiers.after_exec(id, done);
+            told(events);
+        });
     }
 
     /// The guest does not run and cannot go on in this program. If it has come by an exec, this process becomes the old program again,
@@ -285,6 +312,7 @@ mod tests {
             way_back: way_back.clone(),
             due: None,
             held: None,
+            tells: false,
         }
     }
 

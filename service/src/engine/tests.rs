@@ -132,6 +132,7 @@ impl Bench {
             way_back: WayBackKeeper::new(Some(WayBack::nowhere())),
             due: Some(bench.engine.clock.now()),
             held: None,
+            tells: false,
         });
         bench.engine.house.inherit(Inherited {
             qmp: Some(listening()),

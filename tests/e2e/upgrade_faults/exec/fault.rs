@@ -212,7 +212,7 @@ fn setup(scene: &mut Scene, fault: Fault) {
     if fault == Fault::Veto {
         scene.listener.veto(true);
     } else {
-        scene.listener.hold_setup(true);
+        scene.listener.hold("setup");
     }
     scene.begin(&scene.stand_in.path());
     scene.stand_in.arrives().go(&itself());
@@ -227,7 +227,7 @@ fn setup(scene: &mut Scene, fault: Fault) {
         Fault::Cancel => cancel(scene),
         other => end(scene, other),
     }
-    scene.listener.hold_setup(false);
+    scene.listener.let_go();
 }
 
 /// The process is the new program.
@@ -350,7 +350,7 @@ fn back(scene: &mut Scene, fault: Fault) {
         scene.vm.qmp = until("somebody answers", || Qmp::connect(&path));
         fs::remove_file(&old).unwrap();
     } else {
-        scene.listener.hold(true);
+        scene.listener.hold("failed");
     }
     scene.begin(&scene.stand_in.path());
     scene.stand_in.arrives().go(&itself());
@@ -364,5 +364,5 @@ fn back(scene: &mut Scene, fault: Fault) {
         heard.iter().any(|one| one.event == "failed").then_some(())
     });
     end(scene, fault);
-    scene.listener.hold(false);
+    scene.listener.let_go();
 }
