@@ -34,7 +34,7 @@ fn free() -> u32 {
 #[test]
 fn a_guest_in_huge_pages_moves_into_others_and_leaves_none_behind() {
     load_kvm();
-    let machine = Machine::tiny(Accel::Kvm);
+    let machine = Machine::emulated(Accel::Kvm);
     let huge = || Launch::default().with(&["--huge-pages", "2M"]);
     set_pool(0, 2 * PAGES);
     let mut source = machine.start_source(huge());
@@ -59,7 +59,7 @@ fn a_guest_in_huge_pages_moves_into_others_and_leaves_none_behind() {
 fn a_guest_keeps_its_huge_pages_through_upgrades_and_moves_out_of_them_if_it_can() {
     load_kvm();
     for accel in [Accel::Soft, Accel::Kvm] {
-        let machine = Machine::tiny(accel);
+        let machine = Machine::emulated(accel);
         // No page more than the guest has: who would take others is refused.
         set_pool(0, PAGES);
         let launch = Launch::default().with(&["--huge-pages", "2M"]);
@@ -101,7 +101,7 @@ fn a_guest_is_saved_and_loaded_with_its_memory_in_a_hugetlbfs() {
     run("mount", &["-t", "hugetlbfs", "none", HUGETLBFS]);
     set_pool(0, PAGES);
     for accel in [Accel::Soft, Accel::Kvm] {
-        let machine = Machine::tiny(accel);
+        let machine = Machine::emulated(accel);
         let memory = format!("{HUGETLBFS}/ram");
         let in_file = || Launch::default().with(&["--mem-path", &memory]);
         let mut source = machine.start_source(in_file());

@@ -182,7 +182,7 @@ fn a_back_end_changes_its_owner_in_order_and_the_network_hears_nothing() {
     let tap = &taps[0];
     let words = taps.each_ref().map(|tap| format!("tap={}", tap.name()));
     let words = ["--net", &words[0], "--net", &words[1]];
-    let machine = Machine::tiny(Accel::Soft);
+    let machine = Machine::emulated(Accel::Soft);
     let mut vm = machine.start_source(Launch::default().with(&words));
     vm.warm_up();
     let at = At(vm.qmp_path());

@@ -43,11 +43,11 @@ mod tap; // packets that a guest sends back
 mod upgrades; // one guest through many processes
 
 mod command; // programs of the lab
+mod emulated; // guests with next to no memory
 mod mdev; // VFIO devices without hardware
 mod modules; // loading modules of the kernel
 mod net; // several hosts in one kernel
 mod new_process; // VMs that change their process
-mod tiny; // guests with next to no memory
 mod trace; // what the kernel was asked
 mod vfio; // what a VFIO device says of itself
 

@@ -206,7 +206,7 @@ impl Drop for SetAtTheEnd<'_> {
 #[test]
 fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
     let path = edu();
-    let machine = Machine::tiny(Accel::Soft);
+    let machine = Machine::emulated(Accel::Soft);
     let launch = Launch::default().with(&["--vfio", path.to_str().unwrap()]);
     let mut vm = machine.start_source(launch.clone());
     vm.warm_up();
@@ -263,7 +263,7 @@ fn a_pci_device_goes_on_with_its_dma_while_its_vm_changes_its_process() {
 #[test]
 fn a_pci_device_reaches_the_memory_of_its_guest_and_blocks_migrate() {
     let path = edu();
-    let machine = Machine::tiny(Accel::Soft);
+    let machine = Machine::emulated(Accel::Soft);
     let launch = Launch::default().with(&["--vfio", path.to_str().unwrap()]);
     let mut vm = machine.start_source(launch);
     vm.warm_up();

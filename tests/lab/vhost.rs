@@ -426,7 +426,7 @@ fn a_network_interface_moves_with_its_vm_and_is_announced_where_it_arrives() {
         let net = format!("tap={},mac=52:54:00:12:34:56", tap.name());
         Launch::default().with(&["--net", &net])
     };
-    let machine = Machine::tiny(Accel::Soft);
+    let machine = Machine::emulated(Accel::Soft);
     let mut vm = machine.start_source(on(&taps[0]));
     vm.warm_up();
     let mut target = machine.start_target("tcp:127.0.0.1:0", on(&taps[1]));

@@ -3,8 +3,8 @@
 use crate::harness::{Accel, Machine};
 
 impl Machine {
-    /// A guest with next to no memory, over which it makes ten passes per second.
-    pub(crate) fn tiny(accel: Accel) -> Self {
+    /// A guest for an emulated processor: with next to no memory, over which it makes ten passes per second.
+    pub(crate) fn emulated(accel: Accel) -> Self {
         Self {
             mem: "16M",
             working_set: "256K",
