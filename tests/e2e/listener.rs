@@ -75,9 +75,14 @@ impl Listener {
         Self { dir, shared }
     }
 
-    /// Has a VM that is started so tell this server.
+    /// Has a VM that is started so tell this server, and wait for it as long as a busy host may keep it from answering.
     pub(crate) fn attend(&self, launch: Launch) -> Launch {
-        let socket = format!("unix:{}", self.socket().display());
+        self.attend_within(60, launch)
+    }
+
+    /// As [`attend`](Self::attend), with a VM that waits so many seconds for an answer.
+    pub(crate) fn attend_within(&self, seconds: u32, launch: Launch) -> Launch {
+        let socket = format!("unix:{},timeout={seconds}", self.socket().display());
         launch.with(&["--notify", &socket])
     }
 
@@ -92,7 +97,7 @@ impl Listener {
     }
 
     /// Takes its time with the news of an event until told otherwise; that of a failure keeps a migration `failing` or `cancelling`. The
-    /// program does not wait for ever: for two seconds.
+    /// program does not wait for ever: see [`attend`](Self::attend).
     pub(crate) fn hold(&self, event: &'static str) {
         *self.shared.holds.lock().unwrap() = Some(event);
     }

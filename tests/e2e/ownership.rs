@@ -301,7 +301,8 @@ impl Server {
 
     fn option(&self, id: &str) -> String {
         let path = self.folder.path().join("s");
-        format!("unix:{},id={id}", path.to_str().unwrap())
+        // As long as a busy host may keep it from answering.
+        format!("unix:{},id={id},timeout=60", path.to_str().unwrap())
     }
 
     fn objects(&self, reason: Option<&'static str>) {
@@ -359,7 +360,8 @@ impl Slow {
 
     fn attend(&self) -> Launch {
         let [first, second] = &self.0;
-        second.attend(first.attend(Launch::default()))
+        // Time enough for the answers that the first gives.
+        second.attend(first.attend_within(6, Launch::default()))
     }
 
     fn assert_told_before(&self, vm: &mut Vm) {

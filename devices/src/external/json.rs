@@ -24,14 +24,15 @@ use crate::DeviceError;
 
 /// Longest line that a server may say, in bytes, its end included.
 pub const LINE_BYTES_MAX: usize = 4096;
-/// Longest time that a server may take to be told and to answer, in seconds. The guest may be stopped meanwhile.
-pub const ANSWER_SECONDS_MAX: u64 = 2;
+/// Time that a server has for being told and for its answer unless another one is asked for. The guest may be stopped meanwhile.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A server on a unix socket.
 #[derive(Debug)]
 pub struct JsonServer {
     name: String,
     path: PathBuf,
+    timeout: Duration,
     connection: Option<UnixStream>,
 }
 
@@ -65,13 +66,20 @@ impl JsonServer {
         Ok(Self {
             name: name.to_owned(),
             path: path.to_owned(),
+            timeout: ANSWER_TIMEOUT,
             connection: None,
         })
     }
 
+    /// Gives the server so long for every answer, instead of [`ANSWER_TIMEOUT`]. The guest may be stopped meanwhile.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
     /// Says `line` and gives the answer. On a connection that the server has closed meanwhile, once more on a new one.
     fn ask(&mut self, line: &[u8]) -> io::Result<Answer> {
-        let deadline = Deadline::new();
+        let deadline = Deadline::after(self.timeout);
         if let Some(connection) = self.connection.take() {
             match self.ask_on(connection, line, &deadline) {
                 Err(error) if has_ended(&error) => {}
@@ -92,7 +100,7 @@ impl JsonServer {
         connection.set_write_timeout(Some(deadline.left()?))?;
         connection
             .write_all(line)
-            .map_err(|error| in_words(error, too_late))?;
+            .map_err(|error| in_words(error, || deadline.too_late()))?;
         let answer = read_line(&mut connection, deadline)?;
         let answer = serde_json::from_slice(&answer).map_err(|error| {
             io::Error::new(
@@ -177,7 +185,7 @@ fn read_line(connection: &mut UnixStream, deadline: &Deadline) -> io::Result<Vec
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(in_words(error, too_late)),
+            Err(error) => return Err(in_words(error, || deadline.too_late())),
         };
         line.extend_from_slice(&buffer[..read]);
         if let Some(end) = line.iter().position(|byte| *byte == b'\n') {
@@ -194,19 +202,32 @@ fn read_line(connection: &mut UnixStream, deadline: &Deadline) -> io::Result<Vec
 }
 
 /// When the server must have answered.
-struct Deadline(Instant);
+struct Deadline {
+    began: Instant,
+    timeout: Duration,
+}
 
 impl Deadline {
-    fn new() -> Self {
-        Self(Instant::now())
+    fn after(timeout: Duration) -> Self {
+        Self {
+            began: Instant::now(),
+            timeout,
+        }
     }
 
     /// Never zero, which would mean no limit to a socket.
     fn left(&self) -> io::Result<Duration> {
-        Duration::from_secs(ANSWER_SECONDS_MAX)
-            .checked_sub(self.0.elapsed())
+        self.timeout
+            .checked_sub(self.began.elapsed())
             .filter(|left| !left.is_zero())
-            .ok_or_else(too_late)
+            .ok_or_else(|| self.too_late())
+    }
+
+    fn too_late(&self) -> io::Error {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("no answer within {} s", self.timeout.as_secs_f64()),
+        )
     }
 }
 
@@ -224,13 +245,6 @@ fn in_words(error: io::Error, meaning: impl FnOnce() -> io::Error) -> io::Error 
         return meaning();
     }
     error
-}
-
-fn too_late() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::TimedOut,
-        format!("no answer within {ANSWER_SECONDS_MAX} s"),
-    )
 }
 
 /// The server's words as they may stand in an error.

@@ -19,7 +19,7 @@ use vmferry_transport::units::MigrationId;
 use crate::DeviceError;
 use crate::notifier::{Mode, Notifier, Setup};
 
-pub use json::{ANSWER_SECONDS_MAX, JsonServer, LINE_BYTES_MAX};
+pub use json::{ANSWER_TIMEOUT, JsonServer, LINE_BYTES_MAX};
 
 /// What a server is told.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -78,8 +78,9 @@ pub(super) struct RunArgs {
     /// Let the program count its passes over memory on the serial port, one character each
     #[arg(long)]
     workload_serial: bool,
-    /// Tell a server on this socket how migrations go, in lines of JSON; it may veto. More than once for several
-    #[arg(long, value_name = "unix:PATH[,id=NAME]")]
+    /// Tell a server on this socket how migrations go, in lines of JSON; it may veto. It has 2 seconds for every answer, or SECONDS (1 to
+    /// 60): the guest may be stopped meanwhile. More than once for several
+    #[arg(long, value_name = "unix:PATH[,id=NAME][,timeout=SECONDS]")]
     notify: Vec<NotifyConfig>,
     /// A stand-in for a passed-through network card, which must be unplugged before a migration
     #[arg(long = "x-failover-primary", value_name = "ID", hide = true)]

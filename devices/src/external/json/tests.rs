@@ -18,6 +18,11 @@ const SETUP: &str =
 /// What a server does with one connection: says one of these to each line it hears, then closes.
 type Script = &'static [&'static str];
 
+/// Longer than a busy host keeps a server waiting for the processor.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For servers that never answer.
+const NO_PATIENCE: Duration = Duration::from_millis(300);
+
 /// A server and what it hears.
 struct Played {
     folder: TempDir,
@@ -51,7 +56,7 @@ fn play(connections: &'static [Script]) -> Played {
 
 impl Played {
     fn server(&self) -> JsonServer {
-        JsonServer::new("display", &self.folder.path().join("s")).unwrap()
+        server(&self.folder.path().join("s"), PATIENCE)
     }
 
     fn notifiers(&self) -> Notifiers {
@@ -63,6 +68,12 @@ impl Played {
         self.thread.join().unwrap();
         self.heard.iter().collect()
     }
+}
+
+fn server(path: &Path, timeout: Duration) -> JsonServer {
+    JsonServer::new("display", path)
+        .unwrap()
+        .with_timeout(timeout)
 }
 
 fn notifiers(server: JsonServer) -> Notifiers {
@@ -135,8 +146,7 @@ fn a_veto_reaches_the_operator_in_the_servers_words() {
 #[test]
 fn a_dead_server_vetoes_setup_and_is_only_logged_later() {
     let nobody = TempDir::new().unwrap();
-    let server = JsonServer::new("display", &nobody.path().join("s")).unwrap();
-    let text = veto(&notifiers(server));
+    let text = veto(&notifiers(server(&nobody.path().join("s"), PATIENCE)));
     assert!(text.contains("display") && text.contains("setup"), "{text}");
 
     // Closes after SETUP, and nobody listens any more.
@@ -200,8 +210,8 @@ fn a_silent_server_is_not_waited_for_for_ever() {
     let path = folder.path().join("s");
     // Takes connections as far as the kernel does it, and reads nothing.
     let _silent = UnixListener::bind(&path).unwrap();
-    let text = veto(&notifiers(JsonServer::new("display", &path).unwrap()));
-    assert!(text.contains("no answer within"), "{text}");
+    let text = veto(&notifiers(server(&path, NO_PATIENCE)));
+    assert!(text.contains("no answer within 0.3 s"), "{text}");
 }
 
 #[test]
@@ -221,7 +231,7 @@ fn a_server_without_room_for_connections_is_not_waited_for() {
     while let Ok(connection) = open(&path) {
         connections.push(connection);
     }
-    let text = veto(&notifiers(JsonServer::new("display", &path).unwrap()));
+    let text = veto(&notifiers(server(&path, PATIENCE)));
     assert!(text.contains("takes no connections"), "{text}");
 }
 
