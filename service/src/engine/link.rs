@@ -16,7 +16,7 @@ use vmferry_transport::wire::frame::{ControlFrame, FrameBuffer};
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 /// How long the control connection has for telling why a data connection was lost. A side that gives up closes all of them, and what
 /// it says of its reason may be the last to arrive.
-pub(super) const LAST_WORD: Duration = Duration::from_millis(250);
+pub(super) const LAST_WORD: Duration = Duration::from_secs(2);
 /// Bytes asked for in one read: device sections are a few KiB.
 const READ_BYTES: usize = 64 << 10;
 
