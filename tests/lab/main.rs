@@ -60,5 +60,6 @@ mod union; // every writer is in the united dirty log
 mod vfio_machine; // VM processes with VFIO devices
 mod vfio_migration; // VFIO devices that migrate, and fail to
 mod vfio_pci; // PCI devices behind an IOMMU
-mod vhost; // back ends in the kernel: packets, sockets, their log and their owner
+mod vhost; // back ends in the kernel: packets, sockets and their owner
+mod vhost_log; // the log of packets
 mod virtio_net; // the machine's network interface, driven by hand

@@ -17,7 +17,7 @@ use vmferry_devices::vhost::{
 };
 use vmferry_devices::{Device, DeviceError};
 use vmferry_tests::virtqueue::{Driver, copy, events, marked, ram};
-use vmferry_transport::memory::{DirtyLog, GuestRam, UnitedLog};
+use vmferry_transport::memory::{DirtyLog, UnitedLog};
 use vmferry_transport::units::{MigrationId, PAGE_SIZE};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -30,7 +30,7 @@ pub(crate) const PAGES: u64 = 512;
 const SIZE: u16 = 128;
 /// Requests that each ring may have.
 const SLOTS: u16 = 32;
-const VERSION_1: u64 = 1 << 32;
+pub(crate) const VERSION_1: u64 = 1 << 32;
 const HEADER: usize = NET_HEADER_BYTES as usize;
 pub(crate) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
 const PORT: u16 = 7000;
@@ -92,7 +92,7 @@ impl Guest {
         self.from.post(slot, &[(address, bytes, false)]);
     }
 
-    fn rings(&self) -> [Option<vmferry_devices::vhost::Ring>; 2] {
+    pub(crate) fn rings(&self) -> [Option<vmferry_devices::vhost::Ring>; 2] {
         [Some(self.to.ring()), Some(self.from.ring())]
     }
 }
@@ -126,7 +126,7 @@ impl Host {
         device.start().unwrap();
     }
 
-    fn kick(&self) {
+    pub(crate) fn kick(&self) {
         self.kicks.iter().for_each(|kick| kick.write(1).unwrap());
     }
 }
@@ -286,62 +286,6 @@ fn packets_go_on_where_they_were_after_a_move_to_another_owner() {
         });
     }
     assert_eq!((to_guest, sent, net.host_hears()), (150, 100, None));
-}
-
-/// What a log reports, by page.
-fn fetch(log: &mut impl DirtyLog, ram: &GuestRam) -> BTreeSet<u64> {
-    let mut map = ram.empty_map();
-    log.fetch(&mut map).unwrap();
-    marked(&map, PAGES).into_iter().collect()
-}
-
-#[test]
-fn the_log_of_packets_has_the_buffers_and_the_used_rings_and_nothing_else() {
-    let net = Net::new(2);
-    let tap = net.open();
-    let (memory, ram) = ram(PAGES);
-    let mut guest = Guest::new(&memory);
-    let host = Host::net(open_vhost("net"), &tap, &memory);
-    host.start_anew(&guest);
-    let mut log = VhostLog::new(memory, vec![host.device.clone()]);
-    log.start().unwrap();
-    fetch(&mut log, &ram);
-    for turn in 0..3 {
-        net.host_sends(turn);
-        let mut expected = BTreeSet::new();
-        until("the packet", || {
-            let (slot, packet) = guest.take()?;
-            expected.insert(Guest::page(slot, false));
-            number_in(&packet).map(|number| assert_eq!(number, turn))
-        });
-        expected.insert(guest.to.used_page());
-        host.device.lock().unwrap().stop().unwrap();
-        let rings = [guest.to.used_page(), guest.from.used_page()];
-        let mut seen = fetch(&mut log, &ram);
-        assert!(seen.is_superset(&expected), "{seen:?}");
-        // When it stops and starts, a back end tells the driver of either ring whether to kick.
-        expected.extend(rings);
-        assert!(seen.is_subset(&expected), "{seen:?}");
-        // The log outlives a stop.
-        host.device.lock().unwrap().start().unwrap();
-        guest.send(0, &net.packet(2, turn));
-        host.kick();
-        until("the answer", || guest.from.answer());
-        host.device.lock().unwrap().stop().unwrap();
-        seen = fetch(&mut log, &ram);
-        assert!(seen.contains(&guest.from.used_page()), "{seen:?}");
-        assert!(seen.is_subset(&BTreeSet::from(rings)), "{seen:?}");
-        host.device.lock().unwrap().start().unwrap();
-    }
-    log.stop().unwrap();
-    net.host_sends(9);
-    until("a packet without log", || guest.take());
-    log.start().unwrap();
-    host.device.lock().unwrap().stop().unwrap();
-    let seen = fetch(&mut log, &ram);
-    let rings = BTreeSet::from([guest.to.used_page(), guest.from.used_page()]);
-    assert!(seen.is_subset(&rings), "{seen:?}");
-    log.stop().unwrap();
 }
 
 fn busy(error: &DeviceError) -> bool {

@@ -11,6 +11,7 @@
 //!
 //! A step that fails leaves the device as the steps before made it; `stop` and `start` may be tried again.
 
+mod logs;
 mod owner;
 
 use std::fs::File;
@@ -27,7 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::check_features;
 use super::ioctl;
-use super::log::{LogPages, Logs};
+use super::log::LogPages;
 use super::memory::{Memory, VhostMemory};
 use super::ring::{Queue, Ring, RingV1, VhostV1};
 use crate::saved::{decode, encode, schema_of};
@@ -94,6 +95,8 @@ pub struct VhostDevice {
     /// The kernel cannot give it to another process.
     stays: bool,
     running: bool,
+    /// The kernel knows all but that it is to begin.
+    prepared: bool,
     log: Option<Arc<LogPages>>,
 }
 
@@ -205,6 +208,7 @@ impl VhostDevice {
             owned: false,
             stays: false,
             running: false,
+            prepared: false,
             log: None,
         })
     }
@@ -220,7 +224,7 @@ impl VhostDevice {
     /// [`DeviceError::BadState`] if that was not offered.
     pub fn set_features(&mut self, features: u64) -> Result<(), DeviceError> {
         check_features(&self.name, features, self.offered())?;
-        self.features = features;
+        (self.features, self.prepared) = (features, false);
         Ok(())
     }
 
@@ -239,7 +243,7 @@ impl VhostDevice {
     fn take_over(&mut self, state: VhostV1) -> Result<(), DeviceError> {
         let (features, rings) =
             state.check(&self.name, self.offered(), self.queues.len(), &self.memory)?;
-        self.features = features;
+        (self.features, self.prepared) = (features, false);
         for (queue, ring) in self.queues.iter_mut().zip(rings) {
             queue.ring = ring;
         }
@@ -248,6 +252,7 @@ impl VhostDevice {
 
     /// Other events for the queues, one of each per queue. Counts from the next start on.
     pub fn set_events(&mut self, events: Vec<(EventFd, EventFd)>) {
+        self.prepared = false;
         for (queue, (kick, call)) in self.queues.iter_mut().zip(events) {
             (queue.kick, queue.call) = (kick, call);
         }
@@ -305,11 +310,14 @@ impl VhostDevice {
             return Ok(());
         }
         self.own()?;
-        self.set_up()
+        self.prepared = false;
+        self.set_up()?;
+        self.prepared = true;
+        Ok(())
     }
 
-    /// Lets the back end work on what it was prepared for. Harmless if it does. Both sides of each ring are woken: events do not move, and
-    /// one that was under way is lost.
+    /// Lets the back end work on what it was prepared for; if that is not so any more it is prepared first. Harmless if it works. Both sides
+    /// of each ring are woken: events do not move, and one that was under way is lost.
     ///
     /// # Errors
     /// The kernel's answer. The device stands then.
@@ -317,6 +325,10 @@ impl VhostDevice {
         if self.running {
             return Ok(());
         }
+        if !self.prepared {
+            self.prepare()?;
+        }
+        self.prepared = false;
         let started = self.begin().and_then(|()| {
             let woken = self.queues.iter().try_for_each(Queue::wake);
             self.answered("waking it", woken)
@@ -338,6 +350,7 @@ impl VhostDevice {
     /// # Errors
     /// The kernel's answer. The device may then work or stand; try again.
     pub fn stop(&mut self) -> Result<(), DeviceError> {
+        self.prepared = false;
         if !self.running {
             return Ok(());
         }
@@ -524,51 +537,6 @@ impl VhostDevice {
 
     fn answered<T>(&self, op: &str, answer: io::Result<T>) -> Result<T, DeviceError> {
         answer.map_err(|source| refused(&self.name, op, source))
-    }
-}
-
-impl Logs for VhostDevice {
-    fn start_log(&mut self, pages: &Arc<LogPages>) -> Result<(), DeviceError> {
-        if let Some(reason) = self.blocker() {
-            return Err(DeviceError::Vetoed {
-                device: self.name.clone(),
-                reason,
-            });
-        }
-        self.log = Some(Arc::clone(pages));
-        if !self.running {
-            return Ok(());
-        }
-        let rings = self.queues.iter().map(|queue| queue.ring);
-        let rings: Vec<_> = rings.enumerate().collect();
-        self.tell_log_base().and_then(|()| {
-            rings
-                .iter()
-                .filter_map(|(index, ring)| Some((*index, ring.as_ref()?)))
-                .try_for_each(|(index, ring)| self.tell_ring(index, ring))
-        })
-    }
-
-    fn stop_log(&mut self) -> Result<(), DeviceError> {
-        let Some(log) = self.log.take() else {
-            return Ok(());
-        };
-        if !self.running {
-            // The next start says nothing of a log. Until then nothing is written.
-            return Ok(());
-        }
-        let answer = self.requests.set_features(self.features);
-        let mut stopped = self.asked("VHOST_SET_FEATURES", answer);
-        for (index, queue) in self.queues.iter().enumerate() {
-            if let Some(ring) = &queue.ring {
-                stopped = stopped.and_then(|()| self.tell_ring(index, ring));
-            }
-        }
-        if stopped.is_err() {
-            // It may go on marking: the bitmap must stay.
-            self.log = Some(log);
-        }
-        stopped
     }
 }
 

@@ -90,7 +90,7 @@ impl fmt::Debug for LogPages {
 
 /// A back end that marks what it writes.
 pub trait Logs: Send {
-    /// Marks from now on, in `pages`, also after a stop and another start.
+    /// Marks from now on, in `pages`, also after a stop and another start, or if it stands and begins to work only later.
     ///
     /// # Errors
     /// When the back end cannot or will not; it then marks nothing.
@@ -101,6 +101,15 @@ pub trait Logs: Send {
     /// # Errors
     /// When the back end refuses; it may go on marking, and keeps the bitmap for that.
     fn stop_log(&mut self) -> Result<(), DeviceError>;
+}
+
+/// Whether a back end is to be asked at all, of which `blocker` says why the guest cannot move while it runs.
+///
+/// # Errors
+/// [`DeviceError::Vetoed`] with that reason.
+pub(super) fn may_log(device: &str, blocker: Option<String>) -> Result<(), DeviceError> {
+    let device = device.to_owned();
+    blocker.map_or(Ok(()), |reason| Err(DeviceError::Vetoed { device, reason }))
 }
 
 /// The dirty log of all back ends of a VM: one bitmap that all of them mark.

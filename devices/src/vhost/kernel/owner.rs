@@ -54,7 +54,7 @@ impl VhostDevice {
                 _ => error,
             });
             self.answered("VHOST_RESET_OWNER", answer)?;
-            self.owned = false;
+            (self.owned, self.prepared) = (false, false);
         }
         Ok(())
     }
@@ -76,6 +76,7 @@ impl VhostDevice {
         let another = another_of(&self.requests.fd)
             .map_err(|source| refused(&self.name, "opening it again", source))?;
         self.requests.fd = another;
+        self.prepared = false;
         self.own()
     }
 

@@ -6,18 +6,13 @@ use std::sync::Arc;
 use super::UserDevice;
 use super::session::{Session, is_lost};
 use crate::DeviceError;
-use crate::vhost::log::{LogPages, Logs};
+use crate::vhost::log::{LogPages, Logs, may_log};
 
 impl Logs for UserDevice {
     fn start_log(&mut self, pages: &Arc<LogPages>) -> Result<(), DeviceError> {
-        if let Some(reason) = self.blocker() {
-            return Err(DeviceError::Vetoed {
-                device: self.name.clone(),
-                reason,
-            });
-        }
+        may_log(&self.name, self.blocker())?;
         self.log = Some(Arc::clone(pages));
-        if !self.running {
+        if !self.knows_of_a_log() {
             return Ok(());
         }
         let told = self.ask("starting its log", |session| {
@@ -26,16 +21,20 @@ impl Logs for UserDevice {
         });
         if told.is_err() {
             // It may have begun; the bitmap is its own as well, so it can do no harm.
-            self.log = None;
+            (self.log, self.prepared) = (None, false);
         }
         told
     }
 
     fn stop_log(&mut self) -> Result<(), DeviceError> {
-        if self.log.take().is_none() || !self.running {
+        if self.log.take().is_none() || !self.knows_of_a_log() {
             return Ok(());
         }
-        match self.ask("ending its log", |session| self.tell_log(session)) {
+        let told = self.ask("ending its log", |session| self.tell_log(session));
+        if told.is_err() {
+            self.prepared = false;
+        }
+        match told {
             // One that has gone marks nothing, and the next one is not told of a log.
             Err(DeviceError::Kernel { source, .. }) if is_lost(&source) => Ok(()),
             answer => answer,
@@ -44,6 +43,12 @@ impl Logs for UserDevice {
 }
 
 impl UserDevice {
+    /// Whether the back end has to be told now that a log has begun or ended. Otherwise it writes nothing before it is prepared, and is told
+    /// then: from there to its start is a while, in which logs come and go.
+    fn knows_of_a_log(&self) -> bool {
+        self.running || self.prepared
+    }
+
     fn tell_log(&self, session: &Session) -> io::Result<()> {
         self.tell_features(session)?;
         for (index, queue) in self.queues.iter().enumerate() {

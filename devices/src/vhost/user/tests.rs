@@ -37,6 +37,10 @@ struct Peer {
     regions_made: u32,
     region: Option<File>,
     bases: Vec<u32>,
+    features: Vec<u64>,
+    log_bases: u32,
+    /// What features it had when it was let begin.
+    began_with: Vec<u64>,
     /// Its own state, to give or as it was given.
     state: Vec<u8>,
     refuses: bool,
@@ -60,7 +64,8 @@ impl VhostUserBackendReqHandlerMut for Peer {
         Ok(VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | F_LOG_ALL)
     }
 
-    fn set_features(&mut self, _: u64) -> Result<()> {
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        self.features.push(features);
         Ok(())
     }
 
@@ -99,6 +104,7 @@ impl VhostUserBackendReqHandlerMut for Peer {
     }
 
     fn set_vring_kick(&mut self, _: u8, _: Option<File>) -> Result<()> {
+        self.began_with.extend(self.features.last());
         Ok(())
     }
 
@@ -206,6 +212,7 @@ impl VhostUserBackendReqHandlerMut for Peer {
     }
 
     fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        self.log_bases += 1;
         Ok(())
     }
 }
@@ -373,4 +380,59 @@ fn a_back_end_that_does_not_answer_is_given_up() {
         panic!("{error:?}");
     };
     assert!(is_lost(&source), "{source:?}");
+}
+
+/// Whether it was told to mark what it writes, when it was let begin for the last time.
+fn logs(server: &Server) -> bool {
+    server.peer.lock().unwrap().began_with.last().unwrap() & F_LOG_ALL != 0
+}
+
+#[test]
+fn a_log_that_begins_or_ends_between_the_two_steps_of_a_start_is_told_before_anything_is_written() {
+    let server = Server::start(Peer::default());
+    let memory = memory();
+    let mut device = device(&server, &memory);
+    let pages = LogPages::new(&memory).unwrap();
+
+    device.prepare().unwrap();
+    device.start_log(&pages).unwrap();
+    device.go().unwrap();
+    assert!(logs(&server), "its first write is marked");
+    assert_eq!(server.peer.lock().unwrap().log_bases, 1);
+    device.stop().unwrap();
+
+    set_index(&memory, RING.avail, 11);
+    device.prepare().unwrap();
+    device.stop_log().unwrap();
+    device.go().unwrap();
+    assert!(!logs(&server), "nobody has that bitmap any more");
+    assert_eq!(Arc::strong_count(&pages), 1);
+    device.stop().unwrap();
+
+    // Before both of them, and with none.
+    device.start_log(&pages).unwrap();
+    device.start().unwrap();
+    assert!(logs(&server));
+    device.stop().unwrap();
+    device.stop_log().unwrap();
+    device.start().unwrap();
+    assert!(!logs(&server));
+}
+
+#[test]
+fn a_log_that_begins_when_a_prepared_back_end_has_died_is_refused_and_the_next_one_goes_without() {
+    let server = Server::start(Peer::default());
+    let memory = memory();
+    let mut device = device(&server, &memory);
+    let pages = LogPages::new(&memory).unwrap();
+    device.prepare().unwrap();
+    server.die();
+    assert!(device.start_log(&pages).is_err());
+    assert_eq!(Arc::strong_count(&pages), 1);
+    device.reconnect(Lost::Refuse).unwrap();
+    device.go().unwrap();
+    assert!(!logs(&server));
+    device.start_log(&pages).unwrap();
+    let peer = server.peer.lock().unwrap();
+    assert_ne!(peer.features.last().unwrap() & F_LOG_ALL, 0);
 }
