@@ -1,5 +1,6 @@
 //! Why a device could not be saved or restored, or stands in the way of a migration. Every variant names the device.
 
+use std::any::Any;
 use std::io;
 
 /// Why a device could not be saved or restored, or stands in the way of a migration.
@@ -75,4 +76,17 @@ pub enum DeviceError {
         /// What it said.
         text: String,
     },
+}
+
+impl DeviceError {
+    /// Of `panic`, caught when the device called `device` was told or asked `during`.
+    pub fn panicked(device: &str, during: &str, panic: &(dyn Any + Send)) -> Self {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Self::Panicked {
+            device: device.to_owned(),
+            during: during.to_owned(),
+            text: text.unwrap_or_else(|| "no text".to_owned()),
+        }
+    }
 }

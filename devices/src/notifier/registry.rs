@@ -3,7 +3,6 @@
 //! A [`Told`] shares ownership of the notifiers that it is about, so neither unregistering nor dropping the registry can keep one from
 //! hearing the end of its attempt. No lock of the registry is held while a notifier runs; it may register and unregister others.
 
-use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -254,13 +253,8 @@ impl Slot {
         call: impl FnOnce(&mut dyn Notifier) -> T,
     ) -> Result<T, DeviceError> {
         let mut notifier = lock(&self.notifier);
-        catch_unwind(AssertUnwindSafe(|| call(&mut **notifier))).map_err(|panic| {
-            DeviceError::Panicked {
-                device: self.name.clone(),
-                during: event.to_owned(),
-                text: panic_text(&*panic),
-            }
-        })
+        catch_unwind(AssertUnwindSafe(|| call(&mut **notifier)))
+            .map_err(|panic| DeviceError::panicked(&self.name, event, &*panic))
     }
 
     /// Calls the notifier for an event that it cannot answer.
@@ -305,10 +299,4 @@ impl Drop for Told {
 /// Nothing half-made can be behind these locks: the registry's changes are single steps, and a panic of a notifier is caught inside.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no text".to_owned())
 }

@@ -72,7 +72,8 @@ impl JobThread {
         let _ = self.jobs.send(Box::new(move || span.in_scope(job)));
     }
 
-    /// Queues a job that somebody waits for. If it panics, `instead` is done: it tells those what they wait for.
+    /// Queues a job that somebody waits for. If it panics, `instead` is done: it tells those what they wait for, and must not do again what has
+    /// panicked.
     pub(super) fn run_owing(
         &self,
         instead: impl FnOnce() + Send + 'static,
@@ -80,7 +81,11 @@ impl JobThread {
     ) {
         self.run(move || {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
-                instead();
+                if catch_unwind(AssertUnwindSafe(instead)).is_err() {
+                    tracing::error!(
+                        "what a job owed that has panicked is not paid; somebody waits in vain"
+                    );
+                }
                 resume_unwind(panic);
             }
         });

@@ -1,6 +1,8 @@
 //! Which process may run the guest and write its disks. Both move together: a guest runs only with all disks active, and the disks of a
 //! guest that was given away, or may have been, are inactive.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use crate::machine::disk::Disks;
 use crate::machine::{Machine, MachineError, ResumeError};
 
@@ -62,12 +64,15 @@ pub(super) fn stop_guest(machine: &dyn Machine) -> Result<StoppedGuest, StopErro
     Err(StopError { source, stopped })
 }
 
-/// After a job has panicked that had the proof: whatever the guest did, it is stopped then, and there is a new one. Blocks.
+/// After a job has panicked that had the proof: whatever the guest did, it is stopped then, and there is a new one. Does not panic, though it
+/// may have been this that did. Blocks.
 ///
 /// # Errors
 /// The guest runs, or cannot be used any more.
 pub(super) fn stop_again(machine: &dyn Machine) -> Result<StoppedGuest, MachineError> {
-    machine.pause().map(StoppedGuest::new).inspect_err(|error| {
+    let paused = catch_unwind(AssertUnwindSafe(|| machine.pause()));
+    let paused = paused.unwrap_or_else(|_| Err(panicked()));
+    paused.map(StoppedGuest::new).inspect_err(|error| {
         let error = error as &dyn std::error::Error;
         tracing::error!(
             error,

@@ -21,11 +21,14 @@ use super::*;
 use crate::config::Incoming as IncomingConfig;
 use crate::engine::rehearsal::tests::config;
 use crate::machine::disk::Disks;
+use crate::machine::virtio::Backend;
 use crate::machine::{self, Given};
 use crate::observe::Observer;
 use crate::qmp::EngineHandle;
 use crate::succession::account::Times;
 use crate::succession::{Account, WayBack, WayBackKeeper};
+
+mod bugs;
 
 /// The state of a device that does as it is told, or has a bug.
 struct Tame(Arc<Mutex<DeviceState>>, Arc<AtomicBool>);
@@ -94,10 +97,14 @@ impl Bench {
             paused: true,
             ..config(&[])
         };
+        Self::with(&config, Vec::new())
+    }
+
+    fn with(config: &crate::config::RunConfig, backends: Vec<Box<dyn Backend>>) -> Self {
         let machine = machine::build(
             &config.machine,
             None::<Given>,
-            Vec::new(),
+            backends,
             config.accel,
             Arc::new(|_| {}),
         )
@@ -111,7 +118,7 @@ impl Bench {
         let (events, queue) = mpsc::unbounded_channel();
         let (handle, inbox) = EngineHandle::channel();
         let mut engine =
-            Engine::new(&config, machine, disks, observer, events, inbox.events).unwrap();
+            Engine::new(config, machine, disks, observer, events, inbox.events).unwrap();
         engine.house.open(None, handle);
         Self {
             engine,

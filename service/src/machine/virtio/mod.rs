@@ -42,7 +42,7 @@ pub mod vhost_user;
 pub mod worker;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use backend::{Backend, Interrupt, QueueBase, QueueStart, Start};
 pub use bus::{Bus, Window};

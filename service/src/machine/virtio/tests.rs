@@ -1,5 +1,6 @@
 //! Transport, worker and disk with a driver of our own, without a guest. Whatever that driver does must be survived (I5).
 
+pub(crate) mod broken;
 mod gate;
 
 use std::fs::File;

@@ -1,6 +1,7 @@
 //! The registers of one device, as its driver sees them, and when its back end works.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -335,12 +336,13 @@ impl Transport {
             });
         }
         let numbers = queues.iter().map(|queue| queue.index).collect();
-        self.backend.prepare(Start {
+        let start = Start {
             ram: self.ram.clone(),
             features: self.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
-        })?;
+        };
+        self.ask("its preparation", |backend| backend.prepare(start))?;
         self.serving = Some(Serving {
             queues: numbers,
             shut: true,
@@ -356,7 +358,7 @@ impl Transport {
         };
         serving.shut = false;
         let queues = serving.queues.clone();
-        if let Err(error) = self.backend.open() {
+        if let Err(error) = self.ask("its start", |backend| backend.open()) {
             self.cannot_work(&error);
             return;
         }
@@ -381,13 +383,14 @@ impl Transport {
     /// Ends both: on return the device writes neither guest memory nor storage.
     ///
     /// # Errors
-    /// It could not be stopped, and serves as before.
+    /// It could not be stopped, and serves as before, or as far as a bug has left it; the next stop tries again.
     pub fn stop(&mut self) -> io::Result<()> {
-        let Some(serving) = &self.serving else {
+        if self.serving.is_none() {
             return Ok(());
-        };
-        let bases = self.backend.stop()?;
-        for index in &serving.queues {
+        }
+        let bases = self.ask("its stop", |backend| backend.stop())?;
+        let queues = self.serving.iter().flat_map(|serving| &serving.queues);
+        for index in queues {
             let base = bases.iter().find(|base| base.index == *index);
             let queue = self.queues.get_mut(usize::from(*index));
             let (Some(base), Some(queue)) = (base, queue) else {
@@ -400,6 +403,20 @@ impl Transport {
         }
         self.serving = None;
         Ok(())
+    }
+
+    /// A back end that panics costs its device. The other ones, and the thread that asks, have to go on: they have a guest.
+    fn ask<T>(
+        &mut self,
+        what: &str,
+        question: impl FnOnce(&mut dyn Backend) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let backend = &mut *self.backend;
+        let answer = catch_unwind(AssertUnwindSafe(|| question(backend)));
+        answer.unwrap_or_else(|panic| {
+            let name = self.backend.name();
+            Err(io::Error::other(DeviceError::panicked(name, what, &*panic)))
+        })
     }
 
     /// Whether the rings lie in RAM and are aligned as they have to be.

@@ -89,10 +89,21 @@ fn a_driver_that_is_sooner_than_the_gate_has_its_device_as_ever() {
 
 /// Disks, of which the first is the one that is driven, and a network interface without a tap. All their drivers are ready.
 fn with_others() -> Rig {
-    const DISKS: usize = DEVICES_MAX - 1;
+    with_disks(DEVICES_MAX - 1, |mut devices| {
+        let net: NetConfig = "tap=none,vhost=off,id=0".parse().unwrap();
+        devices.push(Box::new(TapNet::waiting(&net)));
+        devices
+    })
+}
+
+/// What `devices` makes of so many disks, of which the first is the one that is driven. All their drivers are ready, and none is served.
+pub(super) fn with_disks(
+    count: usize,
+    devices: impl FnOnce(Vec<Box<dyn Backend>>) -> Vec<Box<dyn Backend>>,
+) -> Rig {
     let folder = TempDir::with_prefix("vmferry-virtio-").unwrap();
     let mut configs = Vec::new();
-    for number in 0..DISKS {
+    for number in 0..count {
         let path = folder.path().join(match number {
             0 => "image".to_owned(),
             _ => number.to_string(),
@@ -105,10 +116,7 @@ fn with_others() -> Rig {
         Disks::open(&configs).unwrap(),
         MachineRam::create(RAM_BYTES).unwrap(),
     );
-    let mut devices = backends(&disks);
-    let net: NetConfig = "tap=none,vhost=off,id=0".parse().unwrap();
-    devices.push(Box::new(TapNet::waiting(&net)));
-    let bus = Bus::new(devices, &ram).unwrap();
+    let bus = Bus::new(devices(backends(&disks)), &ram).unwrap();
     let rig = Rig {
         folder,
         ram,
