@@ -3,7 +3,9 @@
 
 use vm_memory::{Bytes, GuestAddress};
 use vmferry::machine::ram::MachineRam;
+use vmferry::machine::virtio::saved::TransportV1;
 use vmferry::machine::virtio::{Bus, OutsideConfig, QUEUE_NOTIFY, WINDOWS_GPA};
+use vmferry_devices::saved::{decode, encode};
 use vmferry_devices::vhost::{Ring, VhostMemory};
 use vmferry_tests::virtqueue::copy;
 use vmferry_transport::memory::{DirtyLog, UnitedLog};
@@ -226,4 +228,33 @@ fn an_interface_moves_from_the_kernel_to_the_vmm_and_back_and_goes_on_where_it_w
             side.talk(&mut guest, net, subnet, number);
         }
     }
+}
+
+#[test]
+fn a_packet_that_came_with_the_guest_is_part_of_it_until_the_kernels_interface_has_worked() {
+    load_for("/dev/vhost-net", "vhost_net");
+    let net = Net::new(17);
+    let side = Side::new(&net, ",vhost=on,mac=52:54:00:00:00:02");
+    let guest = Guest::new(&side.memory);
+    side.set_up(&guest);
+    side.bus.stop().unwrap();
+    let saved = || {
+        let sections = side.bus.save().unwrap();
+        (
+            decode::<TransportV1>(&sections[0]).unwrap(),
+            sections[0].name.clone(),
+        )
+    };
+    let (mut state, name) = saved();
+    state.undelivered = Some(net.packet(17, 1));
+    side.bus.load(&[&encode(&name, &state).unwrap()]).unwrap();
+    // The source has the guest after all, and whoever is next may have packets of its own.
+    for _ in 0..2 {
+        side.bus.prepare().unwrap();
+        side.bus.stand_down();
+        assert_eq!(saved().0.undelivered, state.undelivered);
+    }
+    side.bus.start().unwrap();
+    side.bus.stop().unwrap();
+    assert_eq!(saved().0.undelivered, None);
 }

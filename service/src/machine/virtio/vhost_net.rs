@@ -170,6 +170,8 @@ impl Backend for VhostNet {
     // would still be "not started"; but a ring that it has then is one that it has worked on. What it may refuse is what it was told when it
     // was prepared, and it did not.
     fn open(&mut self) -> io::Result<()> {
+        // The guest runs without it.
+        self.undelivered = None;
         self.device()?.go().map_err(io::Error::other)
     }
 
@@ -179,11 +181,7 @@ impl Backend for VhostNet {
         };
         let mut device = lock(device);
         device.stop().map_err(io::Error::other)?;
-        let bases = bases(device.queues());
-        drop(device);
-        // The guest has run without it.
-        self.undelivered = None;
-        Ok(bases)
+        Ok(bases(device.queues()))
     }
 
     fn reset(&mut self) {
