@@ -105,6 +105,8 @@ pub struct UserDevice {
     running: bool,
     /// The back end knows all but that it is to begin.
     prepared: bool,
+    /// A back end may have taken requests since it was certain for the last time which were done.
+    begun: bool,
     log: Option<Arc<LogPages>>,
     inflight: Option<Inflight>,
     inflight_queue_size: u16,
@@ -166,6 +168,7 @@ impl UserDevice {
             session: Some(session),
             running: false,
             prepared: false,
+            begun: false,
             log: None,
             inflight: None,
             inflight_queue_size: 0,
@@ -319,6 +322,7 @@ impl UserDevice {
         if self.running {
             return Ok(());
         }
+        self.begun = false;
         let ready = match self.prepared {
             true => Ok(()),
             false => self.prepare(),
@@ -326,7 +330,7 @@ impl UserDevice {
         let begun = ready.and_then(|()| self.tell_begin());
         (self.prepared, self.running) = (false, true);
         if begun.is_err() {
-            // Nobody knows how far it has come; whoever waits for its end sees one.
+            // Whoever waits for its end sees one.
             if let Some(session) = self.session.take() {
                 session.shut();
             }
@@ -360,9 +364,15 @@ impl UserDevice {
         })
     }
 
-    /// A back end begins with the event that says that something waits, enabled or not as it likes, so it is given that last.
-    fn tell_begin(&self) -> Result<(), DeviceError> {
-        self.ask("starting rings", |session| {
+    /// A back end begins with the event that says that something waits, enabled or not as it likes, so it is given that last. After an error
+    /// nobody knows how far it has come, unless it had gone before.
+    fn tell_begin(&mut self) -> Result<(), DeviceError> {
+        const OP: &str = "starting rings";
+        if !self.is_alive() {
+            return Err(refused(&self.name, OP, gone()));
+        }
+        self.begun = true;
+        self.ask(OP, |session| {
             let rings = self.queues.iter().enumerate();
             for (index, queue) in rings.filter(|(_, queue)| queue.ring.is_some()) {
                 session.ask(|frontend| frontend.set_vring_kick(index, &queue.kick))?;
@@ -461,7 +471,7 @@ impl UserDevice {
                 ring.base = (base & 0xffff) as u16;
             }
         }
-        self.running = false;
+        (self.running, self.begun) = (false, false);
         Ok(())
     }
 
@@ -513,8 +523,11 @@ impl UserDevice {
             return Ok(());
         }
         // What is in doubt is what the last one had taken and not answered. Where it kept a region, that says which; the next one goes on
-        // from what was answered in any case.
-        let open = self.go_back_to_answered()?;
+        // from what was answered in any case. What was made since the last one that began is not in doubt.
+        let open = match std::mem::take(&mut self.begun) {
+            true => self.go_back_to_answered()?,
+            false => 0,
+        };
         self.session = Some(session);
         let exact = self.inflight.is_some() || self.features & F_IN_ORDER != 0;
         if open > 0 && !exact && lost == Lost::Refuse {
@@ -562,10 +575,7 @@ impl UserDevice {
     ) -> Result<T, DeviceError> {
         let answer = match &self.session {
             Some(session) => request(session),
-            None => Err(io::Error::new(
-                io::ErrorKind::NotConnected,
-                "its back end has gone",
-            )),
+            None => Err(gone()),
         };
         answer.map_err(|error| refused(&self.name, op, error))
     }
@@ -650,6 +660,10 @@ impl std::fmt::Debug for UserDevice {
             .field("running", &self.running)
             .finish_non_exhaustive()
     }
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "its back end has gone")
 }
 
 fn refused(device: &str, op: &str, source: io::Error) -> DeviceError {

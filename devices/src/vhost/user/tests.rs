@@ -44,6 +44,8 @@ struct Peer {
     /// Its own state, to give or as it was given.
     state: Vec<u8>,
     refuses: bool,
+    refuses_memory: bool,
+    keeps_no_region: bool,
     transfer: Option<JoinHandle<Vec<u8>>>,
 }
 
@@ -75,6 +77,9 @@ impl VhostUserBackendReqHandlerMut for Peer {
         _: Vec<File>,
         _: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
+        if self.refuses_memory {
+            return Err(Error::InvalidParam);
+        }
         Ok(None)
     }
 
@@ -117,7 +122,12 @@ impl VhostUserBackendReqHandlerMut for Peer {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::all())
+        let mut features = VhostUserProtocolFeatures::all();
+        features.set(
+            VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            !self.keeps_no_region,
+        );
+        Ok(features)
     }
 
     fn set_protocol_features(&mut self, _: u64) -> Result<()> {
@@ -435,4 +445,64 @@ fn a_log_that_begins_when_a_prepared_back_end_has_died_is_refused_and_the_next_o
     device.start_log(&pages).unwrap();
     let peer = server.peer.lock().unwrap();
     assert_ne!(peer.features.last().unwrap() & F_LOG_ALL, 0);
+}
+
+/// Whose requests are in doubt when it dies.
+fn without_region() -> Server {
+    Server::start(Peer {
+        keeps_no_region: true,
+        ..Peer::default()
+    })
+}
+
+fn is_stuck(answer: std::result::Result<(), DeviceError>) -> bool {
+    matches!(answer, Err(DeviceError::Stuck { .. }))
+}
+
+#[test]
+fn requests_are_not_in_doubt_when_a_back_end_dies_before_it_was_let_begin() {
+    let server = without_region();
+    let memory = memory();
+    // It dies when it is prepared, and once more before it is prepared anew.
+    for deaths in 1..3 {
+        let mut device = device(&server, &memory);
+        set_index(&memory, RING.avail, 0);
+        device.prepare().unwrap();
+        server.die();
+        for _ in 1..deaths {
+            device.reconnect(Lost::Refuse).unwrap();
+            server.die();
+        }
+        // The guest runs.
+        set_index(&memory, RING.avail, 3);
+        let begun = server.peer.lock().unwrap().began_with.len();
+        assert!(device.go().is_err());
+        assert_eq!(server.peer.lock().unwrap().began_with.len(), begun);
+        device.reconnect(Lost::Refuse).unwrap();
+        {
+            let peer = server.peer.lock().unwrap();
+            assert_eq!(peer.began_with.len(), begun + 1);
+            assert_eq!(peer.bases.last(), Some(&0));
+        }
+        server.die();
+        assert!(is_stuck(device.reconnect(Lost::Refuse)), "now they are");
+    }
+}
+
+#[test]
+fn requests_are_not_in_doubt_that_were_made_after_the_last_one_that_began_had_died() {
+    let server = without_region();
+    let memory = memory();
+    let mut device = device(&server, &memory);
+    device.start().unwrap();
+    set_index(&memory, RING.avail, 2);
+    set_index(&memory, RING.used, 2);
+    server.die();
+    server.peer.lock().unwrap().refuses_memory = true;
+    assert!(device.reconnect(Lost::Refuse).is_err());
+    set_index(&memory, RING.avail, 3);
+    assert!(!is_stuck(device.reconnect(Lost::Refuse)));
+    server.peer.lock().unwrap().refuses_memory = false;
+    device.reconnect(Lost::Refuse).unwrap();
+    assert_eq!(server.peer.lock().unwrap().bases.last(), Some(&2));
 }
