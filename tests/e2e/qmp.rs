@@ -27,6 +27,8 @@ pub(crate) struct Qmp {
     stream: UnixStream,
     received: Vec<u8>,
     next_id: u64,
+    /// Answers to commands that were left.
+    left: u32,
     /// Every event so far, oldest first.
     pub(crate) events: Vec<Value>,
 }
@@ -38,6 +40,7 @@ impl Qmp {
             stream: UnixStream::connect(path).ok()?,
             received: Vec::new(),
             next_id: 0,
+            left: 0,
             events: Vec::new(),
         };
         let deadline = Instant::now() + PATIENCE;
@@ -86,6 +89,10 @@ impl Qmp {
                 self.events.push(message);
                 continue;
             }
+            if message["id"].is_null() && self.left > 0 {
+                self.left -= 1;
+                continue;
+            }
             assert_eq!(message["id"], json!(id), "{message}");
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
@@ -93,6 +100,13 @@ impl Qmp {
             let reason = message["error"]["desc"].as_str().unwrap();
             return Err(Failure::Refused(reason.to_owned()));
         }
+    }
+
+    /// Sends a command and does not wait for the answer, which the next command passes over.
+    pub(crate) fn leave(&mut self, command: &str, arguments: &Value) {
+        let line = json!({ "execute": command, "arguments": arguments });
+        self.send(format!("{line}\n").as_bytes(), None).unwrap();
+        self.left += 1;
     }
 
     fn send(&mut self, mut line: &[u8], fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {

@@ -33,7 +33,7 @@ use crate::qmp::schema::RunState;
 use crate::qmp::{EngineHandle, QmpEvent};
 use crate::succession::Inheritance;
 use crate::succession::account::now_us;
-use crate::succession::keeper::signals_to_end;
+use crate::succession::told;
 
 /// How long after its deadline, in microseconds, a program serves clients that has come by an exec, has no guest yet and has not been
 /// able to go back.
@@ -100,7 +100,8 @@ fn forward_requests(mut requests: mpsc::Receiver<crate::qmp::EngineRequest>, eve
 }
 
 fn watch_signals(events: Events) -> anyhow::Result<()> {
-    for kind in signals_to_end() {
+    let noted = told::note_signals().context("cannot watch for signals")?;
+    for kind in noted {
         let mut signals = tokio::signal::unix::signal(kind).context("cannot watch for signals")?;
         let events = events.clone();
         runtime::spawn(async move {
@@ -110,7 +111,8 @@ fn watch_signals(events: Events) -> anyhow::Result<()> {
             }
         });
     }
-    Ok(())
+    // A signal that came between its two handlers will not be an event.
+    told::ensure_not()
 }
 
 impl Engine {

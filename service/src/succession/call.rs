@@ -1,5 +1,5 @@
 //! What an exec asks of the kernel and of the C library, for which there is no safe face: becoming another program, taking descriptors
-//! by their numbers, removing a variable, and having somebody else clear up.
+//! by their numbers, removing a variable, leaving signals to the kernel, and having somebody else clear up.
 
 #![expect(
     unsafe_code,
@@ -41,6 +41,71 @@ pub(super) fn execute_open(
         )
     };
     io::Error::last_os_error()
+}
+
+/// What becomes of a signal. There is none here but the default and what the kernel says has been there.
+struct Action(libc::sigaction);
+
+impl Action {
+    /// The default, without flags.
+    fn of_kernel() -> Self {
+        // SAFETY: an action is plain data, and zeros are SIG_DFL with no flags and an empty mask.
+        Self(unsafe { std::mem::zeroed() })
+    }
+
+    /// Sets the action of a signal, or leaves it; what there was.
+    fn exchange(signal: i32, new: Option<&Self>) -> io::Result<Self> {
+        let mut before = Self::of_kernel();
+        let new = new.map_or(std::ptr::null(), |new| &raw const new.0);
+        // SAFETY: both are actions of ours, or NULL. The new one is the default, or one that this process has had for this signal.
+        match unsafe { libc::sigaction(signal, new, &raw mut before.0) } {
+            0 => Ok(before),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn is_handler(&self) -> bool {
+        !self.is_ignore() && self.0.sa_sigaction != libc::SIG_DFL
+    }
+
+    fn is_ignore(&self) -> bool {
+        self.0.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Whether this process ignores a signal.
+///
+/// # Errors
+/// There is no such signal.
+pub(super) fn is_ignored(signal: i32) -> io::Result<bool> {
+    Ok(Action::exchange(signal, None)?.is_ignore())
+}
+
+/// A signal whose handler is set aside, so that its default action takes place. Dropping this puts the handler back.
+pub(super) struct DefaultAction {
+    signal: i32,
+    handler: Action,
+}
+
+impl DefaultAction {
+    /// `None` if there is no handler: a signal that is ignored stays so.
+    ///
+    /// # Errors
+    /// There is no such signal.
+    pub(super) fn of(signal: i32) -> io::Result<Option<Self>> {
+        if !Action::exchange(signal, None)?.is_handler() {
+            return Ok(None);
+        }
+        let handler = Action::exchange(signal, Some(&Action::of_kernel()))?;
+        Ok(Some(Self { signal, handler }))
+    }
+}
+
+impl Drop for DefaultAction {
+    fn drop(&mut self) {
+        // It has worked once.
+        let _ = Action::exchange(self.signal, Some(&self.handler));
+    }
 }
 
 /// Takes over a descriptor that was left open through an exec.

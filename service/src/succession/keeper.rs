@@ -5,31 +5,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
 use std::thread;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
-
-use super::WayBack;
+use super::{WayBack, told};
 
 /// How the process ends that was told to while its main thread hangs.
 const ENDED_CODE: i32 = 1;
 
 /// In how many parts the time is watched.
 const LOOKS: u32 = 60;
-
-/// How long to look for a signal that has come already.
-const SIGNAL_MAX: Duration = Duration::from_millis(100);
-
-/// The signals that tell a VM's process to end.
-pub(crate) fn signals_to_end() -> [SignalKind; 3] {
-    [
-        SignalKind::terminate(),
-        SignalKind::interrupt(),
-        SignalKind::hangup(),
-    ]
-}
 
 /// The one way back, for whoever finds first that it is needed.
 #[derive(Clone, Debug, Default)]
@@ -118,12 +103,12 @@ impl WayBackKeeper {
             tracing::error!("{why}, and there is no way back; it is still waited for");
             return;
         };
-        if have_come(&signals_to_end()) {
-            tracing::error!("{why}, and who was told to end does not go back");
-            std::process::exit(ENDED_CODE);
-        }
         let error = way_back.go(&why);
         tracing::error!(error = format!("{error:#}"), "no way back");
+        if told::was_told() {
+            // Nobody else may be there to hear it.
+            std::process::exit(ENDED_CODE);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -131,29 +116,9 @@ impl WayBackKeeper {
     }
 }
 
-/// Whether one of these signals has come and nobody has taken note, because the thread hangs that would.
-fn have_come(kinds: &[SignalKind]) -> bool {
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-    else {
-        return false;
-    };
-    runtime.block_on(async {
-        let streams = kinds.iter().filter_map(|kind| signal(*kind).ok());
-        let mut streams: Vec<_> = streams.collect();
-        let any = std::future::poll_fn(|cx| {
-            match streams.iter_mut().any(|one| one.poll_recv(cx).is_ready()) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            }
-        });
-        tokio::time::timeout(SIGNAL_MAX, any).await.is_ok()
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::told::tests::{again, tell};
     use super::*;
 
     #[test]
@@ -226,19 +191,17 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_that_a_thread_which_hangs_has_not_seen_is_seen() {
-        // As the control thread does; then it hangs.
-        let hangs = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let _entered = hangs.enter();
-        // No other test has anything to do with this one.
-        let kind = SignalKind::user_defined2();
-        let _stream = signal(kind).unwrap();
-        assert!(!have_come(&[kind]));
-        let us = rustix::process::getpid();
-        rustix::process::kill_process(us, rustix::process::Signal::USR2).unwrap();
-        assert!(have_come(&[kind]));
+    fn who_is_late_and_was_told_to_end_ends_though_its_main_thread_hangs() {
+        let name = "succession::keeper::tests::who_is_late_and_was_told_to_end_ends_though_its_main_thread_hangs";
+        if let Some(output) = again(name) {
+            assert_eq!(output.status.code(), Some(ENDED_CODE), "{output:?}");
+            return;
+        }
+        told::note_signals().unwrap();
+        tell();
+        let keeper = WayBackKeeper::new(Some(WayBack::nowhere()));
+        keeper.watch(Duration::from_millis(1)).unwrap();
+        thread::sleep(Duration::from_secs(60));
+        panic!("nobody has ended this process");
     }
 }

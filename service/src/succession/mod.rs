@@ -17,6 +17,7 @@ pub mod account;
 pub mod ask;
 mod call;
 pub(crate) mod keeper;
+pub(crate) mod told;
 mod way_back;
 
 use std::ffi::{CString, OsStr, OsString};
@@ -33,6 +34,8 @@ use vmferry_cpr::table::FdTable;
 
 use crate::machine::kvm::HeadStart;
 use crate::observe::logging;
+
+use told::Unhandled;
 
 pub use account::Account;
 pub use keeper::WayBackKeeper;
@@ -179,19 +182,18 @@ impl Program {
         &self.path
     }
 
-    /// Becomes this program. Returns only if that fails, and why.
+    /// Becomes this program, unless the process was told to end. Returns only if that fails, and why.
     pub fn become_it(&self, words: &[OsString], number: u32) -> anyhow::Error {
         let run = || -> anyhow::Result<io::Error> {
+            let signals = Unhandled::new()?;
             ensure!(
                 identity(&self.path)? == self.identity,
                 "it has changed since it was asked"
             );
             let path = c_string(self.path.as_os_str())?;
-            Ok(call::execute(
-                &path,
-                &c_strings(words)?,
-                &environment(number)?,
-            ))
+            let (words, environment) = (c_strings(words)?, environment(number)?);
+            signals.ensure_not_told()?;
+            Ok(call::execute(&path, &words, &environment))
         };
         let error = run().map_or_else(|error| error, anyhow::Error::from);
         error.context(format!("{} cannot be executed", self.path.display()))

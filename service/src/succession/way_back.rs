@@ -10,6 +10,7 @@ use vmferry_cpr::letter::{Leg, Letter, REASON_BYTES_MAX};
 use vmferry_cpr::manifest::FdKind;
 use vmferry_cpr::table::FdTable;
 
+use super::told::Unhandled;
 use super::{PROCESS, PROGRAM, c_strings, call, environment};
 
 /// The old program, and a copy of everything that it left. Dropping it gives the way back up.
@@ -68,7 +69,8 @@ impl WayBack {
         }
     }
 
-    /// Becomes the old program, which runs the guest as it was when it stopped it and says why. Returns only if that fails.
+    /// Becomes the old program, which runs the guest as it was when it stopped it and says why, unless the process was told
+    /// to end. Returns only if that fails.
     pub fn go(self, why: &str) -> anyhow::Error {
         let because = anyhow::Error::msg(why.to_owned());
         match self.become_it(why) {
@@ -87,6 +89,7 @@ impl WayBack {
             words,
             envelope,
         } = self;
+        let signals = Unhandled::new()?;
         let numbers = fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned());
         let letter = Letter {
             leg: Leg::Back,
@@ -100,6 +103,7 @@ impl WayBack {
         let words = c_strings(&words)?;
         let all = fds.iter().map(AsFd::as_fd).chain([memfd.as_fd()]);
         let _open = Open::through_exec(all)?;
+        signals.ensure_not_told()?;
         Err(call::execute_open(program.as_fd(), &words, &environment).into())
     }
 }

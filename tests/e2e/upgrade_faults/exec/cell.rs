@@ -1,6 +1,6 @@
 //! One cell of the table of execs: an upgrade, one fault at one step of it, and a look at everything that must hold afterwards.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,9 @@ pub(super) type Seen = grid::Seen<Outcome>;
 /// Deadlines where one of them has to pass, in percent. Elsewhere none is shortened: a busy host would be taken for a fault.
 const SOONER: [&str; 2] = ["--x-deadline-scale", "30"];
 
+/// As `nohup` starts it: the signal stays ignored, whatever the process becomes.
+const WITHOUT_HANGUP: [&str; 4] = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"];
+
 /// What a busy host may need.
 const SLACK: Duration = Duration::from_secs(40);
 
@@ -45,6 +48,7 @@ pub(super) struct Scene {
     limited: bool,
     line: Line,
     before: Holdings,
+    signals: Vec<String>,
     _folder: TempDir,
 }
 
@@ -60,6 +64,18 @@ enum Left {
 pub(super) fn run(accel: Accel, step: Step, fault: Fault, next: &str) -> Seen {
     let mut scene = Scene::new(accel, step, fault);
     super::fault::happens(&mut scene, step, fault);
+    look(scene, next)
+}
+
+/// The same, where the process is told to end at some time after it has begun to become the new program.
+pub(super) fn run_told(accel: Accel, after: Duration) -> Seen {
+    let mut scene = Scene::new(accel, Step::Exec, Fault::Term);
+    super::fault::told_after(&mut scene, after);
+    look(scene, "exec")
+}
+
+/// What has become of it.
+fn look(mut scene: Scene, next: &str) -> Seen {
     let began = Instant::now();
     let left = scene.left();
     let took = began.elapsed();
@@ -92,6 +108,17 @@ fn held(pid: u32) -> Holdings {
     holdings
 }
 
+/// Which signals are blocked and ignored there, as the kernel says.
+fn signals(pid: u32) -> Vec<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let lines = status
+        .lines()
+        .filter(|line| line.starts_with("SigBlk:") || line.starts_with("SigIgn:"));
+    let lines: Vec<_> = lines.map(ToOwned::to_owned).collect();
+    assert!(lines.len() == 2 && lines[1].ends_with('1'), "{lines:?}");
+    lines
+}
+
 impl Scene {
     fn new(accel: Accel, step: Step, fault: Fault) -> Self {
         let folder = TempDir::with_prefix("vmferry-exec-").unwrap();
@@ -112,9 +139,10 @@ impl Scene {
             line.path(),
             "--workload-serial",
         ]);
+        let launch = launch.through(&WITHOUT_HANGUP);
         let mut vm = Machine::tiny(accel).start_source(launch);
         vm.warm_up();
-        let before = held(vm.pid());
+        let (before, signals) = (held(vm.pid()), signals(vm.pid()));
         vm.qmp.events.clear();
         Self {
             vm,
@@ -127,6 +155,7 @@ impl Scene {
             limited: false,
             line,
             before,
+            signals,
             _folder: folder,
         }
     }
@@ -154,6 +183,12 @@ impl Scene {
             .execute("migrate-continue", json!({"state": "pre-switchover"}));
     }
 
+    /// The same, without waiting for anything.
+    pub(super) fn leave_to_go_on(&mut self) {
+        let arguments = json!({"state": "pre-switchover"});
+        self.vm.qmp.leave("migrate-continue", &arguments);
+    }
+
     /// The image is somebody else's as soon as it is free.
     pub(super) fn take_disk(&mut self, image: &Path) {
         let disk = third_party(image);
@@ -164,8 +199,7 @@ impl Scene {
     /// The VM's process can open nothing more.
     pub(super) fn leave_no_room(&mut self) {
         let pid = self.vm.pid();
-        let free =
-            |number: &u64| std::fs::symlink_metadata(format!("/proc/{pid}/fd/{number}")).is_err();
+        let free = |number: &u64| fs::symlink_metadata(format!("/proc/{pid}/fd/{number}")).is_err();
         self.limit((0..).find(free));
         self.limited = true;
     }
@@ -294,8 +328,9 @@ impl Scene {
         self.line.hear_more(2);
     }
 
-    /// It holds what it held before, but for the connection to the listener.
+    /// It holds what it held before, but for the connection to the listener, and signals reach it as before.
     fn assert_same(&self) {
+        assert_eq!(signals(self.vm.pid()), self.signals);
         let began = Instant::now();
         loop {
             let now = held(self.vm.pid()).without_sockets(self.listener.connections());

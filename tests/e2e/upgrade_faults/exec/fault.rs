@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
@@ -31,6 +33,14 @@ pub(super) fn happens(scene: &mut Scene, step: Step, fault: Fault) {
         Step::Look => look(scene, fault),
         Step::Ask => ask(scene, fault),
         Step::Answer => answer(scene, fault),
+        Step::Exec if fault == Fault::Term => {
+            about_to(scene);
+            // Both are there when it looks, and it may take either first.
+            scene.signal(Signal::STOP);
+            scene.leave_to_go_on();
+            scene.signal(Signal::TERM);
+            scene.signal(Signal::CONT);
+        }
         Step::Stop | Step::Exec => stop(scene, step, fault),
         Step::Setup => setup(scene, fault),
         Step::Running => {
@@ -205,6 +215,21 @@ fn stop(scene: &mut Scene, step: Step, fault: Fault) {
         (_, other) => panic!("{other:?} does not keep it from being executed"),
     }
     scene.go_on();
+}
+
+/// The guest is stopped, and the process becomes the new program at a word.
+fn about_to(scene: &mut Scene) {
+    scene.pause(true);
+    scene.begin(&program_path());
+    scene.vm.wait_status("pre-switchover");
+}
+
+/// Tells the process to end when it has been on its way to the new program for so long.
+pub(super) fn told_after(scene: &mut Scene, delay: Duration) {
+    about_to(scene);
+    scene.leave_to_go_on();
+    thread::sleep(delay);
+    scene.signal(Signal::TERM);
 }
 
 fn setup(scene: &mut Scene, fault: Fault) {

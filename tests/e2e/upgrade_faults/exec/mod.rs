@@ -5,12 +5,20 @@ mod cell;
 mod fault;
 mod step;
 
+use std::sync::Mutex;
+use std::thread;
+use std::time::Duration;
+
 use self::step::{Fault, Outcome, Step};
 use crate::grid::{self, Fate, Grid};
 use crate::harness::{Accel, kvm_is_here, whole_machine};
 
 /// Cells under way at the same time.
 const WORKERS: usize = 6;
+
+/// How often a process is told to end on its way, and how much later each time.
+const TELLS: u32 = 20;
+const TELL_EVERY: Duration = Duration::from_micros(150);
 
 /// One square of the table.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -65,6 +73,29 @@ fn assert_all_as_designed(accel: Accel, mut wanted: Vec<Cell>) {
 fn every_fault_at_every_step_of_an_exec_leaves_one_guest_or_says_why_there_is_none() {
     let _turn = whole_machine();
     assert_all_as_designed(Accel::Soft, grid().squares());
+}
+
+/// A signal that comes while the engine is busy with the exec waits behind it, and would end nobody after it.
+#[test]
+fn a_process_that_is_told_to_end_on_its_way_to_another_program_ends_wherever_it_is() {
+    let _turn = whole_machine();
+    // From the command to the exec it takes about a millisecond.
+    let delays = (0..TELLS).map(|count| TELL_EVERY * count);
+    let queue = Mutex::new(delays);
+    thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| {
+                loop {
+                    let Some(delay) = queue.lock().unwrap().next() else {
+                        return;
+                    };
+                    let seen = cell::run_told(Accel::Soft, delay);
+                    println!("after {delay:?}: {seen:?}");
+                    assert_eq!(seen.outcome, Outcome::Ends, "after {delay:?}: {seen:?}");
+                }
+            });
+        }
+    });
 }
 
 /// Where a guest of KVM is stopped, loaded and resumed.

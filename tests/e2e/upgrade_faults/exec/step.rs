@@ -133,7 +133,8 @@ impl Fault {
         use Outcome::{Ends, GoesOn, Lost, Returns, RunsOn, Stays, Waits};
         let allowed = match (step, self) {
             (Step::Look, Self::Kill | Self::Term) => return None,
-            (Step::Answer | Step::Exec | Step::Fds, Self::Kill | Self::Term) => return None,
+            (Step::Answer | Step::Fds, Self::Kill | Self::Term) => return None,
+            (Step::Exec, Self::Kill) => return None,
             (_, Self::Kill | Self::Term) => (Ends, ""),
 
             (Step::Look, Self::Missing) => (RunsOn, "cannot be executed"),
