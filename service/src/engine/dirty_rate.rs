@@ -8,10 +8,11 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::json;
-use vmferry_transport::memory::{DirtyLog, DirtyLogError, PageSamples};
+use vmferry_transport::memory::{DirtyLogError, PageSamples};
 use vmferry_transport::units::{Moment, PAGE_SIZE};
 
 use super::Engine;
+use super::armed_log::ArmedLog;
 use super::clock::Clock;
 use super::commands::Answer;
 use super::event::Event;
@@ -54,7 +55,7 @@ pub(super) enum Measured {
 /// What will tell how much was written.
 enum Probe {
     Samples(PageSamples, Moment),
-    Log(Box<dyn DirtyLog>, Moment),
+    Log(ArmedLog, Moment),
 }
 
 #[derive(Clone, Default)]
@@ -209,7 +210,7 @@ impl Engine {
         let probe = rate.probe.clone();
         self.jobs.run(move || {
             if let Some(Probe::Log(log, _)) = probe.take() {
-                stop(log);
+                log.stop();
             }
         });
     }
@@ -263,10 +264,10 @@ fn check(arguments: CalcDirtyRate) -> Result<(u64, Option<u64>), QmpError> {
 /// Puts the probe in place; runs on the job thread.
 fn begin(machine: &dyn Machine, samples: Option<u64>, clock: Clock) -> Result<Probe, String> {
     let Some(per_gib) = samples else {
-        let mut log = machine.dirty_log().map_err(|error| chain(&error))?;
-        log.start().map_err(|error| chain(&error))?;
-        if let Err(error) = forget_all(machine, log.as_mut()) {
-            stop(log);
+        let log = machine.dirty_log().map_err(|error| chain(&error))?;
+        let mut log = ArmedLog::start(log).map_err(|error| chain(&error))?;
+        if let Err(error) = forget_all(machine, &mut log) {
+            log.stop();
             return Err(chain(&error));
         }
         return Ok(Probe::Log(log, clock.now()));
@@ -282,7 +283,7 @@ fn begin(machine: &dyn Machine, samples: Option<u64>, clock: Clock) -> Result<Pr
 }
 
 /// A log may begin with pages that were written before; and some forget a page only when they are told to.
-fn forget_all(machine: &dyn Machine, log: &mut dyn DirtyLog) -> Result<(), DirtyLogError> {
+fn forget_all(machine: &dyn Machine, log: &mut ArmedLog) -> Result<(), DirtyLogError> {
     let mut dirty = machine.ram().empty_map();
     log.fetch(&mut dirty)?;
     match log.protector() {
@@ -305,21 +306,12 @@ fn end(machine: &dyn Machine, probe: Probe, clock: Clock) -> Result<u64, String>
         Probe::Log(mut log, began) => {
             let mut dirty = ram.empty_map();
             let fetched = log.fetch(&mut dirty);
-            stop(log);
+            log.stop();
             fetched.map_err(|error| chain(&error))?;
             (dirty.count().0, began)
         }
     };
     Ok(mib_per_sec(pages, clock.now().micros_since(began)))
-}
-
-fn stop(mut log: Box<dyn DirtyLog>) {
-    if let Err(error) = log.stop() {
-        tracing::warn!(
-            error = &error as &dyn std::error::Error,
-            "dirty log left running, the guest may be slow"
-        );
-    }
 }
 
 fn mib_per_sec(pages: u64, took_us: u64) -> u64 {
@@ -334,7 +326,11 @@ fn monotonic_seconds() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::Ordering;
+
     use super::*;
+    use crate::engine::armed_log::tests::{broken, machine};
 
     fn wanted(calc_time: i64) -> CalcDirtyRate {
         CalcDirtyRate {
@@ -379,6 +375,15 @@ mod tests {
             ..wanted(1)
         };
         assert!(check(ring).unwrap_err().desc.contains("dirty-ring"));
+    }
+
+    #[test]
+    fn the_log_of_a_measurement_that_panics_is_stopped() {
+        let (log, stops) = broken();
+        let (machine, clock) = (machine(), Clock::new());
+        let ending = || end(machine.as_ref(), Probe::Log(log, clock.now()), clock);
+        assert!(catch_unwind(AssertUnwindSafe(ending)).is_err());
+        assert_eq!(stops.load(Ordering::SeqCst), 1);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use vmferry_transport::memory::{DirtyMap, hash};
 use vmferry_transport::proto::{SavedState, SourceJob};
 
 use super::{Outgoing, chain};
-use crate::engine::armed_log::{arm, fetch, stop_armed};
+use crate::engine::armed_log::{arm, fetch};
 use crate::engine::clock::micros;
 use crate::engine::event::SourceEvent;
 use crate::engine::jobs::{JobThread, PANICKED};
@@ -111,7 +111,7 @@ impl Outgoing {
         let instead = move || instead(SourceEvent::LogStopped);
         jobs.run_owing(instead, move || {
             if let Some(log) = log {
-                stop_armed(log);
+                log.stop();
             }
             report(SourceEvent::LogStopped);
         });
