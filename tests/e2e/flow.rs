@@ -179,8 +179,8 @@ fn the_operator_may_stop_the_guest_on_its_way(accel: Accel) {
 #[test]
 fn a_process_that_stood_still_does_not_blame_the_other() {
     let machine = Machine::small(Accel::Soft);
-    // The source expects a word each 3 s.
-    let launch = Launch::default().with(&["--x-deadline-scale", "10"]);
+    // The source expects a word each 12 s.
+    let launch = Launch::default().with(&["--x-deadline-scale", "40"]);
     let (mut source, mut target) = (machine.start_source(launch), machine.target());
     source.set(json!({ "downtime-limit": 0 }));
     source.migrate(&target.address());
@@ -188,7 +188,7 @@ fn a_process_that_stood_still_does_not_blame_the_other() {
     let pid = Pid::from_raw(source.pid().cast_signed()).unwrap();
     for _ in 0..2 {
         kill_process(pid, Signal::STOP).unwrap();
-        thread::sleep(Duration::from_secs(4));
+        thread::sleep(Duration::from_secs(13));
         kill_process(pid, Signal::CONT).unwrap();
         let before = source.query("query-migrate")["ram"]["dirty-sync-count"].clone();
         until("rounds go on", || {

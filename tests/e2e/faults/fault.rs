@@ -89,6 +89,27 @@ impl Fault {
         }
     }
 
+    /// Whether what becomes of the guest is decided only when a deadline has passed.
+    pub(super) fn waits_for_a_deadline(self, phase: Phase) -> bool {
+        match (phase, self) {
+            (Phase::Finish, _) | (Phase::Running, Self::Stall(_, Some(Way::ToTarget))) => false,
+            (Phase::Commit | Phase::Running, _) if self.only_data() => false,
+            (Phase::Commit | Phase::Running, Self::KillTarget | Self::LinkDown) => true,
+            // The target waits for as many connections as it was told of.
+            (Phase::Setup, _) if self.only_data() => true,
+            (_, Self::Stall(..)) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether this may have become of the guest.
+    pub(super) fn allows(self, phase: Phase, outcome: Outcome) -> bool {
+        let allowed = self.allowed(phase);
+        // On a busy host a source whose deadlines are short asks for what is on its way.
+        let hasty = self.waits_for_a_deadline(phase) && outcome == Outcome::MovesAsked;
+        allowed.contains(&outcome) || (hasty && allowed.contains(&Outcome::Moves))
+    }
+
     /// Whether the source says as much of the fault as can be known there.
     pub(super) fn explains(self, phase: Phase, seen: &Seen) -> bool {
         let says = |part| seen.error.contains(part);
