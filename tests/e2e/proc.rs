@@ -1,12 +1,13 @@
 //! What the kernel says of a process: descriptors, threads, memory.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::harness::until;
+use crate::harness::{PATIENCE, until};
 
 /// A process in which nothing has come or gone for so long has nothing left to do,
 const SETTLED_AFTER: Duration = Duration::from_millis(200);
@@ -82,11 +83,38 @@ impl Holdings {
         })
     }
 
-    /// Waits until a process holds the same, memory apart.
+    /// Waits until a process holds the same, memory apart, and gives what it holds then.
     #[track_caller]
-    pub(crate) fn await_at(&self, pid: u32) {
-        let now = Self::settled(pid);
-        assert_eq!(now.counted(), self.counted(), "left: now, right: before");
+    pub(crate) fn await_at(&self, pid: u32) -> Self {
+        self.await_like(pid, Self::counted)
+    }
+
+    /// Waits until a process holds the same as far as `part` of it goes: what has settled may only have been kept from going on.
+    #[track_caller]
+    pub(crate) fn await_like<T: Debug + PartialEq>(
+        &self,
+        pid: u32,
+        part: impl Fn(&Self) -> T,
+    ) -> Self {
+        let began = Instant::now();
+        loop {
+            let now = Self::settled(pid);
+            let (left, right) = (part(&now), part(self));
+            if left == right {
+                return now;
+            }
+            let waited = began.elapsed() >= PATIENCE;
+            assert!(!waited, "now {left:?}\nbefore {right:?}");
+        }
+    }
+
+    /// The same as the first time, which is remembered.
+    #[track_caller]
+    pub(crate) fn await_at_first(first: &mut Option<Self>, pid: u32) -> Self {
+        match first {
+            Some(first) => first.await_at(pid),
+            None => first.insert(Self::settled(pid)).clone(),
+        }
     }
 
     /// Whether there is no more of anything than in `other`, memory apart.

@@ -144,8 +144,7 @@ fn precopy_file_connect_outgoing_fd_leak(accel: Accel) {
         let info = source.wait_migration();
         source.assert_failed(&info, "No space left on device");
         // The first may have opened what stays open.
-        let holdings = Holdings::settled(source.pid()).counted();
-        assert_eq!(*before.get_or_insert_with(|| holdings.clone()), holdings);
+        Holdings::await_at_first(&mut before, source.pid());
     }
     source.migrate("file:/nowhere/vm");
     let info = source.wait_migration();
@@ -321,10 +320,9 @@ fn precopy_exec_cancelled_while_it_takes_nothing(accel: Accel) {
 
 /// A command that needs more time for its end than a target may take to start a guest: the outcome is asked for until it is known.
 fn precopy_exec_that_ends_late(accel: Accel) {
-    let _turn = turn();
     let (machine, folder) = (Machine::small(accel), folder());
     let path = folder.path().join("vm");
-    let (go, hasty) = (folder.path().join("go"), ["--x-deadline-scale", "20"]);
+    let (go, hasty) = (folder.path().join("go"), ["--x-deadline-scale", "40"]);
     let command = |end: &str| {
         format!(
             "exec:cat > '{}'; while ! test -e '{}'; do sleep 0.01; done; {end}",
@@ -336,7 +334,7 @@ fn precopy_exec_that_ends_late(accel: Accel) {
     source.warm_up();
     for (end, status) in [("false", "failed"), ("true", "completed")] {
         source.migrate(&command(end));
-        // Two seconds pass, and the source begins to ask. It is told to nobody before six more.
+        // Four seconds pass, and the source begins to ask. It is told to nobody before twelve more.
         let unresolved = source
             .qmp
             .event(|event| event["event"] == "x-MIGRATION_UNRESOLVED");
@@ -386,7 +384,7 @@ fn precopy_fd_tcp(accel: Accel) {
     source.set(json!({ "multifd-channels": 4 }));
     source.move_to_at(&mut target, "fd:fd-mig");
     // Nothing of it is left: what is gone cannot be used again.
-    assert_eq!(Holdings::settled(source.pid()).fds, before.fds);
+    before.await_like(source.pid(), |held| held.fds.clone());
     let reason = source.refusal("closefd", json!({ "fdname": "fd-mig" }));
     assert!(reason.contains("no file descriptor named"), "{reason}");
 

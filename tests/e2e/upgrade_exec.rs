@@ -105,13 +105,12 @@ fn execs_and_transfers_in_turns_leave_nothing_behind(accel: Accel) {
         until("the old process ends", || (!last.lives()).then_some(()));
         at.assert_guest_works();
         last = next;
-        let now = Holdings::settled(last.0).counted();
-        assert_eq!(held.get_or_insert_with(|| now.clone()), &now);
+        Holdings::await_at_first(&mut held, last.0);
     }
     at.upgrade_by("exec");
-    let after_exec = Holdings::settled(last.0).counted();
+    let after_exec = Holdings::settled(last.0);
     at.upgrade_by("exec");
-    assert_eq!(Holdings::settled(last.0).counted(), after_exec);
+    after_exec.await_at(last.0);
 }
 
 fn a_stopped_guest_stays_stopped_and_its_memory_is_the_same(accel: Accel) {
@@ -224,8 +223,7 @@ fn a_program_that_lied_and_is_another_command_becomes_the_old_one_again(accel: A
         let at = At(path.clone());
         assert_eq!(at.ask("query-migrate")["status"], "failed");
         at.assert_guest_works();
-        let now = Holdings::settled(pid).counted();
-        assert_eq!(held.get_or_insert_with(|| now.clone()), &now);
+        Holdings::await_at_first(&mut held, pid);
     }
     assert!(vm.lives());
     At(path.clone()).upgrade_by("exec");

@@ -13,8 +13,10 @@ use super::{
     HEADER_BYTES, STREAM_BYTES, assert_talks_at, machine, start_source, start_target, states, talk,
     two, with,
 };
-use crate::harness::Vm;
+use crate::harness::{Vm, until};
+use crate::proc::Holdings;
 use crate::proxy::{Passing, Proxy, Verdict};
+use crate::qmp::Failure;
 
 /// What becomes of the stream of `vfio/1` on its way. Checksums are right again afterwards: only the device can notice.
 #[derive(Clone, Copy, Debug)]
@@ -133,7 +135,7 @@ fn a_damaged_stream_leaves_the_guest_where_it_is(paused: bool) {
     if paused {
         source.query("stop");
     }
-    let held = source.holdings().fds;
+    let held = Holdings::settled(source.pid());
     for (damage, part) in [
         (Damage::Cut(0), "RESUMING -> STOP"),
         (Damage::Cut(HEADER_BYTES), "RESUMING -> STOP"),
@@ -152,7 +154,8 @@ fn a_damaged_stream_leaves_the_guest_where_it_is(paused: bool) {
         assert!(error.contains("vfio/1"), "{damage:?}: {error}");
         target.assert_gave_up("vfio/1");
     }
-    assert_eq!(source.holdings().fds, held, "streams are closed");
+    // Streams are closed.
+    held.await_like(source.pid(), |held| held.fds.clone());
     let mut target = start_target(&machine, &devices[1]);
     if paused {
         source.migrate(&target.address());
@@ -224,8 +227,14 @@ fn one_target_process_takes_a_guest_after_its_devices_have_refused_another_strea
     let mut source = start_source(&machine, &devices[0]);
     let mut target = machine.start_target("defer", with(&devices[1]));
     let listen = |target: &mut Vm| {
-        let arguments = json!({ "uri": "tcp:127.0.0.1:0", "exit-on-error": false });
-        target.execute("migrate-incoming", arguments);
+        until("memory is empty", || {
+            let arguments = json!({ "uri": "tcp:127.0.0.1:0", "exit-on-error": false });
+            match target.qmp.execute("migrate-incoming", arguments) {
+                Ok(_) => Some(()),
+                Err(Failure::Refused(reason)) if reason.contains("still being emptied") => None,
+                Err(failure) => panic!("{failure:?}"),
+            }
+        });
     };
     listen(&mut target);
     // Noticed in a round: what fails later leaves the process with state that must not be mixed with another's.

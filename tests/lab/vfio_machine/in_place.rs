@@ -9,6 +9,7 @@ use super::{
 use crate::harness::{Launch, Machine, Vm};
 use crate::mdev::Mdev;
 use crate::new_process::Moved;
+use crate::proc::Holdings;
 use crate::successor::Waiting;
 use vmferry_devices::vfio::DeviceState;
 
@@ -61,7 +62,7 @@ fn whatever_becomes_of_the_new_process_the_devices_work_at_the_old_one() {
     let machine = machine();
     let devices = two();
     let mut vm = start_source(&machine, &devices);
-    let held = vm.holdings().fds;
+    let held = Holdings::settled(vm.pid());
     let options = with(&devices);
     let refuses = |launch: Launch, part: &str, vm: &mut Vm| {
         Waiting::on(&vm.qmp_path(), &machine, &launch.words()).assert_refuses(vm, part);
@@ -83,7 +84,7 @@ fn whatever_becomes_of_the_new_process_the_devices_work_at_the_old_one() {
         assert_talks_at(&mut vm);
         vm.assert_guest_works();
     }
-    assert_eq!(vm.holdings().fds, held);
+    held.await_like(vm.pid(), |held| held.fds.clone());
     let moved = Moved::from(vm.qmp_path());
     moved.assert_passes(TALKED);
 }
