@@ -251,7 +251,10 @@ fn words_that_come_too_early_end_the_attempt(accel: Accel) {
 fn data_connections_that_do_not_belong_are_turned_away(accel: Accel) {
     let _turn = turn();
     let machine = Machine::small(accel);
-    let (mut source, mut target) = (machine.source(), machine.target());
+    // With time for everybody to be turned away.
+    let patient = Launch::default().with(&["--x-deadline-scale", "300"]);
+    let mut target = machine.start_target("tcp:127.0.0.1:0", patient);
+    let mut source = machine.source();
     let hello = Hello {
         data_connections: 3,
         migration_id: some_id(2),

@@ -6,11 +6,13 @@ use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
+use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::harness::{Accel, Machine, Vm, program, until};
+use crate::harness::{Accel, Machine, PATIENCE, Vm, program, until};
 
 /// Sends a signal to a process of ours.
 pub(crate) fn send(pid: u32, signal: Signal) {
@@ -99,7 +101,15 @@ fn follower(path: &Path, address: &str, more: &[&str]) -> Child {
 fn wait_for_line(child: &mut Child, part: &str) {
     let (mut line, mut byte) = (String::new(), [0]);
     let said = child.stderr.as_mut().unwrap();
-    while said.read(&mut byte).unwrap() == 1 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).unwrap();
+        let ready = poll(&mut [PollFd::new(&*said, PollFlags::IN)], Some(&left)).unwrap();
+        assert!(ready > 0, "waited in vain for {part:?}, after {line:?}");
+        if said.read(&mut byte).unwrap() == 0 {
+            break;
+        }
         match byte[0] {
             b'\n' if line.starts_with(part) => return,
             b'\n' => line.clear(),
@@ -411,10 +421,10 @@ fn a_follower_whose_monitor_is_cut_comes_back() {
     let cut = monitor_before(&source.qmp_path(), &here);
     let mut child = follower(&here, &target.address(), &[]);
     for _ in 0..3 {
-        wait_for_line(&mut child, "round 1");
+        wait_for_line(&mut child, "round ");
         cut.send(()).unwrap();
     }
-    wait_for_line(&mut child, "round 1");
+    wait_for_line(&mut child, "round ");
     source.set(json!({ "max-bandwidth": 0 }));
     let status = until("the follower ends", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(0));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::harness::{Accel, Chance, Machine, Vm, number_from_env, until, whole_machine};
+use crate::qmp::Failure;
 use crate::watch::Watch;
 
 on_both_accelerators!(killing_either_side_never_makes_two_guests);
@@ -24,6 +25,13 @@ struct Tally {
     went_on_at_target: u64,
 }
 
+impl Tally {
+    /// Either side has died before the guest was on its way.
+    fn has_both(&self) -> bool {
+        self.went_on_at_source > 0 && self.never_came > 0
+    }
+}
+
 fn killing_either_side_never_makes_two_guests(accel: Accel) {
     let _turn = whole_machine();
     let chance = Chance::new();
@@ -39,7 +47,11 @@ fn killing_either_side_never_makes_two_guests(accel: Accel) {
     let usual = usual_time(&machine).min(usual_time(&machine));
     let mut tally = Tally::default();
     let mut source = machine.source();
-    for trial in 0..kills {
+    // Some outcomes are chance.
+    for trial in 0..8 * kills {
+        if trial >= kills && (kills < 20 || tally.has_both()) {
+            break;
+        }
         let connections = chance.of(&[1, 2, 4]);
         source.set(json!({ "multifd-channels": connections }));
         let mut target = machine.target();
@@ -70,12 +82,7 @@ fn killing_either_side_never_makes_two_guests(accel: Accel) {
         watch.end();
     }
     println!("{tally:?}");
-    let Tally {
-        went_on_at_source,
-        never_came,
-        ..
-    } = tally;
-    assert!(kills < 20 || (went_on_at_source > 0 && never_came > 0));
+    assert!(kills < 20 || tally.has_both());
 }
 
 /// How long a migration takes that nobody disturbs.
@@ -87,7 +94,8 @@ fn usual_time(machine: &Machine) -> Duration {
     assert_eq!(source.wait_migration()["status"], "completed");
     let usual = began.elapsed();
     target.assert_guest_works();
-    assert!(watch.end() > 10, "the watch is asleep");
+    until("the watch looks", || (watch.looks() > 10).then_some(()));
+    watch.end();
     usual
 }
 
@@ -144,11 +152,12 @@ fn of_no_guest(target: &mut Vm) -> Option<&'static str> {
 fn see_source(source: &mut Vm, machine: &Machine, tally: &mut Tally) -> bool {
     let info = until("the source decides", || {
         let info = source.query("query-migrate");
-        let over = ["completed", "failed"].contains(&info["status"].as_str().unwrap());
+        let ends = ["completed", "failed", "cancelled"];
+        let over = ends.contains(&info["status"].as_str().unwrap());
         (over || in_doubt(source, &info)).then_some(info)
     });
     match info["status"].as_str().unwrap() {
-        "failed" => {
+        "failed" | "cancelled" => {
             source.assert_guest_works();
             // At once, and to a good end.
             let mut other = machine.target();
@@ -184,7 +193,15 @@ fn in_doubt(source: &mut Vm, info: &Value) -> bool {
         }
         thread::sleep(Duration::from_millis(20));
     }
-    let refusal = source.refusal("migrate_cancel", json!({}));
-    assert!(refusal.contains("handed over"), "{refusal}");
-    true
+    match source.qmp.execute("migrate_cancel", json!({})) {
+        Err(Failure::Refused(reason)) => {
+            assert!(reason.contains("handed over"), "{reason}");
+            true
+        }
+        // It was not as far as that after all, and ends now.
+        answer => {
+            assert_eq!(answer, Ok(json!({})));
+            false
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -21,7 +22,9 @@ struct Group(PathBuf);
 impl Group {
     /// `None`, and a reason on the output, where this process may not make one.
     fn new(bytes: u64) -> Option<Self> {
-        let name = format!("vmferry-e2e-{}", std::process::id());
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vmferry-e2e-{}x{number}", std::process::id());
         for (root, limit) in ROOTS {
             let group = Self(Path::new(root).join(&name));
             if fs::create_dir(&group.0).is_ok()

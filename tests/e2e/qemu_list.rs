@@ -193,7 +193,12 @@ fn auto_converge(accel: Accel) {
     });
     assert_moved(&mut source, &mut target);
     println!("works {free} % of the time, throttled by {seen:?} %, then {slowed} %");
-    assert!([30, 60, 90, 99].starts_with(&seen), "{seen:?}");
+    // A busy host may keep us from seeing each.
+    let in_order = seen.is_sorted_by(|one, next| one < next);
+    let steps = seen
+        .iter()
+        .all(|percent| [30, 60, 90, 99].contains(percent));
+    assert!(in_order && steps, "{seen:?}");
     // Nothing of it is left where the guest runs now.
     until("the guest is as fast as the host lets it be", || {
         (vcpu_share(&mut target) >= 50).then_some(())

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
@@ -120,6 +120,9 @@ fn ip(words: &str) -> Result<String, String> {
 }
 
 const SEND_EVERY: Duration = Duration::from_millis(4);
+/// Where packets may be lost the next one is sent when there was an answer, or after so long: a tap keeps what comes while a guest stands,
+/// if it is not too much.
+const SEND_AT_LAST: Duration = Duration::from_millis(100);
 /// So many may be without an answer: fewer than a tap keeps.
 const OPEN_MAX: u64 = 200;
 
@@ -129,19 +132,32 @@ pub(crate) struct Echo {
     thread: JoinHandle<Vec<u32>>,
 }
 
-#[derive(Default)]
 struct Shared {
     stop: AtomicBool,
     sent: AtomicU64,
     answers: AtomicU64,
     /// Goes on although answers are missing.
     may_lose: AtomicBool,
+    /// Where packets may be lost these and later ones may not.
+    must_answer_from: AtomicU64,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            stop: AtomicBool::new(false),
+            sent: AtomicU64::new(0),
+            answers: AtomicU64::new(0),
+            may_lose: AtomicBool::new(false),
+            must_answer_from: AtomicU64::new(u64::MAX),
+        }
+    }
 }
 
 impl Echo {
     /// Begins, and waits for the first answer.
     pub(crate) fn start(bridge: &Bridge) -> Self {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new());
         let of_thread = Arc::clone(&shared);
         let namespace = bridge.namespace.clone();
         let thread = std::thread::spawn(move || run(&socket(&namespace), &of_thread));
@@ -163,6 +179,11 @@ impl Echo {
     /// From now on packets may be lost.
     pub(crate) fn may_lose(&self) {
         self.shared.may_lose.store(true, Ordering::SeqCst);
+    }
+
+    /// From this number on none may: the end waits for their answers.
+    pub(crate) fn must_answer_from(&self, number: u64) {
+        self.shared.must_answer_from.store(number, Ordering::SeqCst);
     }
 
     /// Each packet has had one answer. Returns how many there were.
@@ -203,9 +224,16 @@ fn run(socket: &UdpSocket, shared: &Shared) -> Vec<u32> {
         shared.answers.fetch_add(1, Ordering::SeqCst);
         true
     };
+    let (mut last, mut answered) = (Instant::now(), 0);
     while !shared.stop.load(Ordering::SeqCst) {
-        let open = answers.len() as u64 - shared.answers.load(Ordering::SeqCst);
-        if open < OPEN_MAX || shared.may_lose.load(Ordering::SeqCst) {
+        let had = shared.answers.load(Ordering::SeqCst);
+        let due = if shared.may_lose.load(Ordering::SeqCst) {
+            had > answered || last.elapsed() >= SEND_AT_LAST
+        } else {
+            answers.len() as u64 - had < OPEN_MAX
+        };
+        if due {
+            (last, answered) = (Instant::now(), had);
             let number = u32::try_from(answers.len()).unwrap();
             answers.push(0);
             let sent = socket.send(&packet(number)).unwrap();
@@ -215,12 +243,16 @@ fn run(socket: &UdpSocket, shared: &Shared) -> Vec<u32> {
         // Until it waits in vain for as long as there is between two packets.
         while take(&mut answers) {}
     }
-    if !shared.may_lose.load(Ordering::SeqCst) {
-        until("every answer", || {
-            while take(&mut answers) {}
-            answers.iter().all(|count| *count > 0).then_some(())
-        });
-    }
+    let from = match shared.may_lose.load(Ordering::SeqCst) {
+        true => shared.must_answer_from.load(Ordering::SeqCst),
+        false => 0,
+    };
+    let from = usize::try_from(from).unwrap();
+    until("every answer", || {
+        while take(&mut answers) {}
+        let mut wanted = answers.iter().skip(from);
+        wanted.all(|count| *count > 0).then_some(())
+    });
     // One that is late or doubled comes behind the others.
     let mut quiet = 0;
     while quiet < 50 {

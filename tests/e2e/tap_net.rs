@@ -38,6 +38,7 @@ fn packets_follow_a_guest_to_another_tap_and_only_those_of_the_pause_are_lost(ac
     });
     goes_on(5);
     let last = echo.sent();
+    echo.must_answer_from(last);
     goes_on(50);
     target.assert_guest_works();
     let answers = echo.end();

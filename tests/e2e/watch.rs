@@ -35,6 +35,11 @@ impl Watch {
         }
     }
 
+    /// How often both were looked at so far.
+    pub(crate) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::SeqCst)
+    }
+
     /// How often both were looked at. Fails the test if both ran.
     pub(crate) fn end(mut self) -> u64 {
         self.over.store(true, Ordering::SeqCst);

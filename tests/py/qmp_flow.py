@@ -151,10 +151,12 @@ async def migrate_with_events(case):
         await warm(source)
         await events_on(source)
         await events_on(target)
-        await source.execute("migrate-set-parameters", multifd_channels=3, **{"x-verify": True})
+        # Slow enough to ask for another one on the way.
+        await source.execute("migrate-set-parameters", multifd_channels=3, max_bandwidth=1 << 20, **{"x-verify": True})
         assert (await target.execute("query-status"))["status"] == "inmigrate"
         await source.execute("migrate", uri=await address_of(target))
         await refused(source, "under way", "migrate", uri="unix:/nowhere")
+        await source.execute("migrate-set-parameters", max_bandwidth=0)
 
         seen = await statuses_until(source, "completed")
         passes = [name for name in seen if name == "MIGRATION_PASS"]

@@ -327,15 +327,17 @@ fn late(scene: &mut Scene, arrived: Arrived) {
         program: Some(tidy),
         ..words_and(scene, &HURRY)
     });
-    for (what, wanted) in [("come", true), ("gone", false)] {
-        until(format!("the new program has {what}"), || {
-            // Nothing in the middle of an exec.
-            let words = fs::read_to_string(format!("/proc/{}/cmdline", scene.vm.pid())).unwrap();
-            let is_new = words.split('\0').any(|word| word == HURRY[0]);
-            (!words.is_empty() && is_new == wanted).then_some(())
-        });
-    }
-    (&pipe).write_all(&scene.stand_in.archive()).unwrap();
+    // From here on the process is another one, until it is the old program again.
+    let archive = scene.stand_in.archive();
+    let old = program_path();
+    until("the new program has gone", || {
+        // Nothing in the middle of an exec.
+        let words = fs::read_to_string(format!("/proc/{}/cmdline", scene.vm.pid())).unwrap();
+        let mut words = words.split('\0');
+        let is_ours = words.next() == old.to_str();
+        (is_ours && words.all(|word| word != HURRY[0])).then_some(())
+    });
+    (&pipe).write_all(&archive).unwrap();
 }
 
 /// Ends the new program when it has built its machine, loaded half of the state, or all of it.
