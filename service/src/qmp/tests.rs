@@ -17,7 +17,7 @@ use vmferry_transport::control::{Address, Listener};
 use super::{CLIENTS_MAX, Command, EngineHandle, EngineInbox, QmpError, QmpEvent, QmpServer};
 
 /// Far longer than anything here takes; a test that needs it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A server on a thread of its own.
 struct Server {

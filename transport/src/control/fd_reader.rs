@@ -107,7 +107,7 @@ mod tests {
     use crate::control::runtime::{self, RuntimeKind};
 
     /// Far longer than anything here takes; a test that needs it hangs.
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn on_both<F: Future<Output = ()>>(test: impl Fn(Stream, UnixStream) -> F) {
         for kind in [RuntimeKind::Uring, RuntimeKind::Plain] {

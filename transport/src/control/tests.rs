@@ -13,7 +13,7 @@ use super::runtime::{self, RuntimeKind};
 use super::{Address, ConnectError, ListenError, Listener, Stream};
 
 /// Far longer than anything here takes; a test that needs it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs `test` once on each runtime and fails if it does not end.
 fn on_both<F: Future<Output = ()>>(test: impl Fn() -> F) {

@@ -17,7 +17,7 @@ use crate::wire::hello::{Hello, VersionRange};
 use crate::wire::mux::{Channel, PIECE_BYTES_MAX, PieceHeader};
 
 /// Far longer than anything here takes; a test that needs it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn tcp_pair() -> (OwnedFd, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -3,6 +3,8 @@
 //! Crate vhost waits for answers without end. Here a watch shuts the connection down when an answer takes too long; the request then
 //! fails as if the back end had died, which to us is the same.
 
+#[cfg(test)]
+use std::cell::Cell;
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -24,11 +26,21 @@ use crate::vhost::log::LogPages;
 
 /// Longest time for an answer. A back end answers GET_VRING_BASE when what is under way has ended, so this is the longest that a
 /// request of the guest may take while it is stopped.
-pub const ANSWER_DEADLINE: Duration = if cfg!(test) {
-    Duration::from_secs(2)
-} else {
-    Duration::from_secs(30)
-};
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+thread_local! {
+    /// How long this thread waits for answers instead, for tests in which none comes.
+    pub(super) static PATIENCE: Cell<Duration> = const { Cell::new(ANSWER_DEADLINE) };
+}
+
+/// [`ANSWER_DEADLINE`], unless a test wants another one.
+fn patience() -> Duration {
+    #[cfg(test)]
+    return PATIENCE.get();
+    #[cfg(not(test))]
+    ANSWER_DEADLINE
+}
 
 /// VHOST_USER_SET_LOG_BASE, and the header's flags: version 1, a reply.
 const SET_LOG_BASE: u32 = 6;
@@ -238,7 +250,7 @@ struct UnderWay<'a>(&'a Watch);
 
 impl Watch {
     fn begin(&self) -> UnderWay<'_> {
-        self.lock().deadline = Instant::now().checked_add(ANSWER_DEADLINE);
+        self.lock().deadline = Instant::now().checked_add(patience());
         self.changed.notify_all();
         UnderWay(self)
     }

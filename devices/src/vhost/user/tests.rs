@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::TempDir;
@@ -383,6 +384,7 @@ fn a_back_end_that_does_not_answer_is_given_up() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("socket");
     let _listener = UnixListener::bind(&path).unwrap();
+    session::PATIENCE.set(Duration::from_millis(300));
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let queues = vec![Queue::new(event(), event())];
     let error = UserDevice::connect("fs/0", &path, memory(), queues, Requests::Waiting);

@@ -27,7 +27,7 @@ use crate::machine::workload::pattern;
 
 const MIB: u64 = 1 << 20;
 /// How long the guest may take for what it does in milliseconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn config(mem_bytes: u64, vcpus: u32, working_set_bytes: u64) -> MachineConfig {
     MachineConfig {
@@ -176,7 +176,9 @@ fn rate_limit_holds_and_leaves_the_core_idle() {
     let machine = machine(&config);
     start(&machine);
     wait_until(&machine, |now| now.pages_written >= 400);
-    let (before, then) = (stats(&machine).pages_written, Instant::now());
+    // In this order: a busy host may keep us waiting between the two.
+    let then = Instant::now();
+    let before = stats(&machine).pages_written;
     let now = wait_until(&machine, |now| now.pages_written >= before + 4000);
     // However loaded the host, the guest may be slower than asked for but not faster.
     let rate = (now.pages_written - before) as f64 / then.elapsed().as_secs_f64();
@@ -248,12 +250,13 @@ fn reset_makes_the_guest_forget_its_longest_gap() {
     machine.resume(proof).unwrap();
     let with_pause = passes_from_now(&machine, 2).longest_gap_us;
     assert!(with_pause >= 200_000, "the guest saw the pause");
-    machine.reset_workload_gap();
-    assert!(
-        stats(&machine).longest_gap_us < with_pause,
-        "forgotten as soon as asked for"
-    );
-    assert!(passes_from_now(&machine, 2).longest_gap_us < with_pause);
+    // A busy host makes gaps of its own: one try in which it does not is enough.
+    let forgotten = (0..100).any(|_| {
+        machine.reset_workload_gap();
+        stats(&machine).longest_gap_us < with_pause
+            && passes_from_now(&machine, 2).longest_gap_us < with_pause
+    });
+    assert!(forgotten, "the gap of {with_pause} us stays");
 }
 
 #[test]
