@@ -18,8 +18,8 @@ use crate::qmp::{ErrorClass, QmpError};
 
 /// How long the other side may take for an answer. Every command answers at once; only hashing RAM takes its time.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
-/// How long it may take to greet.
-const GREETING_DEADLINE: Duration = Duration::from_secs(5);
+/// How long it may take to greet: a busy host may leave a process out for seconds.
+const GREETING_DEADLINE: Duration = Duration::from_secs(15);
 /// Longest message taken from a server. QEMU's schema, the longest there is, has a few hundred KiB.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
 

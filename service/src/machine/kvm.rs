@@ -62,7 +62,7 @@ pub use bare::{Begun, HeadStart, Shape};
 pub use state::{MachineV1, WorkloadV1};
 
 /// Longest time to wait for the vCPUs to leave the guest. They need tens of microseconds; a host that takes longer is not scheduling.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// Fewer vCPUs are loaded sooner than a thread begins.
 const VCPUS_PER_LOADER: usize = 2;
