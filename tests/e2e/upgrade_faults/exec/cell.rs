@@ -77,7 +77,11 @@ pub(super) fn run_told(accel: Accel, after: Duration) -> Seen {
 /// What has become of it.
 fn look(mut scene: Scene, next: &str) -> Seen {
     let began = Instant::now();
-    let left = scene.left();
+    let left = match fault {
+        // Whatever it says until it has gone.
+        Fault::Kill | Fault::Term => Left::Nothing(scene.vm.wait_exit()),
+        _ => scene.left(),
+    };
     let took = began.elapsed();
     let (outcome, error) = match left {
         Left::Nothing(status) => scene.judge_end(status),
