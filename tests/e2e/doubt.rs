@@ -2,11 +2,15 @@
 //! answer says so and waits for the operator. There are never two guests.
 
 use std::sync::mpsc::{Sender, channel};
+use std::thread;
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use vmferry_transport::wire::frame::{SourceFrame, TargetFrame};
 
-use crate::harness::{Accel, Machine, Vm, turn};
+use crate::harness::{Accel, Launch, Machine, PATIENCE, Vm, turn};
+use crate::listener::Listener;
 use crate::proxy::{Passing, Proxy, Verdict};
 
 on_both_accelerators!(
@@ -14,8 +18,14 @@ on_both_accelerators!(
     a_commit_that_did_not_arrive_is_found_out,
     a_source_that_cannot_ask_yet_asks_again,
     a_commit_that_was_swallowed_is_found_out,
+    a_target_that_is_told_to_end_at_the_commit_leaves_no_doubt,
+    a_source_that_is_told_to_end_in_doubt_hears_first_what_became_of_its_guest,
+    a_target_that_waits_for_a_source_in_doubt_ends_when_it_is_told_to,
     a_target_killed_at_any_step_before_the_commit_leaves_the_guest_running,
 );
+
+/// In which a frame comes from one end of a socket to the other, if nothing is in its way.
+const A_MOMENT: Duration = Duration::from_millis(20);
 
 fn is_commit(passing: &Passing<'_>) -> bool {
     matches!(passing, Passing::Source(SourceFrame::Commit))
@@ -114,6 +124,69 @@ fn a_commit_that_was_swallowed_is_found_out(accel: Accel) {
     );
     target.assert_guest_stopped();
     source.move_to(&mut machine.target());
+}
+
+fn signal(vm: &Vm, signal: Signal) {
+    let pid = Pid::from_raw(vm.pid().cast_signed()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+fn a_target_that_is_told_to_end_at_the_commit_leaves_no_doubt(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    let (mut source, mut target) = (machine.source(), machine.target());
+    let pid = Pid::from_raw(target.pid().cast_signed()).unwrap();
+    let (tell, stopped) = channel();
+    let proxy = Proxy::new(&target.address(), move |passing| {
+        if is_commit(passing) {
+            kill_process(pid, Signal::STOP).unwrap();
+            tell.send(()).unwrap();
+        }
+        Verdict::Pass
+    });
+    source.migrate(&proxy.address());
+    stopped.recv_timeout(PATIENCE).unwrap();
+    // Most likely COMMIT is there by then; if not it comes too late, and the source hears that.
+    thread::sleep(A_MOMENT);
+    signal(&target, Signal::TERM);
+    signal(&target, Signal::CONT);
+    let status = target.wait_exit();
+    assert!(status.code().is_some(), "{status}");
+    let info = source.wait_migration();
+    match info["status"].as_str() {
+        Some("completed") => source.assert_guest_stopped(),
+        _ => source.assert_guest_works(),
+    }
+}
+
+fn a_source_that_is_told_to_end_in_doubt_hears_first_what_became_of_its_guest(accel: Accel) {
+    let _turn = turn();
+    let (machine, listener) = (Machine::small(accel), Listener::new());
+    let mut source = machine.start_source(listener.attend(Launch::default()));
+    source.warm_up();
+    let mut target = machine.target();
+    let proxy = link(&mut target, is_commit, Verdict::PassCutAndShut);
+    source.migrate(&proxy.address());
+    target.wait_runstate("running");
+    source.query("quit");
+    proxy.open_door();
+    assert_eq!(source.wait_exit().code(), Some(0), "{}", source.said());
+    listener.assert_order("the source");
+    assert_eq!(listener.heard().last().unwrap().event, "done");
+    target.assert_guest_works();
+}
+
+fn a_target_that_waits_for_a_source_in_doubt_ends_when_it_is_told_to(accel: Accel) {
+    let _turn = turn();
+    let machine = Machine::small(accel);
+    // Left alone it would wait for ten minutes.
+    let patient = Launch::default().with(&["--x-deadline-scale", "1000"]);
+    let mut source = machine.source();
+    let mut target = machine.start_target("tcp:127.0.0.1:0", patient);
+    let proxy = link(&mut target, is_commit, Verdict::Cut);
+    source.assert_migration_fails(&proxy.address(), "the target confirms");
+    target.query("quit");
+    assert_eq!(target.wait_exit().code(), Some(1), "{}", target.said());
 }
 
 fn a_target_killed_at_any_step_before_the_commit_leaves_the_guest_running(accel: Accel) {

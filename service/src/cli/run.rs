@@ -35,9 +35,9 @@ const WORKING_SET_DEFAULT: u64 = 64 << 20;
     vmferry run --mem 1G --qmp /tmp/target.qmp --incoming tcp:0.0.0.0:4444\n\n\
     The machine runs a small program that keeps writing its working set and\n\
     checks every page it wrote, so that a page lost on the way is noticed. The\n\
-    process ends with `quit` over QMP, with SIGTERM, or with Ctrl-C; the first
-    time when servers of `--notify` know how a migration that is over has ended,
-    the second time at once.")]
+    process ends with `quit` over QMP, with SIGTERM, or with Ctrl-C; the first\n\
+    time when whoever takes part in a migration knows how it has ended, the\n\
+    second time at once.")]
 pub(super) struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,

@@ -32,6 +32,9 @@ const NOT_STOPPED: &str = "the machine is being stopped or started by somebody e
 /// What it means that the state is cut that a program has left before an exec.
 const NOBODY_ELSE: &str = "no other process has the guest";
 
+/// Why nothing begins any more.
+const ENDS: &str = "the VM process is ending";
+
 /// Exit code of a process whose incoming migration has failed.
 const INCOMING_FAILED_CODE: u8 = 1;
 
@@ -108,7 +111,7 @@ impl Engine {
         exit_on_error: bool,
     ) -> Result<Value, QmpError> {
         let refusal = match &self.incoming {
-            _ if self.ending.is_some() => Some("the VM process is ending"),
+            _ if self.ending.is_some() => Some(ENDS),
             _ if self.runstate != RunState::Inmigrate => {
                 Some("this VM was not started with --incoming defer")
             }
@@ -132,16 +135,7 @@ impl Engine {
                 self.guest = Guest::Stopped(stopped);
                 TargetEvent::LoadedInto(result)
             }
-            TargetEvent::Unmarked(run, id, Ok(())) => {
-                self.unmarked = Some(id);
-                return self.take_over(run);
-            }
-            TargetEvent::Unmarked(_, _, Err(error)) => {
-                if let Some(incoming) = &mut self.incoming {
-                    incoming.refuse_job(TargetJob::StartGuest, &error);
-                }
-                return;
-            }
+            TargetEvent::Unmarked(run, id, unmarked) => return self.unmarked(run, id, unmarked),
             TargetEvent::Inherited(inherited) => {
                 self.house.inherit(inherited);
                 return;
@@ -160,7 +154,7 @@ impl Engine {
             }
             TargetEvent::Started(Err(ResumeError { proof, source })) => {
                 self.guest = Guest::Stopped(StoppedGuest::new(proof));
-                if let (MachineError::Disk(_), Some(id)) = (&source, self.unmarked.take()) {
+                if let Some(id) = self.unmarked.take() {
                     self.mark_again(id);
                 }
                 if self.stays_stopped_here(&source) {
@@ -307,6 +301,23 @@ impl Engine {
         }
     }
 
+    /// Memory belongs to no archive any more, or may not.
+    fn unmarked(&mut self, run: bool, id: MigrationId, unmarked: Result<(), String>) {
+        let refusal = match unmarked {
+            // Whoever saved the guest has it still, and so has the next process.
+            Ok(()) if self.ending.is_some() => ENDS.to_owned(),
+            Ok(()) => {
+                self.unmarked = Some(id);
+                return self.take_over(run);
+            }
+            Err(error) => error,
+        };
+        self.mark_again(id);
+        if let Some(incoming) = &mut self.incoming {
+            incoming.refuse_job(TargetJob::StartGuest, &refusal);
+        }
+    }
+
     /// No vCPU has run and no disk is ours: the archive can be loaded once more.
     fn mark_again(&self, id: MigrationId) {
         let Some(memory) = self.memory.clone() else {
@@ -330,6 +341,8 @@ impl Engine {
         if self.ending.is_none() {
             self.go_back(&error.to_string());
         }
+        // Neither program goes on.
+        self.tell_after_exec(false);
         let asked = self.incoming.as_ref();
         let linger = linger && !asked.is_some_and(Incoming::is_from_archive);
         if !self.exit_on_error {
@@ -343,6 +356,7 @@ impl Engine {
             self.ending = Some(Ending {
                 code: INCOMING_FAILED_CODE,
                 at,
+                told: false,
             });
         }
     }

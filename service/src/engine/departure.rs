@@ -98,6 +98,9 @@ impl Engine {
                     "x-MIGRATION_UNRESOLVED",
                     serde_json::json!({ "desc": text }),
                 ));
+                if self.ending.is_some() {
+                    self.abandon_outgoing();
+                }
             }
             OutgoingAction::Exec => {
                 if let Some(outgoing) = &mut self.outgoing {

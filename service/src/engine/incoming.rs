@@ -527,6 +527,16 @@ impl Incoming {
         });
     }
 
+    /// The process is about to end: what was said on the links leaves first, or a second passes.
+    pub(super) async fn say_the_rest(&mut self) {
+        let links = self.links.drain();
+        let closing: Vec<_> = links.map(|(_, peer)| runtime::spawn(close(peer))).collect();
+        for closed in closing {
+            // A task that panicked has nothing more to say.
+            let _ = closed.await;
+        }
+    }
+
     /// The engine could not even begin a job.
     pub(super) fn refuse_job(&mut self, job: TargetJob, error: &str) {
         let now = self.clock.now();

@@ -151,6 +151,7 @@ impl Legacy {
             way_back,
             due: None,
             held: None,
+            told: false,
             tells: false,
         };
         Ok(Self {

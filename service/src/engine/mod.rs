@@ -55,6 +55,7 @@ use tracing::Instrument;
 use vmferry_devices::notifier::Notifiers;
 use vmferry_transport::data::BandwidthLimit;
 use vmferry_transport::limits::Deadlines;
+use vmferry_transport::proto::Target;
 use vmferry_transport::units::{MigrationId, PAGE_SIZE, Uuid};
 use vmferry_transport::wire::DeviceSchema;
 use vmferry_transport::wire::hello::BlockInfo;
@@ -103,6 +104,8 @@ struct Ending {
     code: u8,
     /// Not before; a failed target stays reachable for a source in doubt.
     at: Option<Instant>,
+    /// Somebody has said so.
+    told: bool,
 }
 
 /// The owner of everything. See the module documentation.
@@ -170,10 +173,11 @@ impl Engine {
             let now = Instant::now();
             if let Some(ending) = self.ending
                 && ending.at.is_none_or(|at| now >= at)
-                && self.outgoing.is_none()
-                && !self.incoming_fails()
-                && !self.house.tells()
+                && !self.owes_news()
             {
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.say_the_rest().await;
+                }
                 return ExitCode::from(ending.code);
             }
             if earlier == Some(0) {
@@ -292,34 +296,65 @@ impl Engine {
 
     /// Begins to end the process: what is under way is cancelled, and the loop leaves when that is done.
     fn end(&mut self, code: u8, reason: ShutdownReason) {
-        if self.ending.is_some() {
-            // Asked twice: somebody is in a hurry, or a migration does not end.
-            self.outgoing = None;
-            self.incoming = None;
-            self.house.told();
+        let told = !matches!(reason, ShutdownReason::GuestShutdown);
+        let before = self.ending;
+        if before.is_some_and(|ending| ending.told) {
+            if told {
+                self.end_in_a_hurry();
+            }
             return;
         }
-        self.emit(QmpEvent::shutdown(reason));
+        if before.is_none_or(|ending| ending.at.is_some()) {
+            self.emit(QmpEvent::shutdown(reason));
+        }
         self.house.stay();
-        self.ending = Some(Ending { code, at: None });
+        let code = before.map_or(code, |ending| ending.code);
+        let at = None;
+        self.ending = Some(Ending { code, at, told });
         let now = self.clock.now();
-        // One that is over is waited for: who was told that it began is still to hear how it ended.
+        // One that is over is waited for: who was told that it began is still to hear how it ended. So is one in doubt, as long as its
+        // target may still answer.
         if let Some(outgoing) = &mut self.outgoing
             && outgoing.core_mut().handle_cancel(now).is_err()
-            && outgoing.core().in_doubt()
+            && outgoing.core().is_unresolved()
         {
-            // This side is stopped, and stays so whether the process lives or not.
-            self.outgoing = None;
+            self.abandon_outgoing();
         }
         if let Some(incoming) = &mut self.incoming {
             incoming.core_mut().handle_cancel(now);
         }
     }
 
-    /// The source is still to hear that it keeps its guest: one that only saw the connection end might be left in doubt.
-    fn incoming_fails(&self) -> bool {
-        let incoming = self.incoming.as_ref();
-        incoming.is_some_and(|incoming| incoming.core().is_failing())
+    /// Somebody has told the process to end twice: a migration or its news do not end.
+    fn end_in_a_hurry(&mut self) {
+        self.abandon_outgoing();
+        self.incoming = None;
+        self.house.told();
+        if let Some(ending) = &mut self.ending {
+            ending.at = None;
+        }
+    }
+
+    /// The process ends in the middle of an attempt. If that is in doubt this side is stopped, and stays so whether the process lives or
+    /// not.
+    fn abandon_outgoing(&mut self) {
+        let Some(outgoing) = self.outgoing.take() else {
+            return;
+        };
+        if outgoing.is_in_place() && outgoing.core().in_doubt() {
+            // Clients may find the new process there.
+            self.leave_house();
+        }
+    }
+
+    /// Whether somebody is still to hear how a migration ends, who might be left in doubt otherwise.
+    fn owes_news(&self) -> bool {
+        let incoming = self.incoming.as_ref().map(Incoming::core);
+        let fails = incoming.is_some_and(Target::is_failing);
+        // Nobody may ever know how that ends, see `start_lost`.
+        let starts =
+            self.runstate != RunState::InternalError && incoming.is_some_and(Target::is_starting);
+        self.outgoing.is_some() || fails || starts || self.house.tells()
     }
 
     fn emit(&self, event: QmpEvent) {

@@ -21,7 +21,8 @@ impl Engine {
     pub(super) fn stop(&mut self, reply: Reply) {
         // While it is being started it is too late to say that it shall not be.
         let arrives = self.incoming.as_ref().map(Incoming::core);
-        if self.runstate == RunState::Inmigrate && !arrives.is_some_and(Target::has_guest) {
+        let starts = matches!(self.guest, Guest::Away) && arrives.is_some_and(Target::has_guest);
+        if self.runstate == RunState::Inmigrate && !starts {
             self.autostart = false;
             answer(reply, Ok(json!({})));
             return;

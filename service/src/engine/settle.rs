@@ -50,7 +50,8 @@ pub(super) struct Succession {
     /// From then on. Not in the keeper: a program that fails now without knowing whether the guest runs must not have the old one load
     /// its state over memory that the guest has changed.
     pub(super) held: Option<WayBack>,
-    /// Those outside are being told how it has ended.
+    /// Those outside have been told how it has ended, or are just now.
+    pub(super) told: bool,
     pub(super) tells: bool,
 }
 
@@ -248,10 +249,13 @@ impl Engine {
     }
 
     /// The process does not end before they have heard it.
-    fn tell_after_exec(&mut self, done: bool) {
+    pub(super) fn tell_after_exec(&mut self, done: bool) {
         let Some(succession) = &mut self.house.succession else {
             return;
         };
+        if std::mem::replace(&mut succession.told, true) {
+            return;
+        }
         succession.tells = true;
         let (notifiers, id) = (self.notifiers.clone(), succession.id);
         let (events, instead) = (self.events.clone(), self.events.clone());
@@ -312,6 +316,7 @@ mod tests {
             way_back: way_back.clone(),
             due: None,
             held: None,
+            told: false,
             tells: false,
         }
     }

@@ -29,6 +29,7 @@ use crate::succession::account::Times;
 use crate::succession::{Account, WayBack, WayBackKeeper};
 
 mod bugs;
+mod ending;
 
 /// The state of a device that does as it is told, or has a bug.
 struct Tame(Arc<Mutex<DeviceState>>, Arc<AtomicBool>);
@@ -139,6 +140,7 @@ impl Bench {
             way_back: WayBackKeeper::new(Some(WayBack::nowhere())),
             due: Some(bench.engine.clock.now()),
             held: None,
+            told: false,
             tells: false,
         });
         bench.engine.house.inherit(Inherited {

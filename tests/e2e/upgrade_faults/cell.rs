@@ -147,7 +147,7 @@ fn without_old(old: Vm, new: &mut Waiting, link: Link, began: Instant) -> Seen {
 }
 
 /// The guest is in the new process, from which the next upgrade works.
-fn moved(old: &Vm, new: &mut Waiting) {
+pub(super) fn moved(old: &Vm, new: &mut Waiting) {
     let at = At(old.qmp_path());
     at.assert_guest_works();
     assert!(!new.has_ended());

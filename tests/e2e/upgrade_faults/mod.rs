@@ -8,6 +8,7 @@ mod fault;
 mod gates;
 mod link;
 mod step;
+mod told_to_end;
 
 use std::fmt::Write as _;
 

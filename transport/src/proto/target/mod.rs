@@ -87,6 +87,16 @@ impl Target {
         matches!(self.phase, Phase::Starting | Phase::Running)
     }
 
+    /// Everything is loaded, and the source has not said COMMIT.
+    pub fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
+    }
+
+    /// COMMIT was read, and the source has not been told what came of it.
+    pub fn is_starting(&self) -> bool {
+        self.phase == Phase::Starting
+    }
+
     /// The attempt has failed, and those who must hear of it have not all been told.
     pub fn is_failing(&self) -> bool {
         matches!(self.phase, Phase::Failing { .. })
