@@ -64,18 +64,18 @@ enum Left {
 pub(super) fn run(accel: Accel, step: Step, fault: Fault, next: &str) -> Seen {
     let mut scene = Scene::new(accel, step, fault);
     super::fault::happens(&mut scene, step, fault);
-    look(scene, next)
+    look(scene, fault, next)
 }
 
 /// The same, where the process is told to end at some time after it has begun to become the new program.
 pub(super) fn run_told(accel: Accel, after: Duration) -> Seen {
     let mut scene = Scene::new(accel, Step::Exec, Fault::Term);
     super::fault::told_after(&mut scene, after);
-    look(scene, "exec")
+    look(scene, Fault::Term, "exec")
 }
 
 /// What has become of it.
-fn look(mut scene: Scene, next: &str) -> Seen {
+fn look(mut scene: Scene, fault: Fault, next: &str) -> Seen {
     let began = Instant::now();
     let left = match fault {
         // Whatever it says until it has gone.
