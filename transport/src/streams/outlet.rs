@@ -23,6 +23,21 @@ pub struct Outlet {
     file: Option<File>,
     kind: Kind,
     interrupt: Interrupt,
+    /// Nothing of the archive is missing but the word that it is safe.
+    whole: bool,
+    /// Who holds up the disk.
+    #[cfg(test)]
+    pub(super) slow_disk: Option<SlowDisk>,
+}
+
+/// A disk that takes its time for what is synced last.
+#[cfg(test)]
+#[derive(Debug)]
+pub(super) struct SlowDisk {
+    /// Told when it begins.
+    pub(super) begun: std::sync::mpsc::Sender<()>,
+    /// Ends it.
+    pub(super) go: std::sync::mpsc::Receiver<()>,
 }
 
 #[derive(Debug)]
@@ -116,6 +131,9 @@ impl Outlet {
             file: Some(file),
             kind,
             interrupt,
+            whole: false,
+            #[cfg(test)]
+            slow_disk: None,
         })
     }
 
@@ -151,6 +169,12 @@ impl Outlet {
 
     /// Everything has been written: waits for the disk, or for the command to succeed.
     pub(super) fn finish(&mut self) -> Result<(), StreamFault> {
+        self.whole = true;
+        #[cfg(test)]
+        if let Some(SlowDisk { begun, go }) = self.slow_disk.take() {
+            // A test that is over does not look.
+            let _ = (begun.send(()), go.recv());
+        }
         match (&mut self.kind, &self.file) {
             (Kind::Regular { .. }, Some(file)) => file.sync_all().map_err(StreamFault::Write),
             (Kind::Command(command), _) => {
@@ -167,16 +191,37 @@ impl Outlet {
         }
     }
 
-    /// The archive is not to be: what a file holds of it goes. What a pipe has taken is without its end.
+    /// Whether it is a file, whose archive can be discarded however late.
+    pub(super) fn is_file(&self) -> bool {
+        matches!(self.kind, Kind::Regular { .. })
+    }
+
+    /// The archive is not to be: what a file holds of it goes. What a pipe has taken is without its end, unless all had been written.
     pub(super) fn discard(mut self) {
-        if let (Kind::Regular { offset, .. }, Some(file)) = (&self.kind, &self.file)
-            && let Err(error) = file.set_len(*offset)
-        {
-            tracing::warn!(
-                name = self.name,
-                error = &error as &dyn std::error::Error,
-                "what was written of an archive that failed could not be removed; it has no end and will not load"
-            );
+        let removed = match (&self.kind, &self.file) {
+            (Kind::Regular { offset, .. }, Some(file)) => {
+                let cut = file.set_len(*offset);
+                // A whole one must not come back when the host loses power.
+                cut.and_then(|()| if self.whole { file.sync_all() } else { Ok(()) })
+            }
+            _ if self.whole => Err(io::Error::other("it has been passed on")),
+            _ => Ok(()),
+        };
+        if let Err(error) = removed {
+            let error = &error as &dyn std::error::Error;
+            let name = self.name.as_str();
+            match self.whole {
+                true => tracing::error!(
+                    name,
+                    error,
+                    "an archive that was given up could not be removed and may load: see to it that nobody does, for the guest goes on here"
+                ),
+                false => tracing::warn!(
+                    name,
+                    error,
+                    "what was written of an archive that failed could not be removed; it has no end and will not load"
+                ),
+            }
         }
         // Before the command is ended, in case it does not live for long anyway.
         self.file = None;

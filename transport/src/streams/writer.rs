@@ -3,7 +3,8 @@
 //! Per control connection a thread that answers; one thread that takes pages and writes everything. If memory stays in place there are
 //! no pages and no data connection, and the thread writes the rest. It says READY when all but the
 //! end mark is written and on the disk, and RUNNING when the end mark is too. What goes wrong before or after COMMIT reaches the
-//! source as ABORT: the archive has no end mark then, or is discarded, and the guest goes on at the source.
+//! source as ABORT: the archive has no end mark then, or is discarded, and the guest goes on at the source. An operator who takes the
+//! guest back without that word has a file discarded too, before the guest goes on; whatever a disk holds up ends first.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -31,6 +32,9 @@ use crate::wire::frame::{
 use crate::wire::header::{FrameHeader, HEADER_BYTES};
 use crate::wire::hello::{Hello, HelloReply, VersionRange};
 use crate::wire::ram::{self, RAM_RUNS, RamRuns, RoundEnd};
+
+#[cfg(test)]
+mod tests;
 
 /// Bytes asked for in one read of a control connection.
 const READ_BYTES: usize = 64 << 10;
@@ -67,6 +71,8 @@ struct State {
     asked: bool,
     /// What became of the archive.
     outcome: Option<Result<(), String>>,
+    /// One that is complete, as long as the source may not know.
+    complete: Option<Outlet>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -121,10 +127,12 @@ impl ArchiveWriter {
         Ok(theirs)
     }
 
-    /// Ends the save unless it is complete, and waits until its file or command is left alone. Blocks, as long as a file system may.
+    /// Ends the save, and waits until its file or command is left alone. For a guest that goes on at the source: a file is discarded
+    /// even if it is complete, unless the source has said that it knows. Blocks, as long as a file system may.
     pub fn give_up(&self) {
         self.shared.give_up();
         self.join();
+        self.shared.discard();
     }
 
     /// The source will not come back. An archive whose outcome is known has been dealt with when this returns; another goes on being
@@ -152,8 +160,6 @@ impl ArchiveWriter {
                 tracing::error!(name = self.shared.name, "a thread that saves has panicked");
             }
         }
-        // Never begun: there was no data connection.
-        self.shared.discard();
     }
 
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
@@ -198,10 +204,19 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Of a save that has been given up and has no threads: one that was never begun, as there was no data connection, and one that was
+    /// complete before anybody knew.
     fn discard(&self) {
         let mut outlet = self.outlet.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(outlet) = outlet.take() {
             outlet.discard();
+        }
+        let mut state = self.lock();
+        if let Some(complete) = state.complete.take() {
+            state.decision = Decision::GivenUp;
+            state.outcome = Some(Err(StreamFault::GivenUp.to_string()));
+            drop(state);
+            complete.discard();
         }
     }
 
@@ -276,7 +291,11 @@ impl Shared {
                     None => return false,
                 }
             }
-            SourceFrame::Abort(_) | SourceFrame::Finish => return false,
+            SourceFrame::Finish => {
+                state.complete = None;
+                return false;
+            }
+            SourceFrame::Abort(_) => return false,
             SourceFrame::Keepalive | SourceFrame::DataHello(_) => {}
         }
         true
@@ -343,22 +362,11 @@ impl Shared {
         };
         let done = job.run();
         let Save { outlet, data, .. } = job;
-        let word = match &done {
-            Ok(()) => TargetFrame::Running { resume_us: 0 },
-            Err(fault) => {
-                outlet.discard();
-                let text = format!("{}: {fault}", self.name);
-                tracing::warn!(reason = text, "not saved");
-                TargetFrame::Abort(Abort::new(AbortCode::Resources, text))
-            }
+        let mut outlet = Some(outlet);
+        let (word, asked) = match done.and_then(|()| self.succeed(&mut outlet)) {
+            Ok(asked) => (TargetFrame::Running { resume_us: 0 }, asked),
+            Err(fault) => self.fail(&fault, outlet),
         };
-        let mut state = self.lock();
-        if done.is_err() {
-            state.decision = Decision::GivenUp;
-        }
-        state.outcome = Some(done.map_err(|fault| fault.to_string()));
-        let asked = state.asked;
-        drop(state);
         self.changed.notify_all();
         // Whoever asked gets an answer, and does not expect this.
         if !asked {
@@ -368,6 +376,34 @@ impl Shared {
             // After the reason, so that the source hears it first. Fails only if it is closed already.
             let _ = data.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Everything is written and safe, unless the guest was taken back meanwhile, as a disk may take longer than an operator waits.
+    /// Whether the source has asked.
+    fn succeed(&self, outlet: &mut Option<Outlet>) -> Result<bool, StreamFault> {
+        let mut state = self.lock();
+        if state.decision == Decision::GivenUp {
+            return Err(StreamFault::GivenUp);
+        }
+        // The reader of a pipe waits for its end.
+        state.complete = outlet.take().filter(Outlet::is_file);
+        state.outcome = Some(Ok(()));
+        Ok(state.asked)
+    }
+
+    /// What is to be said, and whether the source has asked.
+    fn fail(&self, fault: &StreamFault, outlet: Option<Outlet>) -> (TargetFrame, bool) {
+        // Before anybody learns of it, and has the guest go on.
+        if let Some(outlet) = outlet {
+            outlet.discard();
+        }
+        let text = format!("{}: {fault}", self.name);
+        tracing::warn!(reason = text, "not saved");
+        let mut state = self.lock();
+        state.decision = Decision::GivenUp;
+        state.outcome = Some(Err(fault.to_string()));
+        let abort = Abort::new(AbortCode::Resources, text);
+        (TargetFrame::Abort(abort), state.asked)
     }
 }
 
