@@ -95,7 +95,10 @@ pub(super) enum SourceEvent {
     /// The vCPUs are stopped, and the devices, if none refused.
     Stopped(StoppedGuest, Result<(), String>),
     Saved(SavedState),
-    LinksClosed,
+    /// What was given away was left as it is, or not.
+    LinksClosed {
+        left: bool,
+    },
     /// In place: the new process has built its machine around our RAM.
     FdsOffered,
     /// In place: the new process has every descriptor.

@@ -374,7 +374,9 @@ impl Outgoing {
             }
             SourceEvent::Stopped(stopped, devices) => self.guest_stopped(stopped, devices),
             SourceEvent::Saved(saved) => self.core.handle_state_saved(now, saved),
-            SourceEvent::LinksClosed => {
+            // Taken back meanwhile: what was left is to end before the guest goes on.
+            SourceEvent::LinksClosed { left: true } if !self.leaves() => self.close_links(),
+            SourceEvent::LinksClosed { .. } => {
                 self.closing = false;
                 self.core.handle_links_closed(now);
             }
@@ -565,8 +567,7 @@ impl Outgoing {
             None => drop(joined),
         }
         let route = self.route.clone();
-        // What was given away stays there as long as nobody has taken it back.
-        let leave = self.core.in_doubt() || self.core.status() == MigrationStatus::Completed;
+        let leave = self.leaves();
         let undo = self.keep.as_ref().filter(|_| !leave).map(Keep::undo);
         runtime::spawn(async move {
             if let Some(control) = control {
@@ -583,8 +584,13 @@ impl Outgoing {
             }
             // Resolves when the sending end is dropped, which is when the data threads are gone.
             let _ = join.await;
-            report(SourceEvent::LinksClosed);
+            report(SourceEvent::LinksClosed { left: leave });
         });
+    }
+
+    /// What was given away stays there as long as nobody has taken it back.
+    fn leaves(&self) -> bool {
+        self.core.in_doubt() || self.core.status() == MigrationStatus::Completed
     }
 }
 
