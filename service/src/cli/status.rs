@@ -138,6 +138,13 @@ pub(super) struct GuestStatus {
     status: String,
 }
 
+impl GuestStatus {
+    /// Whether it can never go on.
+    pub(super) fn is_broken(&self) -> bool {
+        self.status == "internal-error"
+    }
+}
+
 impl fmt::Display for GuestStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&clean(&self.status))?;

@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
-use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::attempt::{Attempt, Over};
 use super::process::VmProcess;
 use super::qemu::goes_on;
 use super::vmferry::{Done, OF_THE_GUESTS_ARRIVAL, arguments, command_line};
-use super::{Failed, HAND_OVER, Patience};
+use super::{Failed, HAND_OVER, Patience, judge};
 use crate::cli::client::{ClientError, QmpClient};
 use crate::cli::exit::Exit;
 use crate::cli::output;
@@ -31,10 +30,10 @@ struct Vm<'a> {
     patience: Patience,
 }
 
-/// Upgrades the VM behind `client`, which listens at `qmp` and is process `pid`; `binary` is the new program, this one if there is none.
+/// Upgrades the VM behind `client`, which listens at `qmp` and is `process`; `binary` is the new program, this one if there is none.
 pub(super) fn upgrade(
     client: QmpClient,
-    pid: Pid,
+    process: &VmProcess,
     qmp: &Path,
     binary: Option<PathBuf>,
     json: bool,
@@ -45,11 +44,10 @@ pub(super) fn upgrade(
         Some(program) => program,
         None => std::env::current_exe().context("cannot find the program that is running")?,
     };
-    let process = VmProcess::open(pid)?;
-    let words = arguments(&command_line(pid)?, OF_THE_GUESTS_ARRIVAL);
+    let words = arguments(&command_line(process.pid())?, OF_THE_GUESTS_ARRIVAL);
     let words = [program.into_os_string()].into_iter().chain(words);
     let vm = Vm {
-        process: &process,
+        process,
         qmp,
         patience: HAND_OVER,
     };
@@ -104,11 +102,8 @@ impl Vm<'_> {
             Ok(after) => after,
             Err(error) => return self.after_the_exec(error.into(), &record),
         };
-        ensure!(
-            after.running || !before.running,
-            "the guest ran before the upgrade and is stopped in the new program"
-        );
-        self.done(record, began)?.show(json)?;
+        judge(&before, &after)?;
+        self.done(record, began).show(json)?;
         Ok(Exit::Done)
     }
 
@@ -168,18 +163,17 @@ impl Vm<'_> {
             let error = error.context("the new program has the guest");
             return self.after_the_exec(error, &record);
         }
-        self.done(record, began)?.show(json)?;
+        self.done(record, began).show(json)?;
         Ok(Exit::Done)
     }
 
-    fn done(&self, record: Record, began: Instant) -> anyhow::Result<Done> {
-        let pid = Pid::from_raw(self.process.number()).context("no process")?;
-        Ok(Done {
+    fn done(&self, record: Record, began: Instant) -> Done {
+        Done {
             record,
-            old: pid,
-            new: pid.as_raw_nonzero().get().unsigned_abs(),
+            old: self.process.pid(),
+            new: self.process.number().unsigned_abs(),
             whole: began.elapsed(),
-        })
+        }
     }
 
     /// Something is wrong with a guest that has arrived; what, nobody knows if the VM does not answer.
@@ -232,6 +226,8 @@ fn texts(words: impl Iterator<Item = OsString>) -> anyhow::Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use rustix::process::Pid;
 
     use super::super::fake::Fake;
     use super::super::fake::Step::{End, Exec, For, HangUp, Is, LastWord, UntilCancel};

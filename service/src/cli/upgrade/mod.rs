@@ -24,6 +24,7 @@ use super::exit::Exit;
 use super::output;
 use super::record::Record;
 use super::signals::Signals;
+use super::status::GuestStatus;
 use crate::migration::status::MigrationStatus;
 
 #[derive(Args, Debug)]
@@ -37,8 +38,8 @@ use crate::migration::status::MigrationStatus;
     there is one process, which keeps its number, and clients connect again.\n\n\
     A VM of QEMU (10 or newer) must have its memory in descriptors that can be passed\n\
     on: a memory-backend-memfd with share=on, and aux-ram-share=on for the machine.\n\n\
-    Exit status: 0 the new process runs the guest, 1 it does not, or the message says\n\
-    what is left to be done, 4 the VM stopped answering or comes to no end, so that\n\
+    Exit status: 0 the new process has the guest, and runs it unless somebody has\n\
+    stopped it since, 1 it has not, or the message says what is left to be done, 4 the VM stopped answering or comes to no end, so that\n\
     the outcome is not known.")]
 pub(super) struct UpgradeArgs {
     #[command(flatten)]
@@ -73,6 +74,8 @@ impl UpgradeArgs {
         let old = client
             .peer()
             .context("cannot tell which process the VM is")?;
+        // Before it can end, and its number be another's.
+        let old = VmProcess::open(old)?;
         if !client.is_qemu() {
             ensure!(
                 self.command.is_empty(),
@@ -82,9 +85,8 @@ impl UpgradeArgs {
                 How::Transfer => vmferry::upgrade,
                 How::Exec => exec::upgrade,
             };
-            return upgrade(client, old, &qmp, self.binary, self.json);
+            return upgrade(client, &old, &qmp, self.binary, self.json);
         }
-        let old = VmProcess::open(old)?;
         let mut command = match self.command.is_empty() {
             true => old.command()?,
             false => self.command,
@@ -248,6 +250,23 @@ impl Before {
             output::message(&output::chain(&error));
         }
     }
+}
+
+/// What is to be said of a guest that has arrived.
+///
+/// # Errors
+/// It cannot go on. One that was stopped is where others wanted it: a message.
+fn judge(before: &GuestStatus, after: &GuestStatus) -> anyhow::Result<()> {
+    ensure!(
+        !after.is_broken(),
+        "the guest has moved and cannot go on: it is {after}; see the log of the new program"
+    );
+    if before.running && !after.running {
+        output::message(&format!(
+            "the guest ran before the upgrade, and is {after} in the new program: somebody has stopped it since"
+        ));
+    }
+    Ok(())
 }
 
 /// Whether the process with this number is behind the monitor.

@@ -34,6 +34,10 @@ impl VmProcess {
         Ok(Self { pid, handle })
     }
 
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     pub(super) fn number(&self) -> i32 {
         number(self.pid)
     }

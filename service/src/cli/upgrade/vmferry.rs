@@ -2,6 +2,8 @@
 //!
 //! The new process is started as the old one was. It gets the old one's memory, its QMP and metrics sockets and its output; clients find
 //! it at the same paths. If anything goes wrong before the guest is handed over it goes on in the old process.
+//!
+//! Other clients may do to either process what they like meanwhile: what they did is told, and is no failure of the upgrade.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -14,13 +16,13 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use anyhow::{Context, ensure};
+use rustix::process::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Before, Failed, channels, hand_over};
+use super::process::VmProcess;
+use super::{Before, Failed, channels, hand_over, judge, same_process};
 use crate::cli::client::QmpClient;
 use crate::cli::exit::Exit;
 use crate::cli::migrate::lost;
@@ -33,8 +35,11 @@ use crate::succession;
 
 /// Pause between two looks at the migration.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// How long a process may take to end when there is nothing left for it to do.
+/// How long a process that has no guest may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the old process may take to end when that of which it is asked is over: it tells every server of `--notify`, and each may take
+/// its time, up to a minute if the operator says so.
+const LAST_WORDS: Duration = Duration::from_secs(300);
 /// Options of `vmferry run` that say how its guest came, not what it is; with the number of words each takes.
 const OF_THE_ARRIVAL: [(&str, usize); 4] = [
     ("--end-with-parent", 1),
@@ -57,11 +62,12 @@ pub(super) struct Done {
 /// Upgrades the VM behind `client`, which listens at `qmp` and is process `old`; `binary` is the new program, this one if there is none.
 pub(super) fn upgrade(
     mut client: QmpClient,
-    old: Pid,
+    process: &VmProcess,
     qmp: &Path,
     binary: Option<PathBuf>,
     json: bool,
 ) -> anyhow::Result<Exit> {
+    let old = process.pid();
     let began = Instant::now();
     let before: GuestStatus = client.query("query-status")?;
     let parameters = Before::of(&mut client, &["mode"])?;
@@ -83,11 +89,14 @@ pub(super) fn upgrade(
             give_up(&mut client, &parameters, &mut child);
             return Err(error);
         }
-        Err(Failed::Lost(error, last)) => {
-            // Where the old process asks for the outcome.
-            let _ = place.keep();
-            return Ok(lost(error.as_ref(), &last));
-        }
+        Err(Failed::Lost(error, last)) => match taken_over(process, qmp, &mut child) {
+            Some(record) => record,
+            None => {
+                // Where the old process asks for the outcome.
+                let _ = place.keep();
+                return Ok(lost(error.as_ref(), &last));
+            }
+        },
     };
     if record.status() != MigrationStatus::Completed {
         let reason = record
@@ -101,8 +110,13 @@ pub(super) fn upgrade(
         ));
         return Ok(Exit::Failed);
     }
-    verify(qmp, &child, &before)?;
-    end(client, old)?;
+    let after = arrived(qmp, child.id()).with_context(|| {
+        format!("the guest has been handed over; the old process, {old}, is left as it is")
+    })?;
+    let judged = judge(&before, &after);
+    // Whatever the guest does, this one has it no more.
+    let ended = end(client, process, LAST_WORDS);
+    judged.and(ended)?;
     let done = Done {
         record,
         old,
@@ -212,40 +226,64 @@ fn give_up(client: &mut QmpClient, before: &Before, child: &mut Child) -> String
     }
 }
 
-/// Somebody else answers at the same path now, and the guest is as it was.
-fn verify(qmp: &Path, child: &Child, before: &GuestStatus) -> anyhow::Result<()> {
-    let mut client = QmpClient::connect(qmp).context("the new process does not answer")?;
-    let peer = client
-        .peer()
-        .map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
-    ensure!(
-        peer == Some(child.id()),
-        "the guest has moved to process {}, but another one answers at {}",
-        child.id(),
-        qmp.display()
-    );
-    let after: GuestStatus = client.query("query-status")?;
-    if before.running && !after.running {
-        bail!(
-            "the guest ran before the upgrade and is stopped in the new process, which is process {}",
-            child.id()
-        );
+/// What the new process says of the hand-over, if the old one has ended without a word: whoever saw before us that it was over may have told
+/// it to.
+fn taken_over(old: &VmProcess, qmp: &Path, child: &mut Child) -> Option<Record> {
+    // One that lives asks the new one itself, and is to be asked.
+    if !old.ends(END_DEADLINE).ok()? {
+        return None;
     }
-    Ok(())
+    let deadline = Instant::now() + END_DEADLINE;
+    while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
+        if let Some(record) = has_taken_over(qmp, child.id()) {
+            return Some(record);
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    None
 }
 
-/// The old process has nothing left to do.
-fn end(mut client: QmpClient, old: Pid) -> anyhow::Result<()> {
-    let process = pidfd_open(old, PidfdFlags::empty()).context("cannot watch the old process")?;
-    client.execute("quit", json!({}))?;
-    let timeout = Timespec {
-        tv_sec: i64::try_from(END_DEADLINE.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: 0,
-    };
-    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
+/// The record of process `new` when it has the guest.
+fn has_taken_over(qmp: &Path, new: u32) -> Option<Record> {
+    let client = QmpClient::connect(qmp).ok();
+    let mut client = client.filter(|client| same_process(client, new))?;
+    let record = Record::new(client.execute("query-migrate", json!({})).ok()?);
+    (record.status() == MigrationStatus::Completed).then_some(record)
+}
+
+/// What the guest does in process `new`, which answers at the same path now.
+fn arrived(qmp: &Path, new: u32) -> anyhow::Result<GuestStatus> {
+    let connected = QmpClient::connect(qmp);
+    let mut client =
+        connected.with_context(|| format!("the new process, {new}, does not answer"))?;
     ensure!(
-        ended.is_ok_and(|ended| ended > 0),
-        "the guest is in the new process, but the old one, process {old}, does not end"
+        same_process(&client, new),
+        "another process than {new}, to which the guest has moved, answers at {}",
+        qmp.display()
+    );
+    Ok(client.query("query-status")?)
+}
+
+/// The old process has nothing left to do. It may have been told by others, and may end before it answers.
+fn end(mut client: QmpClient, old: &VmProcess, patience: Duration) -> anyhow::Result<()> {
+    let refused = client.execute("quit", json!({})).err();
+    let wait = |patience| old.ends(patience).context("cannot watch the old process");
+    let soon = END_DEADLINE.min(patience);
+    if wait(soon)? {
+        return Ok(());
+    }
+    let pid = old.number();
+    if let Some(error) = refused {
+        return Err(error).with_context(|| {
+            format!("the guest is in the new process, but the old one, {pid}, was not told to end; end it")
+        });
+    }
+    output::message(&format!(
+        "the guest is in the new process; the old one, {pid}, is still telling servers of --notify, or stuck"
+    ));
+    ensure!(
+        wait(patience - soon)?,
+        "the guest is in the new process, but the old one, {pid}, does not end; it has no guest any more: kill it"
     );
     Ok(())
 }
@@ -331,7 +369,69 @@ impl Done {
 #[cfg(test)]
 mod tests {
     use super::super::fake::Fake;
+    use super::super::fake::Step::{Is, LastWord};
     use super::*;
+
+    /// A process that has ended; another may have its number.
+    fn ended() -> VmProcess {
+        let mut child = Command::new("true").spawn().unwrap();
+        let process = VmProcess::open(Pid::from_child(&child)).unwrap();
+        child.wait().unwrap();
+        process
+    }
+
+    #[test]
+    fn an_old_process_that_ends_on_completed_without_being_asked_has_ended() {
+        let fake = Fake::vmferry("running", &[Is("device"), LastWord("completed")]);
+        let mut client = QmpClient::connect(&fake.path()).unwrap();
+        let record = hand_over(&mut client, &[]).unwrap();
+        assert_eq!(record.status(), MigrationStatus::Completed);
+        end(client, &ended(), Duration::ZERO).unwrap();
+        assert_eq!(fake.asked("quit").len(), 1);
+    }
+
+    #[test]
+    fn an_old_process_that_does_not_end_is_named_with_the_reason() {
+        let alive = VmProcess::open(rustix::process::getpid()).unwrap();
+        for (step, parts) in [
+            (Is("completed"), ["does not end", "kill it"]),
+            (LastWord("completed"), ["was not told to end", "hung up"]),
+        ] {
+            let fake = Fake::vmferry("running", &[step]);
+            let mut client = QmpClient::connect(&fake.path()).unwrap();
+            hand_over(&mut client, &[]).unwrap();
+            let error = end(client, &alive, Duration::from_millis(20)).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_word_of_the_new_process_counts_when_the_old_one_has_ended_without_one() {
+        // The fake has the number of this process.
+        let new = std::process::id();
+        let fake = Fake::vmferry("running", &[Is("active"), Is("completed")]);
+        assert!(has_taken_over(&fake.path(), new).is_none());
+        let record = has_taken_over(&fake.path(), new).unwrap();
+        assert_eq!(record.status(), MigrationStatus::Completed);
+        assert!(has_taken_over(&fake.path(), new + 1).is_none());
+        // One that has ended says nothing.
+        let mut child = Command::new("false").spawn().unwrap();
+        assert!(taken_over(&ended(), &fake.path(), &mut child).is_none());
+    }
+
+    #[test]
+    fn a_guest_that_somebody_has_stopped_since_is_where_it_should_be() {
+        let new = std::process::id();
+        let before = arrived(&Fake::vmferry("running", &[]).path(), new).unwrap();
+        let stopped = arrived(&Fake::vmferry("paused", &[]).path(), new).unwrap();
+        judge(&before, &stopped).unwrap();
+        let broken = arrived(&Fake::vmferry("internal-error", &[]).path(), new).unwrap();
+        let error = judge(&before, &broken).unwrap_err().to_string();
+        assert!(error.contains("cannot go on"), "{error}");
+        let elsewhere = arrived(&Fake::vmferry("running", &[]).path(), new + 1);
+        assert!(elsewhere.is_err());
+    }
 
     #[test]
     fn the_new_process_is_told_what_the_vm_is_and_not_how_it_came() {
