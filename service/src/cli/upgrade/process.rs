@@ -15,6 +15,8 @@ use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::LOOK_EVERY;
+
 /// Bit of the flags in /proc/net/unix: the socket listens.
 const ACCEPTS: u32 = 1 << 16;
 
@@ -146,15 +148,21 @@ fn ending(status: ExitStatus) -> String {
     format!("{status}; its messages went where those of the old one go")
 }
 
-/// Names of unix sockets that a process listens at, kept while another that once listened there ends, and may remove them.
+/// Names of unix sockets that a process listens at, kept while another that once listened there ends, and removes them. The second names
+/// stay until [`restore`](Self::restore): a process that ends late may remove the others at any time.
 #[derive(Debug)]
 pub(super) struct KeptSockets(Vec<(PathBuf, PathBuf)>);
 
 impl KeptSockets {
     /// Gives each socket of process `pid` a second name.
     pub(super) fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self::at(listening(pid)?, pid))
+    }
+
+    /// The same for those at these paths.
+    pub(super) fn at(paths: Vec<PathBuf>, pid: u32) -> Self {
         let mut kept = Vec::new();
-        for path in listening(pid)? {
+        for path in paths {
             let mut name = OsString::from(".");
             name.push(path.file_name().unwrap_or_default());
             name.push(format!(".upgrade-{pid}"));
@@ -165,20 +173,51 @@ impl KeptSockets {
                 Err(error) => tracing::warn!(%error, "{} may vanish", path.display()),
             }
         }
-        Ok(Self(kept))
+        Self(kept)
     }
 
-    /// Puts back what was removed.
+    /// Whether `process` ends within `patience`. Clients find the sockets meanwhile.
+    pub(super) fn while_ends(&self, process: &VmProcess, patience: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ended = process.ends(LOOK_EVERY.min(left))?;
+            for (path, second) in &self.0 {
+                // Fails as long as the name is there. What else may be wrong is told when it is put back for good.
+                let _ = fs::hard_link(second, path);
+            }
+            if ended || left.is_zero() {
+                return Ok(ended);
+            }
+        }
+    }
+
+    /// Puts back what was removed, and takes the second names away. Nobody removes any more.
+    ///
+    /// # Errors
+    /// The first, after all were tried.
     pub(super) fn restore(self) -> io::Result<()> {
-        for (path, second) in self.0 {
+        let put_back = |(path, second): (PathBuf, PathBuf)| {
             // Replaces what the old process left, were it anything; the same socket stays what it is.
             fs::rename(&second, &path)?;
             // Two names of one socket: rename does nothing then.
             if second.exists() {
                 fs::remove_file(&second)?;
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        let all: Vec<io::Result<()>> = self.0.into_iter().map(put_back).collect();
+        all.into_iter().collect()
+    }
+
+    /// Commands for a shell that put back what is removed after all.
+    pub(super) fn commands(&self) -> String {
+        let quoted = |path: &Path| path.display().to_string().replace('\'', r"'\''");
+        let commands = self
+            .0
+            .iter()
+            .map(|(path, second)| format!("mv '{}' '{}'", quoted(second), quoted(path)));
+        commands.collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -242,7 +281,8 @@ mod tests {
         let _dropped = UnixListener::bind(&other).unwrap();
         let found = listening(std::process::id()).unwrap();
         assert!(found.contains(&path) && found.contains(&other), "{found:?}");
-        let kept = KeptSockets::of(std::process::id()).unwrap();
+        // Others of this process come and go with their tests.
+        let kept = KeptSockets::at(vec![path.clone(), other], std::process::id());
         fs::remove_file(&path).unwrap();
         assert!(UnixStream::connect(&path).is_err());
         kept.restore().unwrap();

@@ -87,19 +87,33 @@ pub(super) fn upgrade(
         )
     })?;
     let kept = KeptSockets::of(child.id()).context("cannot look where the new process listens")?;
-    // It may hang up before it answers.
-    let _ = client.execute("quit", json!({}));
-    let ended = old.ends(QUIT);
-    kept.restore()
-        .context("the new process runs the guest, but one of its sockets has lost its name")?;
-    if !ended.context("cannot wait for the old process")? {
-        bail!(
-            "the new process runs the guest, but the old one, {}, does not end",
-            old.number()
-        );
-    }
+    end(client, old, kept, QUIT)?;
     show(old, child.id(), took, &record, json)?;
     Ok(Exit::Done)
+}
+
+/// The old process has nothing left to do. It removes the names of its sockets on its way out, which are the new one's now, and clients
+/// find them there all the same.
+fn end(
+    mut client: QmpClient,
+    old: &VmProcess,
+    kept: KeptSockets,
+    patience: Duration,
+) -> anyhow::Result<()> {
+    // It may hang up before it answers.
+    let _ = client.execute("quit", json!({}));
+    let ended = kept.while_ends(old, patience);
+    if ended.context("cannot wait for the old process")? {
+        return kept
+            .restore()
+            .context("the new process runs the guest, but one of its sockets has lost its name");
+    }
+    let pid = old.number();
+    bail!(
+        "the new process runs the guest, but the old one, {pid}, does not end. It has no guest any more: kill -9 {pid}. Then, or when it \
+         ends by itself and takes the names of the new one's sockets with it: {}",
+        kept.commands()
+    )
 }
 
 fn show(
@@ -202,7 +216,117 @@ impl Drop for Successor {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::path::PathBuf;
+    use std::process::{Command, Stdio};
+    use std::thread;
+
+    use rustix::process::Pid;
+
+    use super::super::fake::Fake;
+    use super::super::fake::Step::Is;
     use super::*;
+
+    /// A new process's socket, and an old process that runs these commands of a shell, with the path of the socket as `$0`.
+    struct Scene {
+        _dir: tempfile::TempDir,
+        path: PathBuf,
+        _listener: UnixListener,
+        shell: Child,
+        old: VmProcess,
+        fake: Fake,
+    }
+
+    impl Scene {
+        fn new(commands: &str) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("qmp");
+            let listener = UnixListener::bind(&path).unwrap();
+            let shell = Command::new("sh")
+                .args(["-c", commands])
+                .arg(&path)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let old = VmProcess::open(Pid::from_child(&shell)).unwrap();
+            let fake = Fake::qemu("postmigrate", &[Is("completed")]);
+            Self {
+                _dir: dir,
+                path,
+                _listener: listener,
+                shell,
+                old,
+                fake,
+            }
+        }
+
+        fn end(&self, kept: KeptSockets, patience: Duration) -> anyhow::Result<()> {
+            let client = QmpClient::connect(&self.fake.path()).unwrap();
+            end(client, &self.old, kept, patience)
+        }
+
+        /// A second name for the socket; which this is.
+        fn keep(&self) -> (KeptSockets, PathBuf) {
+            let kept = KeptSockets::at(vec![self.path.clone()], 7);
+            (kept, self.path.with_file_name(".qmp.upgrade-7"))
+        }
+
+        fn is_found(&self) -> bool {
+            UnixStream::connect(&self.path).is_ok()
+        }
+    }
+
+    impl Drop for Scene {
+        fn drop(&mut self) {
+            // It has ended, or has nobody to end it.
+            let _ = self.shell.kill();
+            let _ = self.shell.wait();
+        }
+    }
+
+    #[test]
+    fn the_monitor_is_found_while_an_old_process_that_has_removed_it_takes_its_time() {
+        let mut scene = Scene::new("rm \"$0\"; echo; read line");
+        let (kept, second) = scene.keep();
+        let (input, output) = (scene.shell.stdin.take(), scene.shell.stdout.take());
+        let found = thread::scope(|scope| {
+            let ending = scope.spawn(|| scene.end(kept, Duration::from_secs(60)));
+            output.unwrap().read_exact(&mut [0]).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(50);
+            let mut found = false;
+            while !found && Instant::now() < deadline {
+                found = scene.is_found();
+            }
+            drop(input);
+            ending.join().unwrap().unwrap();
+            found
+        });
+        assert!(found && scene.is_found());
+        assert!(!second.exists());
+        assert_eq!(scene.fake.asked("quit").len(), 1);
+    }
+
+    #[test]
+    fn an_old_process_that_ends_late_takes_no_name_that_cannot_be_put_back() {
+        let mut scene = Scene::new("read line; rm \"$0\"");
+        let (kept, second) = scene.keep();
+        let error = scene.end(kept, Duration::from_millis(20)).unwrap_err();
+        let error = error.to_string();
+        let command = format!("mv '{}' '{}'", second.display(), scene.path.display());
+        assert!(
+            error.contains("kill -9") && error.contains(&command),
+            "{error}"
+        );
+        assert!(scene.is_found());
+        drop(scene.shell.stdin.take());
+        scene.shell.wait().unwrap();
+        assert!(!scene.is_found(), "the old process has removed it");
+        let shell = Command::new("sh").args(["-c", &command]).status();
+        assert!(shell.unwrap().success());
+        assert!(scene.is_found());
+    }
 
     #[test]
     fn the_successor_waits_for_this_guest_and_no_other() {
