@@ -39,7 +39,7 @@ pub(super) struct Side {
     pub(super) vm: Vm,
     listener: Listener,
     /// Its deadlines are short.
-    hurries: bool,
+    pub(super) hurries: bool,
 }
 
 pub(super) type Seen = grid::Seen<Outcome>;
