@@ -36,8 +36,8 @@ const WORKING_SET_DEFAULT: u64 = 64 << 20;
     The machine runs a small program that keeps writing its working set and\n\
     checks every page it wrote, so that a page lost on the way is noticed. The\n\
     process ends with `quit` over QMP, with SIGTERM, or with Ctrl-C; the first\n\
-    time when whoever takes part in a migration knows how it has ended, the\n\
-    second time at once.")]
+    time when whoever takes part in a migration knows how it has ended, a second\n\
+    time, more than a second later, at once.")]
 pub(super) struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,

@@ -356,7 +356,7 @@ impl Engine {
             self.ending = Some(Ending {
                 code: INCOMING_FAILED_CODE,
                 at,
-                told: false,
+                told: None,
             });
         }
     }

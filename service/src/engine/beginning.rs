@@ -241,6 +241,7 @@ impl Engine {
             kept: None,
             unmarked: None,
             ending: None,
+            start_lost: false,
         })
     }
 

@@ -90,6 +90,9 @@ const TICK: Duration = Duration::from_millis(100);
 const STOOD_STILL: Duration = Duration::from_millis(500);
 /// What has come in meanwhile gets so long to be read.
 const CATCH_UP: Duration = Duration::from_millis(50);
+/// Who tells a process to end so soon after somebody else is in no hurry: an upgrade and whoever waits for its end do, and some service
+/// managers send two signals at once.
+const SAME_WISH: Duration = Duration::from_secs(1);
 
 type Reply = oneshot::Sender<Result<serde_json::Value, QmpError>>;
 
@@ -104,8 +107,8 @@ struct Ending {
     code: u8,
     /// Not before; a failed target stays reachable for a source in doubt.
     at: Option<Instant>,
-    /// Somebody has said so.
-    told: bool,
+    /// When somebody has said so.
+    told: Option<Instant>,
 }
 
 /// The owner of everything. See the module documentation.
@@ -160,6 +163,8 @@ struct Engine {
     /// The same, when it is about to run.
     unmarked: Option<MigrationId>,
     ending: Option<Ending>,
+    /// Nobody will ever know whether the guest that was to be started runs.
+    start_lost: bool,
 }
 
 impl Engine {
@@ -235,7 +240,11 @@ impl Engine {
         .into_iter()
         .flatten()
         .map(|moment| self.clock.instant(moment));
-        let ending = self.ending.and_then(|ending| ending.at);
+        // Once it is due the next event decides.
+        let ending = self
+            .ending
+            .and_then(|ending| ending.at)
+            .filter(|at| *at > now);
         deadlines
             .chain(tick)
             .chain(ending)
@@ -296,10 +305,10 @@ impl Engine {
 
     /// Begins to end the process: what is under way is cancelled, and the loop leaves when that is done.
     fn end(&mut self, code: u8, reason: ShutdownReason) {
-        let told = !matches!(reason, ShutdownReason::GuestShutdown);
+        let told = (!matches!(reason, ShutdownReason::GuestShutdown)).then(Instant::now);
         let before = self.ending;
-        if before.is_some_and(|ending| ending.told) {
-            if told {
+        if let Some(first) = before.and_then(|ending| ending.told) {
+            if told.is_some_and(|again| again.duration_since(first) >= SAME_WISH) {
                 self.end_in_a_hurry();
             }
             return;
@@ -351,9 +360,7 @@ impl Engine {
     fn owes_news(&self) -> bool {
         let incoming = self.incoming.as_ref().map(Incoming::core);
         let fails = incoming.is_some_and(Target::is_failing);
-        // Nobody may ever know how that ends, see `start_lost`.
-        let starts =
-            self.runstate != RunState::InternalError && incoming.is_some_and(Target::is_starting);
+        let starts = !self.start_lost && incoming.is_some_and(Target::is_starting);
         self.outgoing.is_some() || fails || starts || self.house.tells()
     }
 

@@ -284,6 +284,7 @@ impl Engine {
     /// for the operator. A source that asks gets no answer, and is in doubt.
     pub(super) fn start_lost(&mut self) {
         tracing::error!("it is not known whether the guest runs, and nobody else may start it");
+        self.start_lost = true;
         self.set_runstate(RunState::InternalError);
         if self.house.succession.is_some() {
             self.serve_clients();
