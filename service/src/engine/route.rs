@@ -164,13 +164,20 @@ impl Route {
                 off_thread("close", move || mux.close()).await
             }
             Way::Archive { writer, .. } => {
-                let writer = writer.borrow().clone();
-                off_thread("close", move || match writer {
-                    Some(writer) if leave => writer.leave(),
-                    Some(writer) => writer.give_up(),
-                    None => {}
-                })
-                .await
+                let Some(writer) = writer.borrow().clone() else {
+                    return;
+                };
+                let closing = Arc::clone(&writer);
+                let closed = off_thread("close", move || match leave {
+                    true => closing.leave(),
+                    false => closing.give_up(),
+                });
+                let closed = closed.await;
+                if closed.is_err() && !leave {
+                    // The guest must not go on beside an archive of it, though all else has to wait for this.
+                    writer.give_up();
+                }
+                closed
             }
         };
         if let Err(error) = closed {
