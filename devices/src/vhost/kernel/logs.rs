@@ -12,11 +12,16 @@ impl Logs for VhostDevice {
     fn start_log(&mut self, pages: &Arc<LogPages>) -> Result<(), DeviceError> {
         may_log(&self.name, self.blocker())?;
         // It may be marking that one still.
-        let _before = self.log.replace(Arc::clone(pages));
+        let before = self.log.replace(Arc::clone(pages));
         if !self.knows_of_a_log() {
             return Ok(());
         }
-        let told = self.tell_log_base().and_then(|()| self.tell_rings_again());
+        let told = self.tell_log_base();
+        if told.is_err() && self.running {
+            self.log = before;
+            return told;
+        }
+        let told = told.and_then(|()| self.tell_rings_again());
         if told.is_err() && self.prepared {
             // It marks nothing before it is prepared anew.
             (self.log, self.prepared) = (None, false);
