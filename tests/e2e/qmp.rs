@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 /// Far longer than any answer takes; who needs it hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Names negotiations after the first.
+const AGAIN: &str = "again";
+
 /// Why there is no answer.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum Failure {
@@ -87,6 +90,17 @@ impl Qmp {
             let mut message = self.message(deadline).ok_or(Failure::Gone)?;
             if message["event"].is_string() {
                 self.events.push(message);
+                continue;
+            }
+            if message["QMP"].is_object() {
+                // A QEMU that was left by somebody just before greets twice now and then, and may have forgotten what was negotiated.
+                let again = json!({ "execute": "qmp_capabilities", "id": AGAIN });
+                if self.send(format!("{again}\n").as_bytes(), None).is_err() {
+                    return Err(Failure::Gone);
+                }
+                continue;
+            }
+            if message["id"] == AGAIN {
                 continue;
             }
             if message["id"].is_null() && self.left > 0 {

@@ -20,6 +20,8 @@ use crate::qmp::{ErrorClass, QmpError};
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
 /// How long it may take to greet: a busy host may leave a process out for seconds.
 const GREETING_DEADLINE: Duration = Duration::from_secs(15);
+/// Names negotiations after the first: their answers do not matter.
+const AGAIN: &str = "again";
 /// Longest message taken from a server. QEMU's schema, the longest there is, has a few hundred KiB.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -104,6 +106,8 @@ pub struct QmpClient {
     path: PathBuf,
     version: VersionInfo,
     out_of_band: bool,
+    /// The arguments of `qmp_capabilities`.
+    wanted: Value,
     received: Vec<u8>,
     next_id: u64,
     /// Commands under way, by id.
@@ -127,6 +131,7 @@ impl QmpClient {
             path: path.to_owned(),
             version: VersionInfo::ours(),
             out_of_band: false,
+            wanted: json!({}),
             received: Vec::new(),
             next_id: 0,
             asked: BTreeMap::new(),
@@ -146,12 +151,10 @@ impl QmpClient {
             .map_err(|_| client.not_qmp("there was no greeting"))?;
         let offered = greeting["QMP"]["capabilities"].as_array();
         let out_of_band = offered.is_some_and(|all| all.contains(&json!("oob")));
-        let wanted = if out_of_band {
-            json!({ "enable": ["oob"] })
-        } else {
-            json!({})
-        };
-        client.execute("qmp_capabilities", wanted)?;
+        if out_of_band {
+            client.wanted = json!({ "enable": ["oob"] });
+        }
+        client.execute("qmp_capabilities", client.wanted.clone())?;
         client.out_of_band = out_of_band;
         Ok(client)
     }
@@ -219,15 +222,19 @@ impl QmpClient {
     fn send_as(&mut self, how: &str, command: &str, arguments: Value) -> Result<u64, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
-        let line = json!({ how: command, "arguments": arguments, "id": id }).to_string() + "\n";
+        self.write(&json!({ how: command, "arguments": arguments, "id": id }))?;
+        self.asked.insert(id, command.to_owned());
+        Ok(id)
+    }
+
+    fn write(&mut self, message: &Value) -> Result<(), ClientError> {
+        let line = message.to_string() + "\n";
         self.stream
             .set_write_timeout(Some(ANSWER_DEADLINE))
             .map_err(|error| self.broken(&error))?;
         self.stream
             .write_all(line.as_bytes())
-            .map_err(|error| self.broken(&error))?;
-        self.asked.insert(id, command.to_owned());
-        Ok(id)
+            .map_err(|error| self.broken(&error))
     }
 
     /// The answer to the command that was sent with `id`, if it comes within `patience`.
@@ -254,8 +261,14 @@ impl QmpClient {
 
     /// Takes a message that came in; events are skipped.
     fn sort(&mut self, mut message: Value) -> Result<(), ClientError> {
-        if message.get("event").is_some() {
+        if message.get("event").is_some() || message["id"] == AGAIN {
             return Ok(());
+        }
+        if message.get("QMP").is_some() {
+            // A QEMU that was left by somebody just before greets twice now and then, and may have forgotten what was negotiated.
+            let command = "qmp_capabilities";
+            let again = json!({ "execute": command, "arguments": self.wanted, "id": AGAIN });
+            return self.write(&again);
         }
         let id = match message.get("id") {
             Some(theirs) => theirs.as_u64().filter(|id| self.asked.contains_key(id)),
@@ -443,6 +456,19 @@ mod tests {
             "{\"return\": {}, \"id\": 0}\r\n",
         ]);
         assert_eq!(client.unwrap().version().qemu.major, 10);
+    }
+
+    #[test]
+    fn who_is_greeted_twice_negotiates_twice() {
+        let (client, _dir) = client_of(&[
+            GREETING,
+            GREETING,
+            "{\"return\": {}, \"id\": 0}\r\n{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"\"}, \"id\": \"again\"}\r\n",
+            "{\"return\": {\"running\": true, \"status\": \"running\"}, \"id\": 1}\r\n",
+        ]);
+        let mut client = client.unwrap();
+        let status: crate::qmp::schema::StatusInfo = client.query("query-status").unwrap();
+        assert!(status.running);
     }
 
     #[test]
